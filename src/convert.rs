@@ -1,0 +1,90 @@
+//! The conversion: an image seen through a layout is a [`VirtualFile`], computed where it is read.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::extent::{AllocationMap, Extent, ExtentKind};
+use crate::format::OutputFormat;
+use crate::image::{self, DiskImage};
+use crate::layout::{self, Layout, LayoutInput, RegionSource};
+use crate::units::{FileOffset, VirtualOffset};
+use crate::vfile::{VirtualFile, readable};
+
+/// A file of some format over an image.
+///
+/// Deterministic: the same image, seed and file name give the same bytes, in any order of reads.
+pub struct ConvertedFile {
+    image: Arc<dyn DiskImage>,
+    layout: Box<dyn Layout>,
+}
+
+impl ConvertedFile {
+    /// Lays `image` out as `format`. Reads the image's tables, never its data.
+    pub fn new(image: Arc<dyn DiskImage>, format: OutputFormat, input: &LayoutInput) -> Result<Self> {
+        let map = match layout::unit_size(format) {
+            Some(unit) => image::allocation_map(&*image, unit)?,
+            None => AllocationMap::builder(0, 1).finish(),
+        };
+        Self::with_map(image, format, input, Arc::new(map))
+    }
+
+    /// The same with an allocation map that is known already and has the units of the format.
+    pub fn with_map(
+        image: Arc<dyn DiskImage>,
+        format: OutputFormat,
+        input: &LayoutInput,
+        map: Arc<AllocationMap>,
+    ) -> Result<Self> {
+        Ok(Self { layout: layout::build(format, input, map)?, image })
+    }
+
+    /// Fills `buf` with guest bytes from `at`; what lies past the disk's end is zeros.
+    fn read_guest(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+        let inside = readable(self.image.virtual_size(), FileOffset(at.bytes()), buf.len());
+        buf[inside..].fill(0);
+        if inside > 0 { self.image.read_at(at, &mut buf[..inside]) } else { Ok(()) }
+    }
+}
+
+impl VirtualFile for ConvertedFile {
+    fn file_size(&self) -> u64 {
+        self.layout.file_size()
+    }
+
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        let length = readable(self.file_size(), at, buf.len());
+        let mut done = 0;
+        while done < length {
+            let here = at + done as u64;
+            let region = self.layout.region_at(here);
+            let piece = usize::try_from(region.length).unwrap_or(usize::MAX).min(length - done);
+            let target = &mut buf[done..done + piece];
+            match region.source {
+                RegionSource::Metadata => self.layout.metadata(here, target),
+                RegionSource::Guest(from) => self.read_guest(from, target)?,
+                RegionSource::Zero => target.fill(0),
+            }
+            done += piece;
+        }
+        if length > 0 {
+            self.image.verify_unchanged()?;
+        }
+        Ok(length)
+    }
+
+    fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        let region = self.layout.region_at(at);
+        let length = region.length.min(self.file_size() - at.bytes());
+        match region.source {
+            RegionSource::Metadata => Ok(Extent::new(ExtentKind::Data, length)),
+            RegionSource::Zero => Ok(Extent::new(ExtentKind::Hole, length)),
+            RegionSource::Guest(from) if from.bytes() >= self.image.virtual_size() => {
+                Ok(Extent::new(ExtentKind::Hole, length))
+            }
+            RegionSource::Guest(from) => {
+                let extent = self.image.extent_at(from)?;
+                Ok(Extent::new(extent.kind, extent.length.min(length)))
+            }
+        }
+    }
+}

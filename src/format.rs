@@ -1,0 +1,120 @@
+//! The names of the formats: what an image file can be, and what a file of the mount can be.
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The format that an image file has, told by the catalog or by the file's extension, never by its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// The disk's bytes as they are.
+    Raw,
+    /// QEMU copy-on-write, version 2 or 3.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// The name that qemu-img and catalogs use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    /// The format with that name, as written in a catalog or in an image's own header.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+
+    /// The format that a file's name tells by its extension.
+    pub fn from_file_name(name: &str) -> Option<Self> {
+        match name.rsplit_once('.')?.1.to_ascii_lowercase().as_str() {
+            "raw" | "img" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+}
+
+/// A format that the mount and `convert` can produce; its suffix names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum OutputFormat {
+    /// `.raw`: the disk's bytes.
+    Raw,
+    /// `.qcow2`: version 3, uncompressed.
+    Qcow2,
+    /// `.vhd`: dynamic VHD.
+    Vhd,
+    /// `.fixed.vhd`: fixed VHD, what Azure imports.
+    FixedVhd,
+    /// `.vmdk`: monolithicSparse VMDK.
+    Vmdk,
+}
+
+impl OutputFormat {
+    /// Every format, in the order in which directories list them.
+    pub const ALL: [Self; 5] = [Self::Raw, Self::Qcow2, Self::Vhd, Self::FixedVhd, Self::Vmdk];
+
+    /// The suffix without its leading dot; also the format's name in options and documents.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vhd => "vhd",
+            Self::FixedVhd => "fixed.vhd",
+            Self::Vmdk => "vmdk",
+        }
+    }
+
+    /// The driver name with which qemu-img reads a file of this format.
+    pub fn qemu_name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vhd | Self::FixedVhd => "vpc",
+            Self::Vmdk => "vmdk",
+        }
+    }
+
+    /// The format whose name this is.
+    pub fn from_suffix(suffix: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|f| f.suffix() == suffix).ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|f| f.suffix()).collect();
+            Error::new(
+                ErrorKind::Malformed,
+                format!("unknown format {suffix:?}; known formats: {}", known.join(", ")),
+            )
+        })
+    }
+
+    /// Splits a file name into what stands before the format's suffix and the format; the longest suffix wins.
+    pub fn split_file_name(name: &str) -> Option<(&str, Self)> {
+        Self::ALL
+            .into_iter()
+            .filter_map(|format| {
+                let stem = name.strip_suffix(format.suffix())?.strip_suffix('.')?;
+                (!stem.is_empty()).then_some((stem, format))
+            })
+            .min_by_key(|(stem, _)| stem.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_suffix_wins() {
+        assert_eq!(OutputFormat::split_file_name("web.fixed.vhd"), Some(("web", OutputFormat::FixedVhd)));
+        assert_eq!(OutputFormat::split_file_name("web.vhd"), Some(("web", OutputFormat::Vhd)));
+        assert_eq!(OutputFormat::split_file_name(".vhd"), None);
+        assert_eq!(OutputFormat::split_file_name("web"), None);
+        for format in OutputFormat::ALL {
+            assert_eq!(OutputFormat::from_suffix(format.suffix()).unwrap(), format);
+        }
+    }
+}

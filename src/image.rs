@@ -1,0 +1,149 @@
+//! Readers: an image file of any format as the disk that its guest sees.
+//!
+//! A reader parses hostile input: nothing is allocated by an unchecked field, tables are loaded lazily, and a
+//! file that an image names is opened only through a [`ReferenceGate`].
+
+pub mod raw;
+
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{AllocationMap, Extent};
+use crate::format::ImageFormat;
+use crate::storage::Storage;
+use crate::units::VirtualOffset;
+
+/// Longest chain of backing files that is followed.
+pub const MAX_CHAIN_DEPTH: usize = 10;
+
+/// A disk as its guest sees it, read anywhere from many threads at once.
+pub trait DiskImage: Send + Sync {
+    /// Bytes of the disk.
+    fn virtual_size(&self) -> u64;
+
+    /// Fills `buf` from `at`; all of it lies inside the disk.
+    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()>;
+
+    /// What the bytes from `at` on are, without reading image data; `at` lies inside the disk.
+    ///
+    /// Data extents have been checked to lie inside their file, so a truncated image fails here.
+    fn extent_at(&self, at: VirtualOffset) -> Result<Extent>;
+
+    /// Fails with [`SourceChanged`](ErrorKind::SourceChanged) when a file of the chain changed since it was opened.
+    fn verify_unchanged(&self) -> Result<()>;
+
+    /// What the file and its chain are, for people and for `image.json`.
+    fn description(&self) -> ImageDescription;
+}
+
+/// What a reader knows of an image file.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct ImageDescription {
+    /// The file's name.
+    pub file: String,
+    /// Its format.
+    pub format: ImageFormat,
+    /// Bytes of the disk.
+    pub virtual_size: u64,
+    /// Bytes of the file.
+    pub file_size: u64,
+    /// Bytes of a cluster, grain or block, for formats that have them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    /// Format-specific properties in the words of qemu-img: (name, value).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub properties: Vec<(String, String)>,
+    /// The backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing: Option<Box<ImageDescription>>,
+}
+
+/// What an image uses another file for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReferenceKind {
+    /// A backing file: another image below this one.
+    Backing,
+    /// An external data file: the clusters of this image, raw.
+    DataFile,
+}
+
+/// A file that a gate let an image use.
+pub struct GatedFile {
+    /// Its bytes.
+    pub storage: Arc<dyn Storage>,
+    /// Its format as the catalog or its name tells it, when it does.
+    pub format: Option<ImageFormat>,
+    /// The gate for what that file refers to.
+    pub gate: Arc<dyn ReferenceGate>,
+}
+
+/// Decides which files an image may refer to. Readers open no file by themselves.
+pub trait ReferenceGate: Send + Sync {
+    /// Opens the file that an image names `reference`, or refuses.
+    ///
+    /// # Errors
+    /// [`ReferenceDenied`](ErrorKind::ReferenceDenied) when it is not allowed, [`NotFound`](ErrorKind::NotFound)
+    /// when it is allowed and missing.
+    fn open(&self, kind: ReferenceKind, reference: &str) -> Result<GatedFile>;
+}
+
+/// The gate that allows nothing.
+#[derive(Debug)]
+pub struct ClosedGate;
+
+impl ReferenceGate for ClosedGate {
+    fn open(&self, kind: ReferenceKind, reference: &str) -> Result<GatedFile> {
+        Err(denied(kind, reference))
+    }
+}
+
+/// The refusal of a reference that is not allowed.
+pub fn denied(kind: ReferenceKind, reference: &str) -> Error {
+    let what = match kind {
+        ReferenceKind::Backing => "backing file",
+        ReferenceKind::DataFile => "external data file",
+    };
+    Error::new(
+        ErrorKind::ReferenceDenied,
+        format!("the image names the {what} {reference:?}, which is not among the files allowed for it"),
+    )
+}
+
+/// Opens `storage` as an image of `format`; `depth` counts the images above it in the chain.
+pub fn open_image(
+    format: ImageFormat,
+    storage: Arc<dyn Storage>,
+    gate: &Arc<dyn ReferenceGate>,
+    depth: usize,
+) -> Result<Arc<dyn DiskImage>> {
+    if depth > MAX_CHAIN_DEPTH {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the chain of backing files is longer than {MAX_CHAIN_DEPTH} or loops"),
+        )
+        .in_file(storage.name()));
+    }
+    let _ = gate;
+    match format {
+        ImageFormat::Raw => Ok(Arc::new(raw::RawImage::new(storage))),
+        ImageFormat::Qcow2 => Err(Error::unsupported("qcow2 is not read yet").in_file(storage.name())),
+    }
+}
+
+/// The map of the units of `unit_size` bytes in which `image` has data.
+pub fn allocation_map(image: &dyn DiskImage, unit_size: u64) -> Result<AllocationMap> {
+    let virtual_size = image.virtual_size();
+    let mut builder = AllocationMap::builder(virtual_size, unit_size);
+    let mut at = VirtualOffset(0);
+    while at.bytes() < virtual_size {
+        let extent = image.extent_at(at)?;
+        if extent.length == 0 {
+            return Err(Error::new(ErrorKind::Internal, "reader returned an empty extent").at(at));
+        }
+        if extent.kind.is_data() {
+            builder.mark(at, extent.length);
+        }
+        at += extent.length;
+    }
+    Ok(builder.finish())
+}

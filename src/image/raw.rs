@@ -1,0 +1,52 @@
+//! Raw images: the file is the disk.
+
+use std::sync::Arc;
+
+use super::{DiskImage, ImageDescription};
+use crate::error::Result;
+use crate::extent::Extent;
+use crate::format::ImageFormat;
+use crate::storage::Storage;
+use crate::units::{FileOffset, VirtualOffset};
+
+/// A raw image. Its content is never probed for another format (CVE-2026-24708).
+pub struct RawImage {
+    storage: Arc<dyn Storage>,
+}
+
+impl RawImage {
+    /// The whole of `storage` as a disk.
+    pub fn new(storage: Arc<dyn Storage>) -> Self {
+        Self { storage }
+    }
+}
+
+impl DiskImage for RawImage {
+    fn virtual_size(&self) -> u64 {
+        self.storage.file_size()
+    }
+
+    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+        self.storage.read_exact_at(FileOffset(at.bytes()), buf)
+    }
+
+    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
+        self.storage.extent_at(FileOffset(at.bytes()))
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.storage.verify_unchanged()
+    }
+
+    fn description(&self) -> ImageDescription {
+        ImageDescription {
+            file: self.storage.name().to_owned(),
+            format: ImageFormat::Raw,
+            virtual_size: self.virtual_size(),
+            file_size: self.storage.file_size(),
+            cluster_size: None,
+            properties: Vec::new(),
+            backing: None,
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! The `freightfs` command.
+fn main() {}

@@ -1,0 +1,152 @@
+//! A local file as a source.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{Whence, lseek64};
+
+use super::{Generation, Storage, changed, check_range};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentKind};
+use crate::units::FileOffset;
+
+/// A local file, read with pread; holes come from SEEK_DATA and SEEK_HOLE.
+#[derive(Debug)]
+pub struct FileStorage {
+    name: String,
+    file: File,
+    file_size: u64,
+    generation: Generation,
+}
+
+impl FileStorage {
+    /// Opens a regular file or block device for reading.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, 0)
+    }
+
+    /// Opens a file and refuses a symbolic link in its last component, for names that an image supplied.
+    pub fn open_no_follow(path: &Path) -> Result<Self> {
+        Self::open_with(path, libc::O_NOFOLLOW)
+    }
+
+    fn open_with(path: &Path, flags: i32) -> Result<Self> {
+        let name = path.display().to_string();
+        let file = File::options()
+            .read(true)
+            .custom_flags(flags | libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(|e| Error::from_io("cannot open", e).in_file(&name))?;
+        let meta = file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&name))?;
+        if meta.is_dir() {
+            return Err(Error::new(ErrorKind::IsDirectory, "is a directory, not an image file").in_file(name));
+        }
+        if !meta.is_file() {
+            return Err(Error::unsupported("is not a regular file").in_file(name));
+        }
+        Ok(Self { name, file_size: meta.len(), generation: generation_of(&meta), file })
+    }
+
+    /// The generation that a path has now, without opening it.
+    pub fn generation_at(path: &Path) -> Result<Generation> {
+        let meta = std::fs::metadata(path)
+            .map_err(|e| Error::from_io("cannot stat", e).in_file(path.display().to_string()))?;
+        Ok(generation_of(&meta))
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(&self.name)
+    }
+}
+
+/// Device, inode, size and mtime: what a local file's content is known by.
+fn generation_of(meta: &std::fs::Metadata) -> Generation {
+    Generation(format!(
+        "{:x}-{:x}-{:x}-{:x}.{:x}",
+        meta.dev(),
+        meta.ino(),
+        meta.len(),
+        meta.mtime(),
+        meta.mtime_nsec()
+    ))
+}
+
+impl Storage for FileStorage {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn file_size(&self) -> u64 {
+        self.file_size
+    }
+
+    fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        check_range(self, at, buf.len() as u64)?;
+        self.file.read_exact_at(buf, at.bytes()).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(&self.name).at(at),
+            _ => Error::from_io("cannot read", e).in_file(&self.name).at(at),
+        })
+    }
+
+    fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        let left = self.file_size - at.bytes();
+        // lseek moves the descriptor's position, which nothing here uses: reads are positional.
+        let seek = |whence| lseek64(&self.file, at.bytes() as i64, whence).map(|to| to as u64);
+        match seek(Whence::SeekData) {
+            Ok(to) if to > at.bytes() => Ok(Extent::new(ExtentKind::Hole, (to - at.bytes()).min(left))),
+            Ok(_) => match seek(Whence::SeekHole) {
+                Ok(to) if to > at.bytes() => Ok(Extent::new(ExtentKind::Data, (to - at.bytes()).min(left))),
+                // A filesystem that cannot tell, or a file that is being cut: say data, reading decides.
+                _ => Ok(Extent::new(ExtentKind::Data, left)),
+            },
+            Err(nix::errno::Errno::ENXIO) => Ok(Extent::new(ExtentKind::Hole, left)),
+            Err(_) => Ok(Extent::new(ExtentKind::Data, left)),
+        }
+    }
+
+    fn generation(&self) -> &Generation {
+        &self.generation
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        let meta =
+            self.file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&self.name))?;
+        if generation_of(&meta) == self.generation { Ok(()) } else { Err(changed(&self.name)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn holes_are_seen_and_a_change_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.raw");
+        let mut file = File::create(&path).unwrap();
+        file.set_len(8 << 20).unwrap();
+        file.write_all_at(b"x", 4 << 20).unwrap();
+        let storage = FileStorage::open(&path).unwrap();
+        let first = storage.extent_at(FileOffset(0)).unwrap();
+        assert_eq!(first.kind, ExtentKind::Hole);
+        assert_eq!(first.length, 4 << 20);
+        assert!(storage.extent_at(FileOffset(4 << 20)).unwrap().kind.is_data());
+        storage.verify_unchanged().unwrap();
+        file.write_all(b"y").unwrap();
+        file.set_len(9 << 20).unwrap();
+        assert_eq!(storage.verify_unchanged().unwrap_err().kind(), ErrorKind::SourceChanged);
+    }
+
+    #[test]
+    fn reading_past_the_end_names_file_and_place() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[1; 100]).unwrap();
+        let storage = FileStorage::open(file.path()).unwrap();
+        let error = storage.read_exact_at(FileOffset(90), &mut [0; 20]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::CorruptImage);
+        assert!(error.to_string().contains("at byte 90"), "{error}");
+    }
+}

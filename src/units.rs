@@ -1,0 +1,122 @@
+//! Offsets and lengths as types, so that a guest address cannot be used as a place in a file.
+//!
+//! [`VirtualOffset`] counts bytes of the disk that a guest sees; [`FileOffset`] counts bytes of a file or
+//! object that stores it. Plain `u64` is a number of bytes or of units, never a place.
+
+use std::fmt;
+use std::ops::{Add, AddAssign, Sub};
+
+/// Bytes in a sector, in every format here.
+pub const SECTOR: u64 = 512;
+/// 2^10 bytes.
+pub const KIB: u64 = 1 << 10;
+/// 2^20 bytes.
+pub const MIB: u64 = 1 << 20;
+/// 2^30 bytes.
+pub const GIB: u64 = 1 << 30;
+/// 2^40 bytes.
+pub const TIB: u64 = 1 << 40;
+
+macro_rules! offset {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub u64);
+
+        impl $name {
+            /// The place as a number of bytes from the start.
+            pub fn bytes(self) -> u64 {
+                self.0
+            }
+
+            /// The place `length` bytes further on, if it can be counted.
+            pub fn checked_add(self, length: u64) -> Option<Self> {
+                self.0.checked_add(length).map(Self)
+            }
+        }
+
+        impl Add<u64> for $name {
+            type Output = Self;
+            fn add(self, length: u64) -> Self {
+                Self(self.0 + length)
+            }
+        }
+
+        impl AddAssign<u64> for $name {
+            fn add_assign(&mut self, length: u64) {
+                self.0 += length;
+            }
+        }
+
+        impl Sub for $name {
+            type Output = u64;
+            fn sub(self, start: Self) -> u64 {
+                self.0 - start.0
+            }
+        }
+
+        impl From<$name> for u64 {
+            fn from(offset: $name) -> u64 {
+                offset.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+offset! {
+    /// A byte of the disk as the guest sees it.
+    VirtualOffset
+}
+
+offset! {
+    /// A byte of a file or object, a source's or a computed one's.
+    FileOffset
+}
+
+/// `value` rounded up to a multiple of `unit`, which is not 0; `None` when it does not fit.
+pub fn checked_round_up(value: u64, unit: u64) -> Option<u64> {
+    value.div_ceil(unit).checked_mul(unit)
+}
+
+/// `value` rounded up to a multiple of `unit`, for values known to be far from 2^64.
+pub fn round_up(value: u64, unit: u64) -> u64 {
+    value.div_ceil(unit) * unit
+}
+
+/// A number of bytes for people: `1.5 GiB`, `512 B`.
+pub fn human_bytes(bytes: u64) -> String {
+    const NAMES: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut name = 0;
+    while value >= 1024.0 && name + 1 < NAMES.len() {
+        value /= 1024.0;
+        name += 1;
+    }
+    if name == 0 {
+        return format!("{bytes} B");
+    }
+    let text = if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.2}") };
+    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text} {}", NAMES[name])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_and_printing() {
+        assert_eq!(round_up(1, 512), 512);
+        assert_eq!(checked_round_up(u64::MAX, 512), None);
+        assert_eq!(human_bytes(512), "512 B");
+        assert_eq!(human_bytes(GIB + GIB / 2), "1.5 GiB");
+        assert_eq!(human_bytes(100 * MIB), "100 MiB");
+        assert_eq!(human_bytes(10 * MIB), "10 MiB");
+    }
+}

@@ -1,0 +1,28 @@
+//! A file that is computed or fetched: the trait through which the mount, exports and caches read bytes.
+
+use crate::error::Result;
+use crate::extent::Extent;
+use crate::units::FileOffset;
+
+/// A file of known size whose bytes can be read anywhere, from many threads at once.
+///
+/// Any split of reads gives the same bytes as one whole read.
+pub trait VirtualFile: Send + Sync {
+    /// Bytes in the file.
+    fn file_size(&self) -> u64;
+
+    /// Reads up to `buf.len()` bytes at `at` and says how many: fewer only at the end of the file, 0 past it.
+    ///
+    /// # Errors
+    /// [`SourceChanged`](crate::error::ErrorKind::SourceChanged) when the source is not what it was when the
+    /// file was opened, else what reading the source gave.
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize>;
+
+    /// What the bytes from `at` on are known to be; `at` lies inside the file.
+    fn extent_at(&self, at: FileOffset) -> Result<Extent>;
+}
+
+/// How many bytes a read of `wanted` bytes at `at` gives in a file of `file_size` bytes.
+pub fn readable(file_size: u64, at: FileOffset, wanted: usize) -> usize {
+    usize::try_from(file_size.saturating_sub(at.bytes())).unwrap_or(usize::MAX).min(wanted)
+}
