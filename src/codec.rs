@@ -13,7 +13,9 @@ thread_local! {
 /// bytes. What follows the stream in `input` is ignored: formats round units up to sectors.
 pub fn inflate_raw(input: &[u8], output: &mut [u8]) -> Result<()> {
     let written = INFLATE.with_borrow_mut(|inflate| {
-        inflate.deflate_decompress(input, output).map_err(|e| Error::corrupt("deflate stream is damaged").because(e))
+        inflate
+            .deflate_decompress(input, output)
+            .map_err(|e| Error::corrupt("deflate stream is damaged").because(e))
     })?;
     exactly(written, output.len())
 }
@@ -24,8 +26,7 @@ pub fn unzstd(input: &[u8], output: &mut [u8]) -> Result<()> {
     let wanted = output.len();
     let failed = |code| Error::corrupt(format!("zstd frame is damaged: {}", zstd_safe::get_error_name(code)));
     let length = zstd_safe::find_frame_compressed_size(input).map_err(failed)?;
-    let written =
-        ZSTD.with_borrow_mut(|zstd| zstd.decompress(output, &input[..length])).map_err(failed)?;
+    let written = ZSTD.with_borrow_mut(|zstd| zstd.decompress(output, &input[..length])).map_err(failed)?;
     exactly(written, wanted)
 }
 

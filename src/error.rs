@@ -76,7 +76,9 @@ impl ErrorKind {
             Self::Busy => libc::EBUSY,
             Self::TooManyJobs => libc::EAGAIN,
             Self::Unsupported => libc::EOPNOTSUPP,
-            Self::CorruptImage | Self::Incomplete | Self::UploadFailed | Self::Io | Self::Internal => libc::EIO,
+            Self::CorruptImage | Self::Incomplete | Self::UploadFailed | Self::Io | Self::Internal => {
+                libc::EIO
+            }
             Self::SourceChanged => libc::ESTALE,
             Self::ReadOnly => libc::EROFS,
             Self::NoSpace => libc::ENOSPC,

@@ -1,4 +1,5 @@
 //! freightfs
+pub mod catalog;
 pub mod codec;
 pub mod convert;
 pub mod error;

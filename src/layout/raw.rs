@@ -25,7 +25,10 @@ impl Layout for RawLayout {
     }
 
     fn region_at(&self, at: FileOffset) -> Region {
-        Region { source: RegionSource::Guest(VirtualOffset(at.bytes())), length: self.virtual_size - at.bytes() }
+        Region {
+            source: RegionSource::Guest(VirtualOffset(at.bytes())),
+            length: self.virtual_size - at.bytes(),
+        }
     }
 
     fn metadata(&self, _at: FileOffset, _buf: &mut [u8]) {}

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::SystemTime;
 
 use nix::unistd::{Whence, lseek64};
 
@@ -17,6 +18,7 @@ pub struct FileStorage {
     name: String,
     file: File,
     file_size: u64,
+    modified: SystemTime,
     generation: Generation,
 }
 
@@ -45,7 +47,8 @@ impl FileStorage {
         if !meta.is_file() {
             return Err(Error::unsupported("is not a regular file").in_file(name));
         }
-        Ok(Self { name, file_size: meta.len(), generation: generation_of(&meta), file })
+        let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        Ok(Self { name, file_size: meta.len(), modified, generation: generation_of(&meta), file })
     }
 
     /// The generation that a path has now, without opening it.
@@ -55,9 +58,9 @@ impl FileStorage {
         Ok(generation_of(&meta))
     }
 
-    /// The path it was opened by.
-    pub fn path(&self) -> PathBuf {
-        PathBuf::from(&self.name)
+    /// When the file was last modified, as it was when it was opened.
+    pub fn modified(&self) -> SystemTime {
+        self.modified
     }
 }
 
@@ -111,8 +114,7 @@ impl Storage for FileStorage {
     }
 
     fn verify_unchanged(&self) -> Result<()> {
-        let meta =
-            self.file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&self.name))?;
+        let meta = self.file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&self.name))?;
         if generation_of(&meta) == self.generation { Ok(()) } else { Err(changed(&self.name)) }
     }
 }

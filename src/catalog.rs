@@ -1,0 +1,354 @@
+//! The catalog: which images there are, what is said of them, and how their files are opened.
+//!
+//! A catalog is a directory. An image is a file with an image's extension, or a directory with such files (its
+//! disks), or whatever a sidecar `NAME.toml` beside them lists. Listing reads names and sidecars only.
+
+mod disk;
+mod gate;
+mod sidecar;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+pub use disk::OpenDisk;
+pub use gate::AllowedFiles;
+pub use sidecar::{ImageKind, ImageOrigin, Sidecar};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::ImageFormat;
+use crate::storage::{FileStorage, Generation};
+
+/// Disks that stay opened, with their tables and maps, when nobody uses them.
+const OPEN_DISKS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(64).expect("64 is not 0");
+
+/// How old a listing may be. A new image is found at once all the same: what is not listed is looked for.
+const LISTING_AGE: Duration = Duration::from_secs(1);
+
+/// One image of the catalog.
+#[derive(Clone, Debug)]
+pub struct CatalogImage {
+    /// The name of its directory in the mount.
+    pub id: String,
+    /// What its sidecar says; defaults where there is none.
+    pub sidecar: Sidecar,
+    /// Its disks, the system disk first.
+    pub disks: Vec<CatalogDisk>,
+    /// Why the image cannot be used although it is listed: a malformed sidecar.
+    pub error: Option<Error>,
+}
+
+impl CatalogImage {
+    /// The disk with that name.
+    pub fn disk(&self, name: &str) -> Result<&CatalogDisk> {
+        self.disks.iter().find(|d| d.name == name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("image {:?} has no disk {name:?}", self.id))
+        })
+    }
+}
+
+/// One disk of an image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CatalogDisk {
+    /// The stem of its files in the mount: the image's id for the system disk, `ID-data1` … for the others.
+    pub name: String,
+    /// The image file.
+    pub path: PathBuf,
+    /// Its format, by sidecar or extension.
+    pub format: ImageFormat,
+    /// Files that it may refer to.
+    pub allowed: Vec<PathBuf>,
+}
+
+/// The images of a directory, and those of their disks that are open.
+pub struct Catalog {
+    root: PathBuf,
+    listed: Mutex<Option<(Instant, Arc<BTreeMap<String, CatalogImage>>)>>,
+    open: Mutex<LruCache<PathBuf, OpenedEntry>>,
+}
+
+/// A disk as it was opened, or why it could not be, under one generation of its file.
+#[derive(Clone)]
+struct OpenedEntry {
+    generation: Generation,
+    disk: CatalogDisk,
+    result: Result<Arc<OpenDisk>>,
+}
+
+impl Catalog {
+    /// The catalog of the directory `root`.
+    pub fn open(root: &Path) -> Result<Self> {
+        let place = || root.display().to_string();
+        let root =
+            root.canonicalize().map_err(|e| Error::from_io("cannot open the catalog", e).in_file(place()))?;
+        if !root.is_dir() {
+            return Err(
+                Error::new(ErrorKind::NotDirectory, "the catalog is not a directory").in_file(place())
+            );
+        }
+        std::fs::read_dir(&root)
+            .map_err(|e| Error::from_io("cannot list the catalog", e).in_file(place()))?;
+        Ok(Self { root, listed: Mutex::default(), open: Mutex::new(LruCache::new(OPEN_DISKS)) })
+    }
+
+    /// The directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// All images, by id, as the directory lists them now or did less than [`LISTING_AGE`] ago.
+    pub fn images(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
+        let fresh = self
+            .listed
+            .lock()
+            .as_ref()
+            .filter(|(at, _)| at.elapsed() < LISTING_AGE)
+            .map(|(_, i)| Arc::clone(i));
+        match fresh {
+            Some(images) => Ok(images),
+            None => self.list_again(),
+        }
+    }
+
+    /// The image with that id; one that is not in a recent listing is looked for again.
+    pub fn image(&self, id: &str) -> Result<CatalogImage> {
+        if let Some(image) = self.images()?.get(id) {
+            return Ok(image.clone());
+        }
+        let missing = || Error::new(ErrorKind::NotFound, format!("the catalog has no image {id:?}"));
+        self.list_again()?.get(id).cloned().ok_or_else(missing)
+    }
+
+    fn list_again(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
+        let images = self.candidates()?.into_iter().map(|c| c.into_image(&self.root));
+        let images: Arc<BTreeMap<_, _>> = Arc::new(images.map(|i| (i.id.clone(), i)).collect());
+        *self.listed.lock() = Some((Instant::now(), Arc::clone(&images)));
+        Ok(images)
+    }
+
+    /// The disk `disk` opened, or the same opening as long as its file has not changed.
+    ///
+    /// A failure is remembered too, until the file changes.
+    pub fn open_disk(&self, disk: &CatalogDisk) -> Result<Arc<OpenDisk>> {
+        let generation = FileStorage::generation_at(&disk.path)?;
+        if let Some(entry) = self.open.lock().get(&disk.path) {
+            let unchanged = entry.generation == generation && entry.disk == *disk;
+            if unchanged && entry.result.as_ref().is_ok_and(|d| d.verify_unchanged().is_ok()) {
+                return entry.result.clone();
+            }
+        }
+        let result = OpenDisk::open(disk).map(Arc::new);
+        let entry = OpenedEntry { generation, disk: disk.clone(), result: result.clone() };
+        self.open.lock().put(disk.path.clone(), entry);
+        result
+    }
+
+    /// What the directory's names suggest, before sidecars are read.
+    fn candidates(&self) -> Result<Vec<Candidate>> {
+        let place = self.root.display().to_string();
+        let entries = std::fs::read_dir(&self.root)
+            .map_err(|e| Error::from_io("cannot list the catalog", e).in_file(&place))?;
+        let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
+        for entry in entries {
+            let entry = entry.map_err(|e| Error::from_io("cannot list the catalog", e).in_file(&place))?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if name.starts_with('.') || name.chars().any(char::is_control) {
+                continue;
+            }
+            let path = entry.path();
+            if path.is_dir() {
+                found.entry(name.clone()).or_insert_with(|| Candidate::new(&name)).directory = Some(path);
+            } else if let Some((stem, extension)) = name.rsplit_once('.') {
+                let candidate = found.entry(stem.to_owned()).or_insert_with(|| Candidate::new(stem));
+                if extension.eq_ignore_ascii_case("toml") {
+                    candidate.sidecar = Some(path);
+                } else if ImageFormat::from_file_name(&name).is_some() {
+                    candidate.files.push(path);
+                }
+            }
+        }
+        Ok(found.into_values().flat_map(Candidate::split).collect())
+    }
+}
+
+/// Files that share a stem and so may be one image.
+struct Candidate {
+    stem: String,
+    sidecar: Option<PathBuf>,
+    directory: Option<PathBuf>,
+    files: Vec<PathBuf>,
+}
+
+impl Candidate {
+    fn new(stem: &str) -> Self {
+        Self { stem: stem.to_owned(), sidecar: None, directory: None, files: Vec::new() }
+    }
+
+    /// Several image files with one stem are several images, each named by its whole file name.
+    fn split(mut self) -> Vec<Self> {
+        let files = std::mem::take(&mut self.files);
+        let alone = files.len() == 1 && self.directory.is_none();
+        let mut all: Vec<Self> = Vec::new();
+        for file in files {
+            let mut one = Self::new(&self.stem);
+            if !alone {
+                one.stem = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            } else {
+                one.sidecar = self.sidecar.take();
+            }
+            one.files.push(file);
+            all.push(one);
+        }
+        if self.directory.is_some() || self.sidecar.is_some() {
+            all.push(self);
+        }
+        all.retain(|c| c.sidecar.is_some() || !c.files.is_empty() || c.has_image_files());
+        all
+    }
+
+    fn has_image_files(&self) -> bool {
+        !self.directory_files().is_empty()
+    }
+
+    /// The image files in the candidate's directory, sorted by name.
+    fn directory_files(&self) -> Vec<PathBuf> {
+        let Some(directory) = &self.directory else { return Vec::new() };
+        let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+        let mut files: Vec<_> = entries
+            .flatten()
+            .map(|e| e.path())
+            .filter(|p| {
+                let name = p.file_name().unwrap_or_default().to_string_lossy();
+                !name.starts_with('.') && ImageFormat::from_file_name(&name).is_some() && p.is_file()
+            })
+            .collect();
+        files.sort();
+        files
+    }
+
+    fn into_image(self, root: &Path) -> CatalogImage {
+        let (sidecar, error) = match self.sidecar.as_deref().map(Sidecar::read) {
+            None => (Sidecar::default(), None),
+            Some(Ok(sidecar)) => (sidecar, None),
+            Some(Err(error)) => (Sidecar::default(), Some(error)),
+        };
+        let id = sidecar.id.clone().unwrap_or_else(|| self.stem.clone());
+        let base = self.directory.clone().unwrap_or_else(|| root.to_owned());
+        let mut image = CatalogImage { id, sidecar, disks: Vec::new(), error };
+        let allowed: Vec<_> = image.sidecar.allow.iter().map(|f| base.join(f)).collect();
+        let listed = match self.listed_disks(&image.sidecar, &base) {
+            Ok(listed) => listed,
+            Err(error) => {
+                image.error.get_or_insert(error);
+                Vec::new()
+            }
+        };
+        for (index, (path, format)) in listed.into_iter().enumerate() {
+            let name = if index == 0 { image.id.clone() } else { format!("{}-data{index}", image.id) };
+            image.disks.push(CatalogDisk { name, path, format, allowed: allowed.clone() });
+        }
+        image
+    }
+
+    /// The disks as (file, format), the system disk first: the sidecar's list, else the files found.
+    fn listed_disks(&self, sidecar: &Sidecar, base: &Path) -> Result<Vec<(PathBuf, ImageFormat)>> {
+        let unknown = |path: &Path| {
+            Error::new(ErrorKind::Malformed, "neither the sidecar nor the extension tells the disk's format")
+                .in_file(path.display().to_string())
+        };
+        if !sidecar.disks.is_empty() {
+            let listed = sidecar.disks.iter().map(|disk| {
+                let path = base.join(&disk.file);
+                let format = disk.format.or_else(|| ImageFormat::from_file_name(&disk.file));
+                format.ok_or_else(|| unknown(&path)).map(|format| (path, format))
+            });
+            return listed.collect();
+        }
+        let mut files = if self.directory.is_some() { self.directory_files() } else { self.files.clone() };
+        // A directory's system disk is the file named like the directory, or "system", "root" or "disk0"; else the first.
+        let is_system = |p: &PathBuf| {
+            let stem = p.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            stem == self.stem || ["system", "root", "disk0"].contains(&stem.as_str())
+        };
+        if let Some(at) = files.iter().position(is_system) {
+            let system = files.remove(at);
+            files.insert(0, system);
+        }
+        let with_format = files.into_iter().map(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let format = sidecar.format.or_else(|| ImageFormat::from_file_name(&name));
+            format.ok_or_else(|| unknown(&path)).map(|format| (path, format))
+        });
+        with_format.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn catalog(files: &[(&str, &str)]) -> (tempfile::TempDir, Catalog) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        let catalog = Catalog::open(dir.path()).unwrap();
+        (dir, catalog)
+    }
+
+    #[test]
+    fn files_directories_and_sidecars_become_images() {
+        let (_dir, catalog) = catalog(&[
+            ("web.qcow2", ""),
+            ("web.toml", "name = 'Web'\norigin = 'public'\n"),
+            ("db/data.raw", ""),
+            ("db/db.qcow2", ""),
+            ("db.toml", "allow = ['base.qcow2']"),
+            ("same.raw", ""),
+            ("same.qcow2", ""),
+            ("listed.toml", "id = 'img-1'\n[[disks]]\nfile = 'blob.bin'\nformat = 'raw'\n"),
+            ("blob.bin", ""),
+            ("notes.txt", ""),
+            (".hidden.raw", ""),
+            ("empty/readme", ""),
+        ]);
+        let images = catalog.images().unwrap();
+        let ids: Vec<_> = images.keys().map(String::as_str).collect();
+        assert_eq!(ids, ["db", "img-1", "same.qcow2", "same.raw", "web"]);
+        assert_eq!(images["web"].sidecar.name.as_deref(), Some("Web"));
+        assert_eq!(images["web"].sidecar.origin, ImageOrigin::Public);
+        let names: Vec<_> = images["db"].disks.iter().map(|d| d.name.as_str()).collect();
+        assert_eq!(names, ["db", "db-data1"]);
+        assert!(images["db"].disks[0].path.ends_with("db/db.qcow2"));
+        assert!(images["db"].disks[0].allowed[0].ends_with("db/base.qcow2"));
+        assert_eq!(images["img-1"].disks[0].format, ImageFormat::Raw);
+    }
+
+    #[test]
+    fn a_malformed_sidecar_is_an_error_of_its_image_only() {
+        let (_dir, catalog) = catalog(&[("a.raw", ""), ("a.toml", "colour = 'red'"), ("b.raw", "")]);
+        let images = catalog.images().unwrap();
+        let error = images["a"].error.as_ref().unwrap().report();
+        assert!(error.contains("a.toml") && error.contains("colour"), "{error}");
+        assert!(images["b"].error.is_none());
+    }
+
+    #[test]
+    fn an_open_disk_is_shared_until_its_file_changes() {
+        let (dir, catalog) = catalog(&[("a.raw", "0123456789")]);
+        let image = catalog.image("a").unwrap();
+        let first = catalog.open_disk(&image.disks[0]).unwrap();
+        assert!(Arc::ptr_eq(&first, &catalog.open_disk(&image.disks[0]).unwrap()));
+        std::fs::write(dir.path().join("a.raw"), "changed and longer").unwrap();
+        let second = catalog.open_disk(&image.disks[0]).unwrap();
+        assert!(!Arc::ptr_eq(&first, &second));
+        assert_eq!(first.verify_unchanged().unwrap_err().kind(), ErrorKind::SourceChanged);
+        assert_ne!(first.generation(), second.generation());
+    }
+}

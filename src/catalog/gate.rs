@@ -1,0 +1,103 @@
+//! The gate of local images: a reference is followed only to files that were allowed by name.
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::ImageFormat;
+use crate::image::{GatedFile, ReferenceGate, ReferenceKind, denied};
+use crate::storage::FileStorage;
+
+/// Lets an image refer to an exact list of files.
+///
+/// A reference is resolved against the directory of the file that makes it, without touching the disk, and must
+/// then equal an allowed path. So `..`, absolute names and protocols lead nowhere but to that list, and a
+/// symbolic link in the last place is refused when the file is opened (CVE-2024-32498, CVE-2022-47951).
+#[derive(Clone, Debug)]
+pub struct AllowedFiles {
+    /// The directory of the image that refers.
+    directory: PathBuf,
+    /// What may be opened, made absolute.
+    allowed: Arc<Vec<PathBuf>>,
+}
+
+impl AllowedFiles {
+    /// The gate of the image file `image`, which may refer to `allowed`. Relative paths start at the current
+    /// directory, as the operator who lists them expects.
+    pub fn new(image: &Path, allowed: &[PathBuf]) -> Result<Self> {
+        let absolute = |path: &Path| {
+            std::path::absolute(path)
+                .map(|p| lexically_normal(&p))
+                .map_err(|e| Error::from_io("cannot resolve", e).in_file(path.display().to_string()))
+        };
+        let directory = absolute(image)?.parent().map(Path::to_owned).unwrap_or_default();
+        let allowed = allowed.iter().map(|p| absolute(p)).collect::<Result<_>>()?;
+        Ok(Self { directory, allowed: Arc::new(allowed) })
+    }
+}
+
+impl ReferenceGate for AllowedFiles {
+    fn open(&self, kind: ReferenceKind, reference: &str) -> Result<GatedFile> {
+        let path = lexically_normal(&self.directory.join(reference));
+        if reference.is_empty() || reference.contains('\0') || !self.allowed.contains(&path) {
+            return Err(denied(kind, reference));
+        }
+        let storage = FileStorage::open_no_follow(&path).map_err(|e| match e.kind() {
+            ErrorKind::NotFound => {
+                Error::new(ErrorKind::NotFound, format!("the image names {reference:?}, which is missing"))
+                    .in_file(path.display().to_string())
+            }
+            _ => e,
+        })?;
+        let directory = path.parent().map(Path::to_owned).unwrap_or_default();
+        Ok(GatedFile {
+            storage: Arc::new(storage),
+            format: path.file_name().and_then(|n| ImageFormat::from_file_name(&n.to_string_lossy())),
+            gate: Arc::new(Self { directory, allowed: Arc::clone(&self.allowed) }),
+        })
+    }
+}
+
+/// `path` without `.` and with `..` resolved by text alone.
+fn lexically_normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                normal.pop();
+            }
+            other => normal.push(other),
+        }
+    }
+    normal
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_listed_file_opens() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("sub")).unwrap();
+        for name in ["base.qcow2", "other.qcow2", "sub/base.qcow2"] {
+            std::fs::write(root.join(name), name).unwrap();
+        }
+        std::os::unix::fs::symlink("/etc/passwd", root.join("link.raw")).unwrap();
+        let allowed = [root.join("base.qcow2"), root.join("link.raw"), root.join("gone.raw")];
+        let gate = AllowedFiles::new(&root.join("top.qcow2"), &allowed).unwrap();
+        let open = |name: &str| gate.open(ReferenceKind::Backing, name).map(|f| f.storage.file_size());
+        assert_eq!(open("base.qcow2").unwrap(), 10);
+        assert_eq!(open("./sub/../base.qcow2").unwrap(), 10);
+        assert_eq!(open(&root.join("base.qcow2").display().to_string()).unwrap(), 10);
+        for name in
+            ["other.qcow2", "sub/base.qcow2", "/etc/passwd", "../etc/passwd", "json:{}", "nbd://h/x", ""]
+        {
+            assert_eq!(open(name).unwrap_err().kind(), ErrorKind::ReferenceDenied, "{name}");
+        }
+        assert_eq!(open("gone.raw").unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(open("link.raw").unwrap_err().kind(), ErrorKind::Malformed);
+    }
+}

@@ -1,0 +1,122 @@
+//! The sidecar `NAME.toml`: what the catalog's owner says of an image.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::ImageFormat;
+
+/// Largest sidecar that is read, in bytes.
+const MAX_SIDECAR: u64 = 1 << 20;
+
+/// Where an image comes from; clouds refuse to export some of these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageOrigin {
+    /// Made by its owner.
+    #[default]
+    Private,
+    /// Offered to everybody by the provider.
+    Public,
+    /// Bought on a marketplace.
+    Market,
+    /// Shared by another account.
+    Shared,
+}
+
+/// What an image was made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageKind {
+    /// A system disk, perhaps with data disks.
+    #[default]
+    System,
+    /// A whole machine.
+    FullMachine,
+    /// A backup service's copy.
+    Backup,
+}
+
+/// The content of a sidecar. Unknown keys are refused, so that a misspelt one is not silently without effect.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sidecar {
+    /// The image's id, when it is not the file's stem.
+    pub id: Option<String>,
+    /// A name for people.
+    pub name: Option<String>,
+    /// The image's state in its cloud's words.
+    pub status: Option<String>,
+    /// The operating system.
+    pub os: Option<String>,
+    /// Where it comes from.
+    #[serde(default)]
+    pub origin: ImageOrigin,
+    /// What it was made of.
+    #[serde(default)]
+    pub kind: ImageKind,
+    /// Whether it is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
+    /// The format of the image file, where the extension does not tell it.
+    pub format: Option<ImageFormat>,
+    /// The disks, the system disk first, where the files found are not to be taken as they are.
+    #[serde(default)]
+    pub disks: Vec<SidecarDisk>,
+    /// The files that the image may refer to: backing files and external data files.
+    #[serde(default)]
+    pub allow: Vec<String>,
+    /// Free key-value pairs.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+}
+
+/// One disk in a sidecar's list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SidecarDisk {
+    /// The image file, relative to the image's directory or else the catalog's.
+    pub file: String,
+    /// Its format, where the extension does not tell it.
+    pub format: Option<ImageFormat>,
+}
+
+impl Sidecar {
+    /// Reads and checks a sidecar.
+    pub fn read(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        let failed = |e| Error::from_io("cannot read the sidecar", e).in_file(&place);
+        let length = std::fs::metadata(path).map_err(failed)?.len();
+        if length > MAX_SIDECAR {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("a sidecar has at most {MAX_SIDECAR} bytes"),
+            )
+            .in_file(place));
+        }
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let sidecar: Self = toml::from_str(&text).map_err(|e| {
+            let line = e.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
+            Error::new(ErrorKind::Malformed, format!("line {line}: {}", e.message())).in_file(&place)
+        })?;
+        match &sidecar.id {
+            Some(id) if !is_file_name(id) => {
+                Err(Error::new(ErrorKind::Malformed, format!("the id {id:?} cannot be a directory's name"))
+                    .in_file(place))
+            }
+            _ => Ok(sidecar),
+        }
+    }
+}
+
+/// Whether `name` can be one component of a path: not empty, `.`, `..`, too long, nor with `/` or control characters.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty()
+        && name != "."
+        && name != ".."
+        && name.len() <= 200
+        && !name.contains('/')
+        && !name.chars().any(char::is_control)
+}
