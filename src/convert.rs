@@ -1,6 +1,10 @@
 //! The conversion: an image seen through a layout is a [`VirtualFile`], computed where it is read.
 
+mod write;
+
 use std::sync::Arc;
+
+pub use write::write_file;
 
 use crate::error::Result;
 use crate::extent::{AllocationMap, Extent, ExtentKind};

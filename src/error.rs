@@ -56,6 +56,8 @@ pub enum ErrorKind {
     IsDirectory,
     /// A file where a directory is needed.
     NotDirectory,
+    /// Renaming across buckets, which programs answer with a copy.
+    CrossDevice,
     /// A wait ended before what was waited for.
     TimedOut,
     /// Reading or writing failed below us.
@@ -89,6 +91,7 @@ impl ErrorKind {
             Self::NotEmpty => libc::ENOTEMPTY,
             Self::IsDirectory => libc::EISDIR,
             Self::NotDirectory => libc::ENOTDIR,
+            Self::CrossDevice => libc::EXDEV,
             Self::TimedOut => libc::ETIMEDOUT,
         }
     }
@@ -118,6 +121,7 @@ impl ErrorKind {
             Self::NotEmpty => "not_empty",
             Self::IsDirectory => "is_directory",
             Self::NotDirectory => "not_directory",
+            Self::CrossDevice => "cross_device",
             Self::TimedOut => "timed_out",
             Self::Io => "io",
             Self::Internal => "internal",
@@ -125,7 +129,7 @@ impl ErrorKind {
     }
 
     /// Every kind, for the tests that compare lists in the manual with the code.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::NotFound,
         Self::Malformed,
         Self::PolicyRefused,
@@ -148,6 +152,7 @@ impl ErrorKind {
         Self::NotEmpty,
         Self::IsDirectory,
         Self::NotDirectory,
+        Self::CrossDevice,
         Self::TimedOut,
         Self::Io,
         Self::Internal,

@@ -1,12 +1,19 @@
 //! freightfs
+pub mod bucket;
 pub mod catalog;
+pub mod cli;
 pub mod codec;
 pub mod convert;
 pub mod error;
+pub mod export;
 pub mod extent;
 pub mod format;
+pub mod fuse;
 pub mod image;
 pub mod layout;
+pub mod metrics;
+pub mod settings;
 pub mod storage;
 pub mod units;
 pub mod vfile;
+pub mod vfs;

@@ -1,2 +1,7 @@
 //! The `freightfs` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    freightfs::cli::run()
+}

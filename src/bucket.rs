@@ -1,0 +1,323 @@
+//! Buckets: objects by key, in an S3 bucket or in a local directory, and the uploads that make them.
+//!
+//! The only module that writes to an object store. Everything here is asynchronous; a local directory is served
+//! from blocking threads. An object appears, whole, when its upload is completed, and never before.
+
+mod credentials;
+mod key;
+mod local;
+mod object_file;
+mod remote;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use object_store::ObjectStore;
+use object_store::multipart::MultipartStore;
+
+pub use key::ObjectKey;
+pub use object_file::ObjectFile;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{GIB, MIB, TIB};
+use local::LocalStore;
+use remote::RemoteStore;
+
+/// The directory of our own files in a bucket: uploads under way, probes.
+pub const CONTROL_PREFIX: &str = ".freightfs";
+
+/// Smallest part that is sent.
+const PART_SIZE: u64 = 8 * MIB;
+
+/// Most parts in an upload (S3 User Guide, "Amazon S3 multipart upload limits").
+const MAX_PARTS: u64 = 10_000;
+
+/// Largest part (the same table).
+const MAX_PART_SIZE: u64 = 5 * GIB;
+
+/// Largest object that this many of these parts make.
+const MAX_OBJECT_SIZE: u64 = 48 * TIB;
+
+/// What is known of an object.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ObjectMeta {
+    /// Its key.
+    pub key: ObjectKey,
+    /// Its bytes.
+    pub object_size: u64,
+    /// When it was last written.
+    pub modified: SystemTime,
+    /// Its entity tag: another content has another tag.
+    pub etag: Option<String>,
+}
+
+/// One level of a bucket's keys.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Listing {
+    /// The objects at this level.
+    pub objects: Vec<ObjectMeta>,
+    /// The names, without slashes, below which there are more.
+    pub prefixes: Vec<String>,
+}
+
+/// A bucket. Cheap to clone.
+#[derive(Clone)]
+pub struct Bucket {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    url: String,
+    backend: Backend,
+}
+
+enum Backend {
+    Local(LocalStore),
+    Remote(RemoteStore),
+}
+
+impl Bucket {
+    /// Opens `file:///directory` or `s3://bucket/prefix`. Nothing is asked of a remote store yet, see
+    /// [`probe`](Self::probe).
+    pub fn open(name: &str, url: &str) -> Result<Self> {
+        let malformed = |what: String| Error::new(ErrorKind::Malformed, what).in_file(redacted(url));
+        let parsed = url::Url::parse(url).map_err(|e| malformed("not a URL".to_owned()).because(e))?;
+        if !parsed.username().is_empty() || parsed.password().is_some() {
+            let what = "a bucket's URL holds no credentials: give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY";
+            return Err(malformed(what.to_owned()));
+        }
+        if parsed.query().is_some() || parsed.fragment().is_some() {
+            return Err(malformed("a bucket's URL has no ? and no #; write them as %3F and %23".to_owned()));
+        }
+        let backend = match parsed.scheme() {
+            "file" => {
+                let path =
+                    parsed.to_file_path().map_err(|()| malformed("not a local directory".to_owned()))?;
+                Backend::Local(LocalStore::open(&path)?)
+            }
+            "s3" => Backend::Remote(RemoteStore::s3(&parsed)?),
+            other => {
+                return Err(malformed(format!("the scheme {other:?} is not known; known are file and s3")));
+            }
+        };
+        Ok(Self::new(name, parsed.as_str().trim_end_matches('/'), backend))
+    }
+
+    /// A bucket over given stores, for tests that let requests fail.
+    pub fn with_stores(
+        name: &str,
+        url: &str,
+        store: Arc<dyn ObjectStore>,
+        uploads: Arc<dyn MultipartStore>,
+    ) -> Self {
+        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)))
+    }
+
+    fn new(name: &str, url: &str, backend: Backend) -> Self {
+        Self { inner: Arc::new(Inner { name: name.to_owned(), url: url.to_owned(), backend }) }
+    }
+
+    /// Its name in the mount.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> &str {
+        &self.inner.url
+    }
+
+    /// An object's URL, for people: the key is not escaped.
+    pub fn url_of(&self, key: &ObjectKey) -> String {
+        format!("{}/{key}", self.inner.url)
+    }
+
+    /// Bytes of each part but the last for an object of `object_size` bytes: 8 MiB, or as much as keeps the
+    /// object within 10 000 parts.
+    pub fn part_size_for(&self, object_size: u64) -> Result<u64> {
+        if object_size > MAX_OBJECT_SIZE {
+            let what =
+                format!("an object has at most {MAX_OBJECT_SIZE} bytes, this one would have {object_size}");
+            return Err(Error::new(ErrorKind::TooLarge, what).in_file(self.url()));
+        }
+        let part_size = object_size.div_ceil(MAX_PARTS).max(PART_SIZE).next_multiple_of(MIB);
+        debug_assert!(part_size <= MAX_PART_SIZE);
+        Ok(part_size)
+    }
+
+    /// Finds out whether the bucket is there and can be written, by a small object that is removed again.
+    pub async fn probe(&self) -> Result<()> {
+        let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/probe-{}", unique()));
+        self.put(&key, Bytes::from_static(b"freightfs\n")).await?;
+        self.delete(&key).await
+    }
+
+    /// What is known of an object; `None` when it is not there.
+    pub async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.head(key).await,
+            Backend::Remote(store) => store.head(key).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    /// Whether there is any object below `key/`.
+    pub async fn has_prefix(&self, key: &ObjectKey) -> Result<bool> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.is_directory(key).await,
+            Backend::Remote(store) => store.has_prefix(key).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    /// One level below `prefix`, or of the whole bucket. Our own files are left out.
+    pub async fn list(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
+        let listing = match &self.inner.backend {
+            Backend::Local(store) => store.list(prefix).await,
+            Backend::Remote(store) => store.list(prefix).await,
+        };
+        let mut listing =
+            listing.map_err(|e| e.in_file(prefix.map_or(self.url().to_owned(), |p| self.url_of(p))))?;
+        if prefix.is_none() {
+            listing.prefixes.retain(|name| name != CONTROL_PREFIX);
+        }
+        Ok(listing)
+    }
+
+    /// Bytes of an object, which must still have the tag `etag` when one is given.
+    ///
+    /// # Errors
+    /// [`SourceChanged`](ErrorKind::SourceChanged) when it has another one.
+    pub async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
+        let wanted = range.end - range.start;
+        let bytes = match &self.inner.backend {
+            Backend::Local(store) => store.read(key, range, etag).await,
+            Backend::Remote(store) => store.read(key, range, etag).await,
+        }
+        .map_err(|e| self.named(e, key))?;
+        if bytes.len() as u64 != wanted {
+            let what = format!("the store gave {} bytes instead of {wanted}", bytes.len());
+            return Err(self.named(Error::new(ErrorKind::Io, what), key));
+        }
+        Ok(bytes)
+    }
+
+    /// Writes a small object at once.
+    pub async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.put(key, bytes).await,
+            Backend::Remote(store) => store.put(key, bytes).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    /// Removes an object; one that is not there is no failure.
+    pub async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.delete(key).await,
+            Backend::Remote(store) => store.delete(key).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    /// Copies an object within the bucket.
+    pub async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.copy(from, to).await,
+            Backend::Remote(store) => store.copy(from, to).await,
+        }
+        .map_err(|e| self.named(e, from))
+    }
+
+    /// Makes an empty directory where the store has directories; elsewhere there is nothing to do.
+    pub async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.make_directory(key).await.map_err(|e| self.named(e, key)),
+            Backend::Remote(_) => Ok(()),
+        }
+    }
+
+    /// Removes an empty directory where the store has directories.
+    pub async fn remove_directory(&self, key: &ObjectKey) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.remove_directory(key).await.map_err(|e| self.named(e, key)),
+            Backend::Remote(_) => Ok(()),
+        }
+    }
+
+    /// Starts an upload. Its id is good for later processes too.
+    pub async fn start_upload(&self, key: &ObjectKey, part_size: u64) -> Result<String> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.start_upload(part_size).await,
+            Backend::Remote(store) => store.start_upload(key).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    /// Sends part `index`, counted from 0; returns the id by which it is put together.
+    pub async fn put_part(&self, key: &ObjectKey, upload: &str, index: usize, part: Bytes) -> Result<String> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.put_part(upload, index, part).await,
+            Backend::Remote(store) => store.put_part(key, upload, index, part).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    /// Makes the object out of its parts, and asks the store whether it has the right size.
+    pub async fn complete_upload(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        parts: Vec<String>,
+        object_size: u64,
+    ) -> Result<ObjectMeta> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.complete_upload(key, upload, object_size).await,
+            Backend::Remote(store) => store.complete_upload(key, upload, parts).await,
+        }
+        .map_err(|e| self.named(e, key))?;
+        let wrong = |what: String| self.named(Error::new(ErrorKind::UploadFailed, what), key);
+        let meta = self
+            .head(key)
+            .await?
+            .ok_or_else(|| wrong("the object is not there after its upload".to_owned()))?;
+        if meta.object_size != object_size {
+            return Err(wrong(format!(
+                "the object has {} bytes after its upload, not {object_size}",
+                meta.object_size
+            )));
+        }
+        Ok(meta)
+    }
+
+    /// Gives an upload up; one that is not there any more is no failure.
+    pub async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.abort_upload(upload).await,
+            Backend::Remote(store) => store.abort_upload(key, upload).await,
+        }
+        .map_err(|e| self.named(e, key))
+    }
+
+    fn named(&self, error: Error, key: &ObjectKey) -> Error {
+        error.in_file(self.url_of(key))
+    }
+}
+
+/// A name that nobody else uses: process, time and a random number.
+fn unique() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    format!("{}-{random:016x}", std::process::id())
+}
+
+/// A URL without what stands between scheme and host, which may be a secret.
+fn redacted(url: &str) -> String {
+    match (url.find("://"), url.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme + 3 < at => format!("{}…{}", &url[..scheme + 3], &url[at..]),
+        _ => url.to_owned(),
+    }
+}

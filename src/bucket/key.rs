@@ -1,0 +1,118 @@
+//! Keys: the names of objects, checked once.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::CONTROL_PREFIX;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Longest key in bytes (S3 User Guide, "Naming Amazon S3 objects").
+const MAX_KEY: usize = 1024;
+
+/// Longest segment that a filesystem takes (NAME_MAX in linux/limits.h).
+const MAX_SEGMENT: usize = 255;
+
+/// An object's key: segments joined by `/`, each a name that a filesystem can have.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ObjectKey(String);
+
+impl ObjectKey {
+    /// Checks a key.
+    ///
+    /// # Errors
+    /// [`Malformed`](ErrorKind::Malformed) for an empty segment, `.`, `..`, a control character, more than 1024
+    /// bytes, or a key among our own files.
+    pub fn parse(key: &str) -> Result<Self> {
+        let malformed = |what: &str| Err(Error::new(ErrorKind::Malformed, format!("the key {key:?} {what}")));
+        if key.len() > MAX_KEY {
+            return malformed("has more than 1024 bytes");
+        }
+        for segment in key.split('/') {
+            if segment.is_empty() || segment == "." || segment == ".." {
+                return malformed("has an empty segment, \".\" or \"..\"");
+            }
+            if segment.len() > MAX_SEGMENT {
+                return malformed("has a segment of more than 255 bytes");
+            }
+            if segment.chars().any(char::is_control) {
+                return malformed("has a control character");
+            }
+        }
+        if key.split('/').next() == Some(CONTROL_PREFIX) {
+            return malformed("is among freightfs's own files");
+        }
+        Ok(Self(key.to_owned()))
+    }
+
+    /// A key among our own files.
+    pub(super) fn internal(key: &str) -> Self {
+        Self(key.to_owned())
+    }
+
+    /// The key as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The last segment.
+    pub fn file_name(&self) -> &str {
+        self.0.rsplit_once('/').map_or(&self.0, |(_, name)| name)
+    }
+
+    /// The key without its last segment; `None` at the top of the bucket.
+    pub fn parent(&self) -> Option<Self> {
+        self.0.rsplit_once('/').map(|(parent, _)| Self(parent.to_owned()))
+    }
+
+    /// The key one segment further down.
+    pub fn child(&self, name: &str) -> Result<Self> {
+        Self::parse(&format!("{}/{name}", self.0))
+    }
+
+    /// The key of a file that stands beside the object, with `suffix` added.
+    pub fn with_suffix(&self, suffix: &str) -> Result<Self> {
+        Self::parse(&format!("{}{suffix}", self.0))
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for ObjectKey {
+    type Error = Error;
+
+    fn try_from(key: String) -> Result<Self> {
+        Self::parse(&key)
+    }
+}
+
+impl From<ObjectKey> for String {
+    fn from(key: ObjectKey) -> Self {
+        key.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_checked_and_taken_apart() {
+        let key = ObjectKey::parse("a/b c~#%/ü.raw").unwrap();
+        assert_eq!(key.file_name(), "ü.raw");
+        assert_eq!(key.parent().unwrap().as_str(), "a/b c~#%");
+        assert_eq!(ObjectKey::parse("a").unwrap().parent(), None);
+        assert_eq!(key.with_suffix(".md5").unwrap().file_name(), "ü.raw.md5");
+        let long = "x".repeat(256);
+        for bad in ["", "/a", "a/", "a//b", ".", "a/../b", "a\nb", "a\0", ".freightfs", ".freightfs/x", &long]
+        {
+            assert_eq!(ObjectKey::parse(bad).unwrap_err().kind(), ErrorKind::Malformed, "{bad:?}");
+        }
+        ObjectKey::parse("x/.freightfs").unwrap();
+    }
+}

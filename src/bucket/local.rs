@@ -1,0 +1,363 @@
+//! A local directory as a bucket.
+//!
+//! Written on the system's calls rather than on object_store's LocalFileSystem, which hides and refuses names
+//! such as `a#1`, escapes others, and has no uploads that outlive a process. Every path is opened beneath the
+//! bucket's root by the kernel (openat2 with RESOLVE_BENEATH), so that a symbolic link cannot lead out of it.
+//!
+//! Uploads and puts are files under `.freightfs/uploads/`, renamed to their key when they are whole and synced.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::{CONTROL_PREFIX, Listing, ObjectKey, ObjectMeta, unique};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::KIB;
+
+/// Blocks of zeros of this size are left as holes.
+const ZERO_BLOCK: usize = 64 * KIB as usize;
+
+/// The directory of a bucket.
+#[derive(Clone)]
+pub(super) struct LocalStore {
+    root: Arc<OwnedFd>,
+}
+
+impl LocalStore {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        let file = File::open(path)
+            .map_err(|e| Error::from_io("cannot open the bucket's directory", e).in_file(&place))?;
+        if !file.metadata().is_ok_and(|m| m.is_dir()) {
+            return Err(Error::new(ErrorKind::NotDirectory, "the bucket is not a directory").in_file(place));
+        }
+        Ok(Self { root: Arc::new(file.into()) })
+    }
+
+    /// Runs `work` where it may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = self.clone();
+        let joined = tokio::task::spawn_blocking(move || work(&store)).await;
+        joined.map_err(|e| Error::new(ErrorKind::Internal, "a worker of the bucket panicked").because(e))?
+    }
+
+    /// Opens a path beneath the root.
+    fn open_at(&self, path: &str, flags: OFlag) -> nix::Result<OwnedFd> {
+        let how = OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC)
+            .mode(if flags.contains(OFlag::O_CREAT) {
+                Mode::from_bits_truncate(0o644)
+            } else {
+                Mode::empty()
+            })
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        openat2(self.root.as_fd(), path, how)
+    }
+
+    /// Opens the directory that holds `path`'s last segment, making the ones that are missing if `create`.
+    fn parent<'a>(&self, path: &'a str, create: bool) -> Result<(OwnedFd, &'a str)> {
+        let Some((parent, name)) = path.rsplit_once('/') else {
+            return Ok((self.root.try_clone().map_err(|e| failed("cannot open the bucket", e))?, path));
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let opened = match self.open_at(parent, flags) {
+            Err(Errno::ENOENT) if create => {
+                self.create_directories(parent)?;
+                self.open_at(parent, flags)
+            }
+            opened => opened,
+        };
+        Ok((opened.map_err(|e| failed("cannot open the directory", e))?, name))
+    }
+
+    fn create_directories(&self, path: &str) -> Result<()> {
+        for end in path.match_indices('/').map(|(at, _)| at).chain([path.len()]) {
+            let (parent, name) = self.parent(&path[..end], false)?;
+            match mkdirat(parent, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(errno) => return Err(failed("cannot create a directory", errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn stat(&self, path: &str) -> Result<Option<FileStat>> {
+        match self.open_at(path, OFlag::O_PATH) {
+            Ok(file) => fstat(&file).map(Some).map_err(|e| failed("cannot stat", e)),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Err(errno) => Err(failed("cannot look up", errno)),
+        }
+    }
+
+    pub(super) async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        let key = key.clone();
+        self.blocking(move |store| Ok(store.stat(key.as_str())?.filter(is_file).map(|stat| meta(key, &stat))))
+            .await
+    }
+
+    pub(super) async fn is_directory(&self, key: &ObjectKey) -> Result<bool> {
+        let key = key.clone();
+        self.blocking(move |store| Ok(store.stat(key.as_str())?.is_some_and(|stat| is_directory(&stat))))
+            .await
+    }
+
+    pub(super) async fn list(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
+        let prefix = prefix.cloned();
+        self.blocking(move |store| store.list_now(prefix.as_ref())).await
+    }
+
+    fn list_now(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
+        let mut listing = Listing::default();
+        let path = prefix.map_or(".", ObjectKey::as_str);
+        let opened = match self.open_at(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+            // As in a store: below a key that nobody used there is nothing.
+            Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(listing),
+            opened => opened.map_err(|e| failed("cannot list", e))?,
+        };
+        let mut directory = Dir::from_fd(opened).map_err(|e| failed("cannot list", e))?;
+        let names: Vec<_> = directory.iter().flatten().map(|entry| entry.file_name().to_owned()).collect();
+        for name in names {
+            let Ok(name) = name.to_str() else { continue };
+            let key = match prefix {
+                _ if name == "." || name == ".." => continue,
+                Some(prefix) => prefix.child(name),
+                None => ObjectKey::parse(name),
+            };
+            let Ok(key) = key else { continue };
+            // Links that lead out, and what vanished meanwhile, are not shown.
+            let Ok(Some(stat)) = self.stat(key.as_str()) else { continue };
+            if is_directory(&stat) {
+                listing.prefixes.push(name.to_owned());
+            } else if is_file(&stat) {
+                listing.objects.push(meta(key, &stat));
+            }
+        }
+        listing.objects.sort_by(|a, b| a.key.cmp(&b.key));
+        listing.prefixes.sort();
+        Ok(listing)
+    }
+
+    pub(super) async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
+        let (key, etag) = (key.clone(), etag.map(str::to_owned));
+        self.blocking(move |store| {
+            let opened = store.open_at(key.as_str(), OFlag::O_RDONLY | OFlag::O_NONBLOCK);
+            let file = File::from(opened.map_err(|e| failed("cannot open the object", e))?);
+            let stat = fstat(&file).map_err(|e| failed("cannot stat the object", e))?;
+            if etag.is_some_and(|etag| etag != tag(&stat)) {
+                return Err(Error::new(ErrorKind::SourceChanged, "the object changed since it was opened"));
+            }
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            file.read_exact_at(&mut bytes, range.start).map_err(|e| failed("cannot read the object", e))?;
+            Ok(Bytes::from(bytes))
+        })
+        .await
+    }
+
+    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let upload = store.create_upload(bytes.len() as u64)?;
+            let written = store
+                .write_part(&upload, 0, &bytes)
+                .and_then(|()| store.publish(&upload, &key, bytes.len() as u64));
+            written.inspect_err(|_| {
+                let _ = store.remove_upload(&upload);
+            })
+        })
+        .await
+    }
+
+    pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let parent = store.parent(key.as_str(), false);
+            let (parent, name) = match parent {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                parent => parent?,
+            };
+            match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => Ok(()),
+                Err(errno) => Err(failed("cannot remove the object", errno)),
+            }
+        })
+        .await
+    }
+
+    pub(super) async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+        let (from, to) = (from.clone(), to.clone());
+        self.blocking(move |store| {
+            let opened = store
+                .open_at(from.as_str(), OFlag::O_RDONLY)
+                .map_err(|e| failed("cannot open the object", e))?;
+            let mut source = File::from(opened);
+            let size = source.metadata().map_err(|e| failed("cannot stat the object", e))?.len();
+            let upload = store.create_upload(size.max(1))?;
+            let copied = store.open_upload(&upload).and_then(|(mut file, _)| {
+                // The standard library copies within the kernel where that is possible.
+                std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
+            });
+            copied.and_then(|_| store.publish(&upload, &to, size)).inspect_err(|_| {
+                let _ = store.remove_upload(&upload);
+            })
+        })
+        .await
+    }
+
+    pub(super) async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
+        self.blocking(move |store| store.create_directories(key.as_str())).await
+    }
+
+    pub(super) async fn remove_directory(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let (parent, name) = store.parent(key.as_str(), false)?;
+            unlinkat(parent, name, UnlinkatFlags::RemoveDir)
+                .map_err(|e| failed("cannot remove the directory", e))
+        })
+        .await
+    }
+
+    pub(super) async fn start_upload(&self, part_size: u64) -> Result<String> {
+        self.blocking(move |store| store.create_upload(part_size)).await
+    }
+
+    pub(super) async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<String> {
+        let upload = upload.to_owned();
+        self.blocking(move |store| store.write_part(&upload, index, &part)).await?;
+        Ok(index.to_string())
+    }
+
+    pub(super) async fn complete_upload(&self, key: &ObjectKey, upload: &str, size: u64) -> Result<()> {
+        let (key, upload) = (key.clone(), upload.to_owned());
+        self.blocking(move |store| store.publish(&upload, &key, size)).await
+    }
+
+    pub(super) async fn abort_upload(&self, upload: &str) -> Result<()> {
+        let upload = upload.to_owned();
+        self.blocking(move |store| store.remove_upload(&upload)).await
+    }
+
+    /// An upload's id holds its part size, so that a part's place follows from its index alone.
+    fn create_upload(&self, part_size: u64) -> Result<String> {
+        let upload = format!("{}-{part_size}", unique());
+        let path = upload_path(&upload)?;
+        self.create_directories(&format!("{CONTROL_PREFIX}/uploads"))?;
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY;
+        self.open_at(&path, flags).map_err(|e| failed("cannot create the upload", e))?;
+        Ok(upload)
+    }
+
+    /// The upload's file and its part size.
+    fn open_upload(&self, upload: &str) -> Result<(File, u64)> {
+        let part_size = upload.rsplit_once('-').and_then(|(_, size)| size.parse().ok());
+        let part_size = part_size.ok_or_else(|| Error::new(ErrorKind::Malformed, "not an upload's id"))?;
+        let opened = self.open_at(&upload_path(upload)?, OFlag::O_WRONLY);
+        Ok((opened.map_err(|e| failed("cannot open the upload", e))?.into(), part_size))
+    }
+
+    /// Writes a part at its place. Blocks of zeros stay holes: the file is new, and a part is written once or
+    /// again with the same bytes.
+    fn write_part(&self, upload: &str, index: usize, part: &[u8]) -> Result<()> {
+        let (file, part_size) = self.open_upload(upload)?;
+        let start = part_size
+            .checked_mul(index as u64)
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "too many parts"))?;
+        let mut run = 0;
+        let mut at = 0;
+        let write = |from: usize, to: usize| {
+            let written =
+                if from < to { file.write_all_at(&part[from..to], start + from as u64) } else { Ok(()) };
+            written.map_err(|e| failed("cannot write the part", e))
+        };
+        for block in part.chunks(ZERO_BLOCK) {
+            if block.len() == ZERO_BLOCK && block.iter().all(|&b| b == 0) {
+                write(run, at)?;
+                run = at + block.len();
+            }
+            at += block.len();
+        }
+        write(run, at)
+    }
+
+    /// Gives an upload its size and its name, durably.
+    fn publish(&self, upload: &str, key: &ObjectKey, size: u64) -> Result<()> {
+        let (file, _) = self.open_upload(upload)?;
+        // The last blocks may be zeros that were left out.
+        file.set_len(size).map_err(|e| failed("cannot size the object", e))?;
+        file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
+        let (parent, name) = self.parent(key.as_str(), true)?;
+        renameat(self.root.as_fd(), upload_path(upload)?.as_str(), &parent, name)
+            .map_err(|e| failed("cannot put the object in place", e))?;
+        File::from(parent).sync_all().map_err(|e| failed("cannot sync the object's directory", e))
+    }
+
+    fn remove_upload(&self, upload: &str) -> Result<()> {
+        match unlinkat(self.root.as_fd(), upload_path(upload)?.as_str(), UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(errno) => Err(failed("cannot remove the upload", errno)),
+        }
+    }
+}
+
+/// Where an upload's bytes are. Ids come from journals, which may be damaged.
+fn upload_path(upload: &str) -> Result<String> {
+    if upload.is_empty() || !upload.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        return Err(Error::new(ErrorKind::Malformed, format!("{upload:?} is not an upload's id")));
+    }
+    Ok(format!("{CONTROL_PREFIX}/uploads/{upload}"))
+}
+
+fn failed(what: &str, error: impl Into<std::io::Error>) -> Error {
+    let error = error.into();
+    match error.raw_os_error() {
+        Some(libc::EXDEV) => {
+            Error::new(ErrorKind::PermissionDenied, "a symbolic link leads out of the bucket").because(error)
+        }
+        _ => Error::from_io(what, error),
+    }
+}
+
+fn has_type(stat: &FileStat, wanted: SFlag) -> bool {
+    SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == wanted
+}
+
+fn is_file(stat: &FileStat) -> bool {
+    has_type(stat, SFlag::S_IFREG)
+}
+
+fn is_directory(stat: &FileStat) -> bool {
+    has_type(stat, SFlag::S_IFDIR)
+}
+
+/// Inode, size and mtime: another content has another tag.
+fn tag(stat: &FileStat) -> String {
+    format!("\"{:x}-{:x}-{:x}.{:x}\"", stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec)
+}
+
+fn meta(key: ObjectKey, stat: &FileStat) -> ObjectMeta {
+    let since = Duration::new(
+        u64::try_from(stat.st_mtime).unwrap_or(0),
+        u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+    );
+    ObjectMeta {
+        key,
+        object_size: u64::try_from(stat.st_size).unwrap_or(0),
+        modified: SystemTime::UNIX_EPOCH + since,
+        etag: Some(tag(stat)),
+    }
+}

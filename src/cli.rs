@@ -1,0 +1,169 @@
+//! The command line: arguments, wiring, and what people see.
+
+mod convert;
+mod info;
+mod mount;
+mod wait;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::Error;
+use crate::format::ImageFormat;
+
+/// Exit code when everything succeeded.
+const OK: u8 = 0;
+/// Exit code of a failure. Wrong usage exits with 2, as clap does.
+const FAILED: u8 = 1;
+
+/// A filesystem that shows virtual machine images in every disk format, and turns a copy into an export job.
+#[derive(Debug, Parser)]
+#[command(name = "freightfs", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Mount a catalog of images
+    Mount(MountArguments),
+    /// Convert an image file into another format
+    Convert(ConvertArguments),
+    /// Say what an image file is
+    Info(InfoArguments),
+    /// Wait until the exports of files have ended
+    Wait(WaitArguments),
+}
+
+/// Arguments of `freightfs mount`.
+#[derive(Debug, Args)]
+struct MountArguments {
+    /// Directory with image files
+    catalog: PathBuf,
+    /// Directory to mount on
+    mountpoint: PathBuf,
+    /// A bucket as NAME=URL, with file:///directory or s3://bucket/prefix; may be repeated
+    #[arg(long = "bucket", value_name = "NAME=URL")]
+    buckets: Vec<String>,
+    /// Formats that image directories list, separated by colons
+    #[arg(long, value_name = "FORMAT:…")]
+    formats: Option<String>,
+    /// Closing a copy waits until its export has ended, and fails if it failed
+    #[arg(long)]
+    wait: bool,
+    /// Directory for the journal of jobs and for staging
+    #[arg(long, value_name = "DIR")]
+    state: Option<String>,
+    /// Let other users enter the mount
+    #[arg(long)]
+    allow_other: bool,
+    /// Owner of all files
+    #[arg(long)]
+    uid: Option<String>,
+    /// Group of all files
+    #[arg(long)]
+    gid: Option<String>,
+    /// Permission bits to take away, octal
+    #[arg(long)]
+    umask: Option<String>,
+    /// Mount options, separated by commas: the same words as the flags, and what mount(8) passes
+    #[arg(short = 'o', value_name = "OPTION,…")]
+    options: Vec<String>,
+    /// Stay in the foreground and log to the terminal
+    #[arg(long)]
+    foreground: bool,
+    /// Set by freightfs itself on the process that becomes the daemon
+    #[arg(long, hide = true)]
+    report_ready: bool,
+}
+
+/// Arguments of `freightfs convert`.
+#[derive(Debug, Args)]
+struct ConvertArguments {
+    /// Image file
+    input: PathBuf,
+    /// File to write; its suffix chooses the format
+    output: PathBuf,
+    /// Format of the output, when its suffix does not tell it
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<String>,
+    #[command(flatten)]
+    source: SourceArguments,
+    /// Threads; as many as cores by default
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Show no progress
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// Arguments of `freightfs info`.
+#[derive(Debug, Args)]
+struct InfoArguments {
+    /// Image file
+    image: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    source: SourceArguments,
+}
+
+/// How an image file on the command line is read.
+#[derive(Debug, Args)]
+struct SourceArguments {
+    /// Format of the input, when its extension does not tell it: raw or qcow2
+    #[arg(long, value_name = "FORMAT", value_parser = parse_image_format)]
+    input_format: Option<ImageFormat>,
+    /// A file that the image may use as its backing or data file; may be repeated
+    #[arg(long = "allow-reference", value_name = "FILE")]
+    allowed: Vec<PathBuf>,
+}
+
+/// Arguments of `freightfs wait`.
+#[derive(Debug, Args)]
+struct WaitArguments {
+    /// Objects in a mount, or their status files
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// Give up after so many seconds; the exports go on
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Show no progress
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
+    ImageFormat::from_name(name).ok_or_else(|| "known formats: raw, qcow2".to_owned())
+}
+
+/// Runs the program with the process's arguments.
+pub fn run() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Mount(arguments) => mount::run(arguments),
+        Command::Convert(arguments) => convert::run(&arguments),
+        Command::Info(arguments) => info::run(&arguments),
+        Command::Wait(arguments) => wait::run(&arguments),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// One line for people on standard error.
+fn complain(error: &Error) {
+    eprintln!("freightfs: {}", error.report());
+}
+
+/// Threads that use all cores.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}

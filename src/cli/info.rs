@@ -1,0 +1,100 @@
+//! `freightfs info`: what an image file is.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::convert::open_source;
+use super::{InfoArguments, OK};
+use crate::catalog::OpenDisk;
+use crate::error::Result;
+use crate::format::OutputFormat;
+use crate::image::{ImageDescription, allocation_map};
+use crate::units::{KIB, human_bytes};
+use crate::vfile::VirtualFile;
+
+/// The granularity at which allocation is counted: the smallest that a guest's filesystem usually has.
+const ALLOCATION_UNIT: u64 = 64 * KIB;
+
+#[derive(Serialize)]
+struct Info {
+    #[serde(flatten)]
+    description: ImageDescription,
+    /// Bytes of the guest's disk that hold data, in units of 64 KiB.
+    allocated_size: u64,
+    /// What the image would be in each format.
+    outputs: Vec<Output>,
+}
+
+#[derive(Serialize)]
+struct Output {
+    format: &'static str,
+    size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
+}
+
+pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
+    let disk = open_source(&arguments.image, &arguments.source)?;
+    let info = Info {
+        description: disk.image().description(),
+        allocated_size: allocated_size(&disk)?,
+        outputs: OutputFormat::ALL.into_iter().map(|format| output(&disk, format)).collect(),
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&info).expect("the document has only string keys"));
+    } else {
+        print!("{}", text(&info));
+    }
+    Ok(OK)
+}
+
+fn allocated_size(disk: &OpenDisk) -> Result<u64> {
+    let map = allocation_map(&**disk.image(), ALLOCATION_UNIT)?;
+    Ok((map.allocated() * ALLOCATION_UNIT).min(disk.image().virtual_size()))
+}
+
+fn output(disk: &OpenDisk, format: OutputFormat) -> Output {
+    match disk.file(format) {
+        Ok(file) => Output { format: format.suffix(), size: Some(file.file_size()), refused: None },
+        Err(error) => Output { format: format.suffix(), size: None, refused: Some(error.report()) },
+    }
+}
+
+fn text(info: &Info) -> String {
+    let mut text = String::new();
+    describe(&mut text, &info.description, "");
+    let _ = writeln!(text, "allocated:      {}", sized(info.allocated_size));
+    let _ = writeln!(text, "\nas a file of the mount:");
+    for output in &info.outputs {
+        let value = output
+            .size
+            .map_or_else(|| format!("refused: {}", output.refused.as_deref().unwrap_or("")), sized);
+        let _ = writeln!(text, "  .{:<13} {value}", output.format);
+    }
+    text
+}
+
+fn describe(text: &mut String, image: &ImageDescription, indent: &str) {
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{indent}{:<16}{value}", format!("{name}:"));
+    };
+    line("image", image.file.clone());
+    line("file format", image.format.name().to_owned());
+    line("virtual size", sized(image.virtual_size));
+    line("file size", sized(image.file_size));
+    if let Some(cluster) = image.cluster_size {
+        line("cluster size", cluster.to_string());
+    }
+    for (name, value) in &image.properties {
+        line(name, value.clone());
+    }
+    if let Some(backing) = &image.backing {
+        line("backing file", String::new());
+        describe(text, backing, &format!("{indent}  "));
+    }
+}
+
+fn sized(bytes: u64) -> String {
+    format!("{} ({bytes} bytes)", human_bytes(bytes))
+}

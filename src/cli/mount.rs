@@ -1,0 +1,308 @@
+//! `freightfs mount`: wiring, daemon, signals, end.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+use super::{FAILED, MountArguments, OK, cores};
+use crate::bucket::Bucket;
+use crate::catalog::Catalog;
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
+use crate::format::OutputFormat;
+use crate::fuse::{FuseOptions, MountedSession, Unmounter};
+use crate::metrics::Metrics;
+use crate::settings::{MountSettings, default_state};
+use crate::vfile::VirtualFile;
+use crate::vfs::{Vfs, VfsSettings};
+
+/// What the daemon says on its standard output when the mount answers; anything else is the reason why not.
+const READY: &str = "ready\n";
+
+/// How long fsync and `wait` wait for a job, at most: ZStack's default time-out of an export.
+const WAIT_LIMIT: Duration = Duration::from_secs(3 * 3600);
+
+/// Bytes from which a log is put aside at start.
+const LOG_LIMIT: u64 = 10 << 20;
+
+pub(super) fn run(arguments: MountArguments) -> Result<u8> {
+    let settings = settings(&arguments)?;
+    if !arguments.foreground && !arguments.report_ready {
+        return start_daemon();
+    }
+    let mounted = Mounted::new(&arguments, &settings);
+    if arguments.report_ready {
+        report(&mounted)?;
+    }
+    mounted?.serve()?;
+    Ok(OK)
+}
+
+/// One validated form of flags and options.
+fn settings(arguments: &MountArguments) -> Result<MountSettings> {
+    let mut settings = MountSettings::default();
+    for bucket in &arguments.buckets {
+        settings.apply("bucket", Some(bucket))?;
+    }
+    let flags = [
+        ("formats", &arguments.formats),
+        ("state", &arguments.state),
+        ("uid", &arguments.uid),
+        ("gid", &arguments.gid),
+        ("umask", &arguments.umask),
+    ];
+    for (word, value) in flags {
+        if let Some(value) = value {
+            settings.apply(word, Some(value))?;
+        }
+    }
+    settings.wait |= arguments.wait;
+    settings.allow_other |= arguments.allow_other;
+    arguments.options.iter().try_for_each(|options| settings.apply_options(options))?;
+    Ok(settings)
+}
+
+/// Starts this program again as a daemon, and returns when its mount answers or with its reason.
+fn start_daemon() -> Result<u8> {
+    let failed = |e| Error::from_io("cannot start the daemon", e);
+    let program = std::env::current_exe().map_err(failed)?;
+    let mut child = Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .arg("--report-ready")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let mut said = String::new();
+    if let Some(mut stdout) = child.stdout.take() {
+        stdout.read_to_string(&mut said).map_err(failed)?;
+    }
+    if said == READY {
+        return Ok(OK);
+    }
+    let status = child.wait().map_err(failed)?;
+    if said.is_empty() {
+        return Err(Error::new(ErrorKind::Internal, format!("the daemon ended without a reason: {status}")));
+    }
+    eprint!("{said}");
+    Ok(FAILED)
+}
+
+/// Tells the waiting parent how it went and lets go of its terminal.
+fn report(mounted: &Result<Mounted>) -> Result<()> {
+    let line = match mounted {
+        Ok(_) => READY.to_owned(),
+        Err(error) => format!("freightfs: {}\n", error.report()),
+    };
+    let failed = |e: std::io::Error| Error::from_io("cannot detach", e);
+    let mut stdout = std::io::stdout();
+    stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()).map_err(failed)?;
+    if mounted.is_err() {
+        std::process::exit(FAILED.into());
+    }
+    let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
+    nix::unistd::dup2_stdout(&null).map_err(|e| failed(e.into()))?;
+    nix::unistd::dup2_stderr(&null).map_err(|e| failed(e.into()))
+}
+
+/// A mount that answers.
+struct Mounted {
+    session: MountedSession,
+    mountpoint: PathBuf,
+    jobs: JobQueue,
+    vfs: Arc<Vfs>,
+    runtime: Runtime,
+    _state: StateDir,
+}
+
+impl Mounted {
+    fn new(arguments: &MountArguments, settings: &MountSettings) -> Result<Self> {
+        let mountpoint = mountpoint(&arguments.mountpoint)?;
+        let catalog = Catalog::open(&arguments.catalog)?;
+        let state_path = match &settings.state {
+            Some(path) => std::path::absolute(path)
+                .map_err(|e| Error::from_io("cannot resolve the state directory", e))?,
+            None => default_state(&state_base()?, &mountpoint),
+        };
+        let state = StateDir::open(&state_path)?;
+        if arguments.report_ready {
+            // The daemon's own session: signals of the terminal do not reach it.
+            nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
+            log_to_file(&state_path)?;
+        } else {
+            log_to_terminal();
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(cores())
+            .max_blocking_threads(1024)
+            .thread_keep_alive(Duration::from_secs(60))
+            .enable_all()
+            .build()
+            .map_err(|e| Error::from_io("cannot start the runtime", e))?;
+        let buckets = runtime.block_on(open_buckets(settings))?;
+        let metrics = Arc::new(Metrics::default());
+        let handle = runtime.handle().clone();
+        let jobs = JobQueue::new(
+            buckets.clone(),
+            state.journal(),
+            Arc::clone(&metrics),
+            QueueSettings::default(),
+            handle.clone(),
+        );
+        let vfs_settings = VfsSettings {
+            formats: settings.formats(),
+            wait: settings.wait,
+            wait_limit: WAIT_LIMIT,
+            uid: settings.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),
+            gid: settings.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
+            umask: settings.umask.unwrap_or(0),
+            staging: state.staging(),
+            shown_config: settings.shown(catalog.root(), &mountpoint, &state_path),
+        };
+        let options = FuseOptions {
+            source: catalog.root().display().to_string(),
+            allow_other: settings.allow_other,
+            threads: (2 * cores()).max(4),
+        };
+        let vfs = Arc::new(Vfs::new(catalog, buckets, jobs.clone(), metrics, vfs_settings, handle.clone()));
+        let session = MountedSession::new(Arc::clone(&vfs), handle, &mountpoint, &options)?;
+        info!(mountpoint = %mountpoint.display(), state = %state_path.display(), "mounted");
+        Ok(Self { session, mountpoint, jobs, vfs, runtime, _state: state })
+    }
+
+    /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and
+    /// the next mount with this state directory goes on with them.
+    fn serve(mut self) -> Result<()> {
+        let vfs = Arc::clone(&self.vfs);
+        self.jobs.resume(|image| resolve(&vfs, image))?;
+        let signalled = Arc::new(AtomicBool::new(false));
+        let unmounter = self.session.unmounter();
+        let ended = self.runtime.spawn(on_signal(unmounter, self.mountpoint.clone(), Arc::clone(&signalled)));
+        let result = self.session.run();
+        if !signalled.load(Ordering::SeqCst) {
+            let left = self.jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
+            if left > 0 {
+                info!("unmounted; finishing {left} jobs");
+            }
+            self.runtime.block_on(async {
+                tokio::select! {
+                    () = self.jobs.drain() => {}
+                    _ = ended => {}
+                }
+            });
+        }
+        self.runtime.block_on(self.jobs.stop());
+        info!("ended");
+        self.runtime.shutdown_timeout(Duration::from_secs(1));
+        result
+    }
+}
+
+/// Finds the bytes of a recorded job again, if its source is what it was.
+fn resolve(vfs: &Vfs, image: &StatusImage) -> Result<Arc<dyn VirtualFile>> {
+    let format = OutputFormat::from_suffix(&image.format)?;
+    vfs.recorded_file(image, format)
+}
+
+async fn open_buckets(settings: &MountSettings) -> Result<BTreeMap<String, Bucket>> {
+    let mut buckets = BTreeMap::new();
+    for setting in &settings.buckets {
+        let named = |e: Error| Error::new(e.kind(), format!("bucket {}: {}", setting.name, e.report()));
+        let bucket = Bucket::open(&setting.name, &setting.url).map_err(named)?;
+        bucket.probe().await.map_err(named)?;
+        buckets.insert(setting.name.clone(), bucket);
+    }
+    Ok(buckets)
+}
+
+/// Unmounts at SIGTERM and SIGINT; a mount that is busy is detached, and its open files end with the process.
+async fn on_signal(mut unmounter: Unmounter, mountpoint: PathBuf, signalled: Arc<AtomicBool>) {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        warn!("signals cannot be handled");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    signalled.store(true, Ordering::SeqCst);
+    info!("ending by signal; unfinished jobs stay recorded");
+    let _ = tokio::task::spawn_blocking(move || {
+        if let Err(error) = unmounter.unmount() {
+            warn!("{}; detaching", error.report());
+            detach(&mountpoint);
+        }
+    })
+    .await;
+}
+
+/// Takes a busy mount out of the tree.
+fn detach(mountpoint: &Path) {
+    let detached = nix::mount::umount2(mountpoint, nix::mount::MntFlags::MNT_DETACH).is_ok();
+    if !detached {
+        let _ = Command::new("fusermount3").args(["-u", "-z", "-q", "--"]).arg(mountpoint).status();
+    }
+}
+
+/// The mount point as an absolute path, checked to be a directory that answers.
+fn mountpoint(path: &Path) -> Result<PathBuf> {
+    let place = path.display().to_string();
+    let meta = std::fs::metadata(path).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENOTCONN) => {
+            let what = "an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`, then mount again";
+            Error::new(ErrorKind::Busy, what).in_file(&place)
+        }
+        _ => Error::from_io("cannot use the mount point", e).in_file(&place),
+    })?;
+    if !meta.is_dir() {
+        return Err(Error::new(ErrorKind::NotDirectory, "the mount point is not a directory").in_file(place));
+    }
+    path.canonicalize().map_err(|e| Error::from_io("cannot resolve the mount point", e).in_file(place))
+}
+
+/// `$XDG_STATE_HOME`, else /var/lib for root and ~/.local/state for others.
+fn state_base() -> Result<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if let Some(base) = variable("XDG_STATE_HOME").filter(|p| p.is_absolute()) {
+        return Ok(base);
+    }
+    if nix::unistd::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib"));
+    }
+    let missing =
+        || Error::new(ErrorKind::NotFound, "HOME is not set; give the state directory with --state");
+    Ok(variable("HOME").ok_or_else(missing)?.join(".local/state"))
+}
+
+fn log_filter() -> tracing_subscriber::EnvFilter {
+    tracing_subscriber::EnvFilter::try_from_env("FREIGHTFS_LOG")
+        .unwrap_or_else(|_| "warn,freightfs=info".into())
+}
+
+fn log_to_terminal() {
+    let _ = tracing_subscriber::fmt().with_env_filter(log_filter()).with_writer(std::io::stderr).try_init();
+}
+
+/// The daemon's log: `log` in the state directory, put aside as `log.1` at start when it has grown.
+fn log_to_file(state: &Path) -> Result<()> {
+    let path = state.join("log");
+    let failed = |e| Error::from_io("cannot open the log", e).in_file(path.display().to_string());
+    if std::fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
+        std::fs::rename(&path, state.join("log.1")).map_err(failed)?;
+    }
+    let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
+    let _ =
+        tracing_subscriber::fmt().with_env_filter(log_filter()).with_ansi(false).with_writer(file).try_init();
+    Ok(())
+}

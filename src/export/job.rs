@@ -1,0 +1,242 @@
+//! A job: what was asked for, how far it is, and those who wait for it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use parking_lot::{Condvar, Mutex};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::status::{JobState, STATUS_VERSION, Status, StatusImage};
+use crate::bucket::ObjectKey;
+use crate::error::{Error, ErrorKind, Result};
+use crate::vfile::VirtualFile;
+
+/// Where a job's bytes come from, in words that a later process understands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobSource {
+    /// A file of the catalog.
+    Image(StatusImage),
+    /// A file in the staging directory, complete and synced, removed when the job ends.
+    Staged(PathBuf),
+}
+
+/// What is to be exported, and where to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRequest {
+    /// The bucket's name in the mount.
+    pub bucket: String,
+    /// The object's key.
+    pub key: ObjectKey,
+    /// The bytes.
+    pub source: JobSource,
+    /// The client's token.
+    pub client_token: Option<String>,
+}
+
+/// Why a running job is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// Go on.
+    No,
+    /// The user cancelled it: it ends, and nothing of it stays.
+    Cancel,
+    /// The daemon ends: it stays recorded and is taken up by the next one.
+    Shutdown,
+}
+
+/// A job of this process's queue.
+pub struct Job {
+    request: JobRequest,
+    status: Mutex<Status>,
+    ended: Condvar,
+    /// The error as it happened, for waiters; the status has it in words.
+    failure: Mutex<Option<Error>>,
+    file: Mutex<Option<Arc<dyn VirtualFile>>>,
+    started: Mutex<Option<Instant>>,
+    /// The multipart upload under way.
+    upload: Mutex<Option<String>>,
+    pub(super) stop: watch::Sender<Stop>,
+}
+
+impl Job {
+    /// A job that is about to be recorded.
+    pub(super) fn new(request: JobRequest, url: String, file: Option<Arc<dyn VirtualFile>>) -> Self {
+        let size = file.as_ref().map(|f| f.file_size());
+        let status = Status {
+            version: STATUS_VERSION,
+            job_id: new_job_id(),
+            status: JobState::Init,
+            progress: 0,
+            image: match &request.source {
+                JobSource::Image(image) => Some(image.clone()),
+                JobSource::Staged(_) => None,
+            },
+            bucket: request.bucket.clone(),
+            key: request.key.to_string(),
+            url,
+            size,
+            bytes_done: 0,
+            bytes_uploaded: 0,
+            begin_time: now(),
+            end_time: None,
+            eta_seconds: None,
+            md5: None,
+            sha256: None,
+            etag: None,
+            client_token: request.client_token.clone(),
+            host: nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default(),
+            attempt: 0,
+            error: None,
+        };
+        Self::from_record(request, status, file)
+    }
+
+    /// A job as a record tells it.
+    pub(super) fn from_record(
+        request: JobRequest,
+        status: Status,
+        file: Option<Arc<dyn VirtualFile>>,
+    ) -> Self {
+        Self {
+            request,
+            status: Mutex::new(status),
+            ended: Condvar::new(),
+            failure: Mutex::default(),
+            file: Mutex::new(file),
+            started: Mutex::default(),
+            upload: Mutex::default(),
+            stop: watch::Sender::new(Stop::No),
+        }
+    }
+
+    /// What was asked for.
+    pub fn request(&self) -> &JobRequest {
+        &self.request
+    }
+
+    /// The job's id.
+    pub fn id(&self) -> String {
+        self.status.lock().job_id.clone()
+    }
+
+    /// A snapshot of the job's status.
+    pub fn status(&self) -> Status {
+        let mut status = self.status.lock().clone();
+        status.eta_seconds = self.eta(&status);
+        status
+    }
+
+    /// The bytes that the job exports, as long as it has not ended.
+    pub fn file(&self) -> Option<Arc<dyn VirtualFile>> {
+        self.file.lock().clone()
+    }
+
+    /// Waits until the job has ended, at most `limit`.
+    ///
+    /// # Errors
+    /// The job's own failure, or [`TimedOut`](ErrorKind::TimedOut).
+    pub fn wait(&self, limit: Duration) -> Result<Status> {
+        let deadline = Instant::now() + limit;
+        let mut status = self.status.lock();
+        while !status.status.is_final() {
+            if self.ended.wait_until(&mut status, deadline).timed_out() && !status.status.is_final() {
+                let what = format!("the job has not ended within {} seconds; it goes on", limit.as_secs());
+                return Err(Error::new(ErrorKind::TimedOut, what).in_file(status.url.clone()));
+            }
+        }
+        let status = status.clone();
+        self.outcome(&status).map(|()| status)
+    }
+
+    /// The failure of a job that has failed.
+    pub fn outcome(&self, status: &Status) -> Result<()> {
+        if matches!(status.status, JobState::Fail | JobState::Cancelled) {
+            let unknown = || {
+                let text = status.error.as_ref().map_or("the job failed", |e| e.description.as_str());
+                Error::new(ErrorKind::UploadFailed, text).in_file(status.url.clone())
+            };
+            return Err(self.failure.lock().clone().unwrap_or_else(unknown));
+        }
+        Ok(())
+    }
+
+    /// Asks the job to end; it does when its transfers under way are dropped.
+    pub fn cancel(&self) {
+        self.stop.send_if_modified(|stop| {
+            let first = *stop == Stop::No;
+            *stop = if first { Stop::Cancel } else { *stop };
+            first
+        });
+    }
+
+    /// Changes the status under its lock.
+    pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.status.lock());
+    }
+
+    /// Begins an attempt.
+    pub(super) fn start(&self, file: Arc<dyn VirtualFile>) {
+        *self.started.lock() = Some(Instant::now());
+        let size = file.file_size();
+        *self.file.lock() = Some(file);
+        self.update(|s| {
+            s.status = JobState::Running;
+            s.attempt += 1;
+            s.size = Some(size);
+            (s.bytes_done, s.bytes_uploaded, s.progress) = (0, 0, 0);
+        });
+    }
+
+    /// Counts bytes that the store confirmed.
+    pub(super) fn uploaded(&self, bytes: u64) {
+        self.update(|s| {
+            s.bytes_uploaded += bytes;
+            // 100 is for SUCCESS alone.
+            let percent = s.bytes_uploaded.saturating_mul(100).checked_div(s.size.unwrap_or(0)).unwrap_or(0);
+            s.progress = percent.min(99) as u8;
+        });
+    }
+
+    /// Remembers the multipart upload under way.
+    pub(super) fn set_upload(&self, upload: &str) {
+        *self.upload.lock() = Some(upload.to_owned());
+    }
+
+    /// The multipart upload under way.
+    pub(super) fn upload(&self) -> Option<String> {
+        self.upload.lock().clone()
+    }
+
+    /// Ends the job: `last` is its status for ever, `error` is kept for waiters, all of them are woken.
+    pub(super) fn end(&self, last: Status, error: Option<&Error>) {
+        *self.failure.lock() = error.cloned();
+        *self.file.lock() = None;
+        *self.status.lock() = last;
+        self.ended.notify_all();
+    }
+
+    fn eta(&self, status: &Status) -> Option<u64> {
+        let elapsed = (*self.started.lock())?.elapsed().as_secs_f64();
+        let (done, size) = (status.bytes_uploaded, status.size?);
+        (status.status == JobState::Running && done > 0)
+            .then(|| (elapsed * size.saturating_sub(done) as f64 / done as f64).ceil() as u64)
+    }
+}
+
+/// Now, to the second's thousandth: what people and programs read.
+pub(super) fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
+}
+
+/// An id that sorts by time and is unique over hosts: milliseconds since 1970 and 64 random bits, hexadecimal.
+fn new_job_id() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    // RandomState is seeded by the operating system and differs at each call.
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    format!("{:012x}-{random:016x}", Timestamp::now().as_millisecond())
+}

@@ -1,0 +1,381 @@
+//! The queue: accepts jobs durably, runs a bounded number of them, and takes up those of a daemon that died.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tracing::{error, info, warn};
+
+use super::job::{Job, JobRequest, JobSource, Stop};
+use super::journal::{Journal, Record};
+use super::status::{JobState, StatusImage};
+use super::upload::{Attempt, Uploaded};
+use crate::bucket::{Bucket, ObjectKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::Metrics;
+use crate::vfile::VirtualFile;
+
+/// How often, at most, a running job's status is written into the bucket.
+const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Ended jobs that stay in memory; the oldest go first.
+const ENDED_KEPT: usize = 1000;
+
+/// How a queue works.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueSettings {
+    /// Jobs that run at once; the others wait in the order in which they came.
+    pub running: usize,
+}
+
+impl Default for QueueSettings {
+    fn default() -> Self {
+        Self { running: 4 }
+    }
+}
+
+/// The jobs of a mount.
+#[derive(Clone)]
+pub struct JobQueue {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    buckets: BTreeMap<String, Bucket>,
+    journal: Journal,
+    metrics: Arc<Metrics>,
+    running: Arc<Semaphore>,
+    runtime: Handle,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// By id, so by time.
+    jobs: BTreeMap<String, Arc<Job>>,
+    /// The newest job of each key.
+    newest: HashMap<(String, ObjectKey), Arc<Job>>,
+}
+
+impl JobQueue {
+    /// An empty queue that exports into `buckets` and runs on `runtime`.
+    pub fn new(
+        buckets: BTreeMap<String, Bucket>,
+        journal: Journal,
+        metrics: Arc<Metrics>,
+        settings: QueueSettings,
+        runtime: Handle,
+    ) -> Self {
+        let inner = Inner {
+            buckets,
+            journal,
+            metrics,
+            running: Arc::new(Semaphore::new(settings.running.max(1))),
+            runtime,
+            table: Mutex::default(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Records a job durably and starts it. From the return of this call on, a crash does not lose it.
+    ///
+    /// # Errors
+    /// [`Busy`](ErrorKind::Busy) while another job makes the same key.
+    pub fn submit(&self, request: JobRequest, file: Arc<dyn VirtualFile>) -> Result<Arc<Job>> {
+        let job = self.enter(request, Some(file))?;
+        if let Err(error) = self.inner.journal.save(&Record::new(job.request().clone(), job.status())) {
+            let mut last = job.status();
+            last.fail(&error);
+            job.end(last, Some(&error));
+            return Err(error);
+        }
+        self.inner.metrics.jobs_submitted.add(1);
+        self.spawn(Arc::clone(&job), None);
+        Ok(job)
+    }
+
+    /// Records that a copy was refused before a job could start, so that its status file says why.
+    pub fn record_refusal(&self, request: JobRequest, error: &Error) -> Result<()> {
+        let job = self.enter(request, None)?;
+        self.inner.metrics.jobs_submitted.add(1);
+        let inner = Arc::clone(&self.inner);
+        let error = error.clone();
+        self.inner.runtime.spawn(async move { inner.end(&job, Err(error)).await });
+        Ok(())
+    }
+
+    /// Takes up the jobs in the journal that have not ended, and remembers those that have. `resolver` finds the
+    /// bytes of an image again, or fails when the source is not of the recorded generation any more.
+    pub fn resume(&self, resolver: impl Fn(&StatusImage) -> Result<Arc<dyn VirtualFile>>) -> Result<()> {
+        let (records, errors) = self.inner.journal.load()?;
+        for error in errors {
+            warn!("a job's record cannot be used: {}", error.report());
+        }
+        for record in records {
+            let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), None));
+            self.inner.table.lock().insert(&job);
+            if record.status.status.is_final() {
+                continue;
+            }
+            let file = match &record.request.source {
+                JobSource::Image(image) => resolver(image),
+                JobSource::Staged(path) => super::staged_file(path),
+            };
+            info!(job = job.id(), key = %record.request.key, "taking up a job");
+            match file {
+                Ok(file) => {
+                    job.start(file);
+                    self.spawn(job, record.upload);
+                }
+                Err(error) => {
+                    let inner = Arc::clone(&self.inner);
+                    self.inner.runtime.spawn(async move {
+                        inner.abort(&job, record.upload.as_deref()).await;
+                        inner.end(&job, Err(error)).await;
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The newest job of that key, ended or not.
+    pub fn newest(&self, bucket: &str, key: &ObjectKey) -> Option<Arc<Job>> {
+        self.inner.table.lock().newest.get(&(bucket.to_owned(), key.clone())).cloned()
+    }
+
+    /// The job of that key that has not ended.
+    pub fn active(&self, bucket: &str, key: &ObjectKey) -> Option<Arc<Job>> {
+        self.newest(bucket, key).filter(|job| !job.status().status.is_final())
+    }
+
+    /// Keys under way in a bucket.
+    pub fn active_in(&self, bucket: &str) -> Vec<Arc<Job>> {
+        let table = self.inner.table.lock();
+        let active =
+            table.newest.iter().filter(|((b, _), job)| b == bucket && !job.status().status.is_final());
+        active.map(|(_, job)| Arc::clone(job)).collect()
+    }
+
+    /// The job with that id.
+    pub fn job(&self, id: &str) -> Option<Arc<Job>> {
+        self.inner.table.lock().jobs.get(id).cloned()
+    }
+
+    /// All jobs that this mount knows, oldest first.
+    pub fn jobs(&self) -> Vec<Arc<Job>> {
+        self.inner.table.lock().jobs.values().cloned().collect()
+    }
+
+    /// Forgets the ended job of a key, after its status file was removed.
+    pub fn forget(&self, bucket: &str, key: &ObjectKey) {
+        let mut table = self.inner.table.lock();
+        let entry = (bucket.to_owned(), key.clone());
+        if table.newest.get(&entry).is_some_and(|job| job.status().status.is_final()) {
+            table.newest.remove(&entry);
+        }
+    }
+
+    /// Waits until no job is left that has not ended.
+    pub async fn drain(&self) {
+        while let Some(job) = self.jobs().into_iter().find(|job| !job.status().status.is_final()) {
+            let _ = tokio::task::spawn_blocking(move || job.wait(Duration::from_secs(3600))).await;
+        }
+    }
+
+    /// Tells every job to stop where it is and to stay recorded; returns when none touches a store any more.
+    pub async fn stop(&self) {
+        for job in self.jobs() {
+            job.stop.send_if_modified(|stop| std::mem::replace(stop, Stop::Shutdown) == Stop::No);
+        }
+        while Arc::strong_count(&self.inner.running) > 1 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Puts a new job into the table unless its key is taken.
+    fn enter(&self, request: JobRequest, file: Option<Arc<dyn VirtualFile>>) -> Result<Arc<Job>> {
+        let bucket = self.inner.bucket(&request.bucket)?;
+        let url = bucket.url_of(&request.key);
+        let mut table = self.inner.table.lock();
+        let entry = (request.bucket.clone(), request.key.clone());
+        if let Some(other) = table.newest.get(&entry).filter(|j| !j.status().status.is_final()) {
+            let what = format!("job {} is making this object", other.id());
+            return Err(Error::new(ErrorKind::Busy, what).in_file(url));
+        }
+        let job = Arc::new(Job::new(request, url, file));
+        table.insert(&job);
+        Ok(job)
+    }
+
+    fn spawn(&self, job: Arc<Job>, left_over: Option<String>) {
+        let inner = Arc::clone(&self.inner);
+        let running = Arc::clone(&self.inner.running);
+        self.inner.runtime.spawn(async move {
+            // `running` is held to the end of the task: `stop` waits until nobody else holds it.
+            inner.run(&job, &running, left_over).await;
+            drop(running);
+        });
+    }
+}
+
+impl Table {
+    fn insert(&mut self, job: &Arc<Job>) {
+        let request = job.request();
+        self.newest.insert((request.bucket.clone(), request.key.clone()), Arc::clone(job));
+        self.jobs.insert(job.id(), Arc::clone(job));
+        let ended: Vec<_> = self
+            .jobs
+            .iter()
+            .filter(|(_, j)| j.status().status.is_final())
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in ended.iter().take(ended.len().saturating_sub(ENDED_KEPT)) {
+            if let Some(old) = self.jobs.remove(id) {
+                let entry = (old.request().bucket.clone(), old.request().key.clone());
+                if self.newest.get(&entry).is_some_and(|newest| Arc::ptr_eq(newest, &old)) {
+                    self.newest.remove(&entry);
+                }
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn bucket(&self, name: &str) -> Result<&Bucket> {
+        self.buckets
+            .get(name)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no bucket {name:?} is mounted here")))
+    }
+
+    async fn run(&self, job: &Arc<Job>, running: &Semaphore, left_over: Option<String>) {
+        let mut stop = job.stop.subscribe();
+        self.abort(job, left_over.as_deref()).await;
+        let result = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop != Stop::No) => None,
+            result = self.attempt(job, running) => Some(result),
+        };
+        match result {
+            Some(result) => self.end(job, result).await,
+            None if *job.stop.borrow() == Stop::Cancel => {
+                let error =
+                    Error::new(ErrorKind::Cancelled, "the export was cancelled").in_file(job.status().url);
+                self.end(job, Err(error)).await;
+            }
+            // The record stays as it is: the next daemon takes the job up.
+            None => info!(job = job.id(), "stopped; the next mount goes on"),
+        }
+    }
+
+    async fn attempt(&self, job: &Arc<Job>, running: &Semaphore) -> Result<Uploaded> {
+        let _permit = running
+            .acquire()
+            .await
+            .map_err(|e| Error::new(ErrorKind::Internal, "queue closed").because(e))?;
+        let request = job.request();
+        let bucket = self.bucket(&request.bucket)?;
+        let file = job.file().ok_or_else(|| Error::new(ErrorKind::Internal, "the job has no source"))?;
+        job.start(Arc::clone(&file));
+        info!(job = job.id(), url = job.status().url, "export started");
+        self.put_status(job).await;
+        let written = AtomicI64::new(job.status().begin_time.as_second());
+        let attempt = Attempt { bucket, key: &request.key, file, job, metrics: &self.metrics };
+        let started = |upload: &str| {
+            let mut record = Record::new(request.clone(), job.status());
+            record.upload = Some(upload.to_owned());
+            job.set_upload(upload);
+            self.journal.save(&record)
+        };
+        let progress = || async {
+            let now = jiff::Timestamp::now().as_second();
+            if now - written.load(Ordering::Relaxed) >= STATUS_INTERVAL.as_secs() as i64 {
+                written.store(now, Ordering::Relaxed);
+                self.put_status(job).await;
+            }
+        };
+        let uploaded = attempt.run(started, progress).await?;
+        self.put_checksums(bucket, &request.key, &uploaded).await?;
+        Ok(uploaded)
+    }
+
+    /// Ends a job for good: leaves nothing of a failed upload, writes record and status file, wakes who waits.
+    async fn end(&self, job: &Arc<Job>, result: Result<Uploaded>) {
+        if result.is_err() {
+            self.abort(job, job.upload().as_deref()).await;
+        }
+        let mut last = job.status();
+        match &result {
+            Ok(uploaded) => {
+                last.succeed(uploaded.meta.etag.clone(), &uploaded.sha256, &uploaded.md5);
+                self.metrics.jobs_succeeded.add(1);
+                info!(job = last.job_id, url = last.url, "export succeeded");
+            }
+            Err(error) => {
+                last.fail(error);
+                if last.status == JobState::Cancelled {
+                    self.metrics.jobs_cancelled.add(1);
+                } else {
+                    self.metrics.jobs_failed.add(1);
+                }
+                error!(job = last.job_id, url = last.url, "export ended: {}", error.report());
+            }
+        }
+        if let Err(error) = self.journal.save(&Record::new(job.request().clone(), last.clone())) {
+            error!(job = last.job_id, "{}", error.report());
+        }
+        self.put_status_bytes(job, last.to_json()).await;
+        job.end(last, result.as_ref().err());
+        if let JobSource::Staged(path) = &job.request().source {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// Aborts an upload of this job that is known by its id.
+    async fn abort(&self, job: &Job, upload: Option<&str>) {
+        let (Some(upload), Ok(bucket)) = (upload, self.bucket(&job.request().bucket)) else { return };
+        if let Err(error) = bucket.abort_upload(&job.request().key, upload).await {
+            warn!(job = job.id(), "an unfinished upload could not be aborted: {}", error.report());
+        }
+    }
+
+    async fn put_status(&self, job: &Job) {
+        self.put_status_bytes(job, job.status().to_json()).await;
+    }
+
+    /// Writes the status into the bucket, for other hosts and plain clients. A failure is logged: the mount and
+    /// the journal have the status all the same.
+    async fn put_status_bytes(&self, job: &Job, json: Vec<u8>) {
+        let request = job.request();
+        let put = async {
+            let bucket = self.bucket(&request.bucket)?;
+            bucket.put(&request.key.with_suffix(".status")?, Bytes::from(json)).await
+        };
+        if let Err(error) = put.await {
+            warn!(job = job.id(), "the status file could not be written into the bucket: {}", error.report());
+        }
+    }
+
+    /// `KEY.sha256` and `KEY.md5`, as `sha256sum -c` and `md5sum -c` read them in the object's directory.
+    async fn put_checksums(&self, bucket: &Bucket, key: &ObjectKey, uploaded: &Uploaded) -> Result<()> {
+        for (suffix, digest) in [(".sha256", &uploaded.sha256), (".md5", &uploaded.md5)] {
+            let line = checksum_line(digest, key.file_name());
+            bucket.put(&key.with_suffix(suffix)?, Bytes::from(line)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A line of coreutils' checksum files; names with a backslash or a newline are escaped as coreutils does.
+fn checksum_line(digest: &str, name: &str) -> String {
+    if name.contains(['\\', '\n', '\r']) {
+        let name = name.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r");
+        return format!("\\{digest}  {name}\n");
+    }
+    format!("{digest}  {name}\n")
+}

@@ -1,0 +1,152 @@
+//! The status file: one JSON object that says how far an export is, and how it ended.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::job::now;
+use crate::error::{Error, ErrorKind};
+
+/// Version of the status file's fields.
+pub const STATUS_VERSION: u32 = 1;
+
+/// Where a job is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum JobState {
+    /// Recorded durably, not started.
+    Init,
+    /// Being read and uploaded.
+    Running,
+    /// The object is in the bucket, its size and checksums verified.
+    Success,
+    /// Ended without an object; `error` says why.
+    Fail,
+    /// Ended by the user without an object.
+    Cancelled,
+}
+
+impl JobState {
+    /// Whether the job will not change any more.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Success | Self::Fail | Self::Cancelled)
+    }
+}
+
+/// What is exported, when it is an image of the catalog.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusImage {
+    /// The image's id.
+    pub id: String,
+    /// The image's name for people, else its id.
+    pub name: String,
+    /// The disk.
+    pub disk: String,
+    /// The format's suffix.
+    pub format: String,
+    /// The generation of the source.
+    pub generation: String,
+}
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusError {
+    /// A public code, see [`ErrorKind::code`](crate::error::ErrorKind::code).
+    pub code: String,
+    /// What the code means, for people.
+    pub description: String,
+    /// Where it happened and what happened.
+    pub details: String,
+    /// The causes below it.
+    pub cause: Option<String>,
+}
+
+impl From<&Error> for StatusError {
+    fn from(error: &Error) -> Self {
+        Self {
+            code: error.kind().code().to_owned(),
+            description: error.what().to_owned(),
+            details: error.to_string(),
+            cause: error.cause(),
+        }
+    }
+}
+
+/// The content of `KEY.status` and of `jobs/JOB.json`. Fields that are not known yet are null, never absent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// [`STATUS_VERSION`].
+    pub version: u32,
+    /// The job's id, unique over all hosts.
+    pub job_id: String,
+    /// The job's state.
+    pub status: JobState,
+    /// Percent of the bytes uploaded, 0 to 100; 100 only with SUCCESS.
+    pub progress: u8,
+    /// The image exported; null for a plain write.
+    pub image: Option<StatusImage>,
+    /// The bucket's name in the mount.
+    pub bucket: String,
+    /// The object's key.
+    pub key: String,
+    /// The object's URL.
+    pub url: String,
+    /// Bytes of the object.
+    pub size: Option<u64>,
+    /// Bytes read and hashed.
+    pub bytes_done: u64,
+    /// Bytes that the store has confirmed.
+    pub bytes_uploaded: u64,
+    /// When the job was recorded.
+    pub begin_time: Timestamp,
+    /// When it ended.
+    pub end_time: Option<Timestamp>,
+    /// Seconds that are left at the rate so far.
+    pub eta_seconds: Option<u64>,
+    /// MD5 of the object, hexadecimal.
+    pub md5: Option<String>,
+    /// SHA-256 of the object, hexadecimal.
+    pub sha256: Option<String>,
+    /// The store's entity tag of the object.
+    pub etag: Option<String>,
+    /// The token that the client gave for this request.
+    pub client_token: Option<String>,
+    /// The host that runs the job.
+    pub host: String,
+    /// How often the job was started, from 1.
+    pub attempt: u32,
+    /// Why it failed.
+    pub error: Option<StatusError>,
+}
+
+impl Status {
+    /// The end with an object in the bucket.
+    pub(super) fn succeed(&mut self, etag: Option<String>, sha256: &str, md5: &str) {
+        self.status = JobState::Success;
+        self.progress = 100;
+        self.etag = etag;
+        self.sha256 = Some(sha256.to_owned());
+        self.md5 = Some(md5.to_owned());
+        self.end();
+    }
+
+    /// The end without an object: FAIL, or CANCELLED when that is what happened.
+    pub(super) fn fail(&mut self, error: &Error) {
+        let cancelled = error.kind() == ErrorKind::Cancelled;
+        self.status = if cancelled { JobState::Cancelled } else { JobState::Fail };
+        self.error = Some(StatusError::from(error));
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.end_time = Some(now());
+        self.eta_seconds = None;
+    }
+
+    /// The file's bytes: one indented JSON object and a newline.
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut json =
+            serde_json::to_vec_pretty(self).expect("a status has only string keys and finite numbers");
+        json.push(b'\n');
+        json
+    }
+}

@@ -1,0 +1,574 @@
+//! The adapter between the kernel's FUSE protocol and [`crate::vfs`]: the only user of fuser.
+//!
+//! Reads of images and writes run on the dispatcher's threads, of which there are more than cores; everything
+//! that may wait for a store runs on the runtime's blocking threads and replies from there.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    AccessFlags, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+};
+use tokio::runtime::Handle as Runtime;
+use tracing::{debug, warn};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::Op;
+use crate::units::{FileOffset, MIB, SECTOR};
+use crate::vfs::{Attr, AttrChange, HandleId, Ino, NodeKind, OpenOptions, Vfs, Whence};
+
+/// Largest read and write request, in bytes: what the kernel allows (FUSE_MAX_MAX_PAGES, 256 pages).
+const MAX_REQUEST: u32 = MIB as u32;
+
+/// The attribute that tells why a file cannot be opened or its export failed.
+const ERROR_XATTR: &str = "user.freightfs.error";
+
+/// What the kernel is told of a mount.
+#[derive(Clone, Debug)]
+pub struct FuseOptions {
+    /// What /proc/mounts names as the source.
+    pub source: String,
+    /// Whether other users may enter the mount.
+    pub allow_other: bool,
+    /// Dispatcher threads.
+    pub threads: usize,
+}
+
+/// A mounted session: the kernel has answered and requests wait to be served.
+pub struct MountedSession {
+    session: Session<FuseAdapter>,
+}
+
+/// Unmounts from another thread.
+pub struct Unmounter {
+    inner: fuser::SessionUnmounter,
+}
+
+impl MountedSession {
+    /// Mounts. When this returns the mount answers as soon as [`run`](Self::run) is called; the kernel holds
+    /// requests until then.
+    pub fn new(vfs: Arc<Vfs>, runtime: Runtime, mountpoint: &Path, options: &FuseOptions) -> Result<Self> {
+        let mut config = Config::default();
+        config.mount_options = vec![
+            MountOption::FSName(options.source.replace(',', "_")),
+            // As a plain option it reaches the kernel on both ways of mounting; MountOption::Subtype does not.
+            MountOption::CUSTOM("subtype=freightfs".to_owned()),
+            MountOption::DefaultPermissions,
+            MountOption::NoAtime,
+        ];
+        config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+        config.n_threads = Some(options.threads.max(2));
+        config.clone_fd = true;
+        let session = Session::new(FuseAdapter { vfs, runtime }, mountpoint, &config)
+            .map_err(|e| mount_error(e).in_file(mountpoint.display().to_string()))?;
+        Ok(Self { session })
+    }
+
+    /// Something to unmount with.
+    pub fn unmounter(&mut self) -> Unmounter {
+        Unmounter { inner: self.session.unmount_callable() }
+    }
+
+    /// Serves requests until the filesystem is unmounted.
+    pub fn run(self) -> Result<()> {
+        self.session.run().map_err(|e| Error::from_io("the connection to the kernel broke", e))
+    }
+}
+
+impl Unmounter {
+    /// Unmounts.
+    pub fn unmount(&mut self) -> Result<()> {
+        self.inner.unmount().map_err(|e| Error::from_io("cannot unmount", e))
+    }
+}
+
+/// Says what to do about the usual reasons.
+fn mount_error(error: std::io::Error) -> Error {
+    let text = error.to_string();
+    let what = match error.kind() {
+        std::io::ErrorKind::NotFound if !Path::new("/dev/fuse").exists() => {
+            "cannot mount: /dev/fuse is missing; load the kernel module with `modprobe fuse`"
+        }
+        std::io::ErrorKind::NotFound => "cannot mount: fusermount3 is missing; install the package fuse3",
+        std::io::ErrorKind::NotConnected => {
+            "cannot mount: an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`"
+        }
+        _ if text.contains("user_allow_other") => {
+            "cannot mount: allow_other needs the line user_allow_other in /etc/fuse.conf"
+        }
+        _ => "cannot mount",
+    };
+    Error::from_io(what, error)
+}
+
+struct FuseAdapter {
+    vfs: Arc<Vfs>,
+    runtime: Runtime,
+}
+
+impl FuseAdapter {
+    /// Runs `work` on a thread that may block.
+    fn work(&self, op: Op, work: impl FnOnce(&Vfs) + Send + 'static) {
+        self.vfs.metrics().count(op);
+        let vfs = Arc::clone(&self.vfs);
+        self.runtime.spawn_blocking(move || work(&vfs));
+    }
+}
+
+thread_local! {
+    /// The dispatcher thread's buffer for reads, grown once.
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn read_and_reply(vfs: &Vfs, fh: FileHandle, offset: u64, size: u32, reply: ReplyData) {
+    READ_BUFFER.with_borrow_mut(|buffer| {
+        let size = size.min(MAX_REQUEST) as usize;
+        if buffer.len() < size {
+            buffer.resize(size, 0);
+        }
+        match vfs.read(handle(fh), FileOffset(offset), &mut buffer[..size]) {
+            Ok(read) => reply.data(&buffer[..read]),
+            Err(e) => reply.error(errno("read", &e)),
+        }
+    });
+}
+
+fn ino(ino: INodeNo) -> Ino {
+    Ino(ino.0)
+}
+
+fn handle(fh: FileHandle) -> HandleId {
+    HandleId(fh.0)
+}
+
+fn utf8(name: &OsStr) -> Result<&str> {
+    name.to_str().ok_or_else(|| Error::new(ErrorKind::Malformed, format!("the name {name:?} is not UTF-8")))
+}
+
+fn errno(op: &str, error: &Error) -> Errno {
+    // Names that are not there are everyday life; the rest helps to find out why a program failed.
+    if error.kind() == ErrorKind::NotFound {
+        debug!(op, "{}", error.report());
+    } else {
+        warn!(op, "{}", error.report());
+    }
+    Errno::from_i32(error.errno())
+}
+
+/// The errno of a refused copy_file_range. Others would make cp fall back to read and write silently; the true
+/// one comes from the next write or close.
+fn copy_errno(error: &Error) -> Errno {
+    match error.errno() {
+        safe @ (libc::EDQUOT | libc::ENOSPC | libc::EIO | libc::EROFS | libc::EBUSY | libc::EAGAIN) => {
+            errno("copy_file_range", error);
+            Errno::from_i32(safe)
+        }
+        libc::EXDEV => Errno::EXDEV,
+        _ => {
+            errno("copy_file_range", error);
+            Errno::EIO
+        }
+    }
+}
+
+fn file_type(kind: NodeKind) -> FileType {
+    match kind {
+        NodeKind::Directory => FileType::Directory,
+        NodeKind::File => FileType::RegularFile,
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attr.ino.0),
+        size: attr.file_size,
+        // Full, whatever holes there are: coreutils stops using copy_file_range when it sees fewer.
+        blocks: attr.file_size.div_ceil(SECTOR),
+        atime: attr.modified,
+        mtime: attr.modified,
+        ctime: attr.modified,
+        crtime: attr.modified,
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: if attr.kind == NodeKind::Directory { 2 } else { 1 },
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        // cp, cat and others size their buffers by this: one request for each of their reads.
+        blksize: MAX_REQUEST,
+        flags: 0,
+    }
+}
+
+fn time(time: TimeOrNow) -> SystemTime {
+    match time {
+        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::Now => SystemTime::now(),
+    }
+}
+
+fn open_options(flags: i32) -> OpenOptions {
+    OpenOptions {
+        write: flags & libc::O_ACCMODE != libc::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+        exclusive: flags & libc::O_EXCL != 0,
+    }
+}
+
+fn reply_empty(op: &str, result: Result<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
+fn reply_entry(op: &str, result: Result<Attr>, reply: ReplyEntry) {
+    match result {
+        Ok(attr) => reply.entry(&attr.ttl, &file_attr(&attr), Generation(0)),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
+fn reply_attr(op: &str, result: Result<Attr>, reply: ReplyAttr) {
+    match result {
+        Ok(attr) => reply.attr(&attr.ttl, &file_attr(&attr)),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
+impl Filesystem for FuseAdapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let _ = config.set_max_write(MAX_REQUEST);
+        let _ = config.set_max_background(64);
+        // Each is an optimisation that a kernel may lack. HANDLE_KILLPRIV_V2 spares a getxattr of
+        // security.capability before every write; ATOMIC_O_TRUNC makes open and truncation one request.
+        for wanted in [
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+        ] {
+            if config.add_capabilities(wanted).is_err() {
+                debug!("the kernel does not offer {wanted:?}");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.to_owned();
+        self.work(Op::Lookup, move |vfs| {
+            reply_entry("lookup", utf8(&name).and_then(|name| vfs.lookup(ino(parent), name)), reply);
+        });
+    }
+
+    fn forget(&self, _req: &Request, node: INodeNo, lookups: u64) {
+        self.vfs.forget(ino(node), lookups);
+    }
+
+    fn getattr(&self, _req: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.work(Op::Getattr, move |vfs| reply_attr("getattr", vfs.getattr(ino(node)), reply));
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let mode = mode.map(|mode| (mode & 0o7777) as u16);
+        let change = AttrChange { mode, uid, gid, file_size: size, modified: mtime.map(time) };
+        self.work(Op::Setattr, move |vfs| reply_attr("setattr", vfs.setattr(ino(node), &change), reply));
+    }
+
+    fn mkdir(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let name = name.to_owned();
+        self.work(Op::Mkdir, move |vfs| {
+            reply_entry("mkdir", utf8(&name).and_then(|name| vfs.make_directory(ino(parent), name)), reply);
+        });
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_owned();
+        self.work(Op::Unlink, move |vfs| {
+            reply_empty("unlink", utf8(&name).and_then(|name| vfs.unlink(ino(parent), name)), reply);
+        });
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_owned();
+        self.work(Op::Rmdir, move |vfs| {
+            reply_empty("rmdir", utf8(&name).and_then(|name| vfs.remove_directory(ino(parent), name)), reply);
+        });
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        if flags.contains(RenameFlags::RENAME_EXCHANGE) {
+            return reply.error(Errno::EINVAL);
+        }
+        let (name, new_name) = (name.to_owned(), new_name.to_owned());
+        let exclusive = flags.contains(RenameFlags::RENAME_NOREPLACE);
+        self.work(Op::Rename, move |vfs| {
+            let renamed = utf8(&name)
+                .and_then(|name| vfs.rename(ino(parent), name, ino(new_parent), utf8(&new_name)?, exclusive));
+            reply_empty("rename", renamed, reply);
+        });
+    }
+
+    fn open(&self, _req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let options = open_options(flags.0);
+        self.work(Op::Open, move |vfs| match vfs.open(ino(node), options) {
+            Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO),
+            Err(e) => reply.error(errno("open", &e)),
+        });
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (name, options) = (name.to_owned(), open_options(flags));
+        self.work(Op::Create, move |vfs| {
+            match utf8(&name).and_then(|name| vfs.create(ino(parent), name, options)) {
+                Ok((attr, id)) => {
+                    let (fh, flags) = (FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO);
+                    reply.created(&attr.ttl, &file_attr(&attr), Generation(0), fh, flags);
+                }
+                Err(e) => reply.error(errno("create", &e)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        if self.vfs.reads_remotely(handle(fh)) {
+            self.work(Op::Read, move |vfs| read_and_reply(vfs, fh, offset, size, reply));
+        } else {
+            self.vfs.metrics().count(Op::Read);
+            read_and_reply(&self.vfs, fh, offset, size, reply);
+        }
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.vfs.metrics().count(Op::Write);
+        match self.vfs.write(handle(fh), FileOffset(offset), data) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(e) => reply.error(errno("write", &e)),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _node: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        self.work(Op::Flush, move |vfs| reply_empty("flush", vfs.flush(handle(fh)), reply));
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.work(Op::Release, move |vfs| {
+            vfs.release(handle(fh));
+            reply.ok();
+        });
+    }
+
+    fn fsync(&self, _req: &Request, _node: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.work(Op::Fsync, move |vfs| reply_empty("fsync", vfs.sync(handle(fh)), reply));
+    }
+
+    fn opendir(&self, _req: &Request, node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.work(Op::Readdir, move |vfs| match vfs.open_directory(ino(node)) {
+            Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::empty()),
+            Err(e) => reply.error(errno("opendir", &e)),
+        });
+    }
+
+    fn readdir(&self, _req: &Request, node: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let filled = self.vfs.with_directory(handle(fh), |entries| {
+            let dots = [".", ".."].map(|name| (node, FileType::Directory, name));
+            let names = entries.iter().map(|e| (INodeNo(e.ino.0), file_type(e.kind), e.name.as_str()));
+            let rest = dots.into_iter().chain(names).enumerate().skip(offset as usize);
+            for (index, (ino, kind, name)) in rest {
+                if reply.add(ino, index as u64 + 1, kind, name) {
+                    break;
+                }
+            }
+        });
+        match filled {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno("readdir", &e)),
+        }
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.vfs.release(handle(fh));
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _req: &Request, _node: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn statfs(&self, _req: &Request, _node: INodeNo, reply: ReplyStatfs) {
+        self.vfs.metrics().count(Op::Statfs);
+        // A bucket has no size. Programs that look for room find plenty: 2^50 bytes, all free.
+        let blocks = 1 << 30;
+        reply.statfs(blocks, blocks, blocks, 0, 0, MAX_REQUEST, 255, MAX_REQUEST);
+    }
+
+    fn access(&self, _req: &Request, _node: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.vfs.metrics().count(Op::Xattr);
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn getxattr(&self, _req: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if name.to_str().is_some_and(|name| name.starts_with("system.posix_acl")) {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        if name != ERROR_XATTR {
+            self.vfs.metrics().count(Op::Xattr);
+            return reply.error(Errno::ENODATA);
+        }
+        self.work(Op::Xattr, move |vfs| match vfs.error_text(ino(node)) {
+            None => reply.error(Errno::ENODATA),
+            Some(text) if size == 0 => reply.size(text.len() as u32),
+            Some(text) if text.len() > size as usize => reply.error(Errno::ERANGE),
+            Some(text) => reply.data(text.as_bytes()),
+        });
+    }
+
+    /// Ours are answered but not listed: programs copy what is listed.
+    fn listxattr(&self, _req: &Request, _node: INodeNo, size: u32, reply: ReplyXattr) {
+        if size == 0 { reply.size(0) } else { reply.data(&[]) }
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::Data,
+            libc::SEEK_HOLE => Whence::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(at) = u64::try_from(offset).map(FileOffset) else { return reply.error(Errno::ENXIO) };
+        self.work(Op::Lseek, move |vfs| match vfs.seek(handle(fh), at, whence) {
+            Ok(Some(found)) => reply.offset(found.bytes() as i64),
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(e) => reply.error(errno("lseek", &e)),
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        _node_in: INodeNo,
+        fh_in: FileHandle,
+        offset_in: u64,
+        _node_out: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let (from, at) = (FileOffset(offset_in), FileOffset(offset_out));
+        self.work(Op::CopyFileRange, move |vfs| {
+            match vfs.copy_range(handle(fh_in), from, handle(fh_out), at, len) {
+                Ok(copied) => reply.written(copied as u32),
+                Err(e) => reply.error(copy_errno(&e)),
+            }
+        });
+    }
+}

@@ -1,0 +1,240 @@
+//! The mount's options: the same words in flags and in `-o`, checked in one place.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::OutputFormat;
+
+/// A bucket to mount: the name of its directory, and where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BucketSetting {
+    /// The directory under `buckets/`.
+    pub name: String,
+    /// `file:///directory` or `s3://bucket/prefix`.
+    pub url: String,
+}
+
+/// Everything that can be said of a mount besides catalog and mount point.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MountSettings {
+    /// `bucket=NAME=URL`, any number.
+    pub buckets: Vec<BucketSetting>,
+    /// `formats=A:B:…`; all when it is not given.
+    pub formats: Option<Vec<OutputFormat>>,
+    /// `wait`: closing a copy waits for its export.
+    pub wait: bool,
+    /// `state=DIR`.
+    pub state: Option<PathBuf>,
+    /// `allow_other`.
+    pub allow_other: bool,
+    /// `uid=N`.
+    pub uid: Option<u32>,
+    /// `gid=N`.
+    pub gid: Option<u32>,
+    /// `umask=OCTAL`.
+    pub umask: Option<u16>,
+}
+
+/// Options that mount(8) and fstab use among themselves: taken and without meaning here.
+const IGNORED: &[&str] = &[
+    "defaults",
+    "rw",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "nofail",
+    "_netdev",
+    "dev",
+    "nodev",
+    "suid",
+    "nosuid",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "relatime",
+    "norelatime",
+    "async",
+    "sync",
+];
+
+impl MountSettings {
+    /// Takes the options of one `-o`: words separated by commas; `\,` is a comma within a word.
+    pub fn apply_options(&mut self, options: &str) -> Result<()> {
+        split_options(options).iter().try_for_each(|option| match option.split_once('=') {
+            Some((word, value)) => self.apply(word, Some(value)),
+            None => self.apply(option, None),
+        })
+    }
+
+    /// Takes one option.
+    ///
+    /// # Errors
+    /// [`Malformed`](ErrorKind::Malformed), with the option's name, when it is unknown or its value is wrong.
+    pub fn apply(&mut self, word: &str, value: Option<&str>) -> Result<()> {
+        match (word, value) {
+            ("bucket", Some(value)) => self.add_bucket(value)?,
+            ("formats", Some(value)) => self.formats = Some(parse_formats(value)?),
+            ("wait", None) => self.wait = true,
+            ("state", Some(value)) if !value.is_empty() => self.state = Some(PathBuf::from(value)),
+            ("allow_other", None) => self.allow_other = true,
+            ("uid", Some(value)) => self.uid = Some(number(word, value, 10)?),
+            ("gid", Some(value)) => self.gid = Some(number(word, value, 10)?),
+            ("umask", Some(value)) => {
+                let mask = number(word, value, 8)?;
+                self.umask =
+                    Some(u16::try_from(mask).ok().filter(|m| *m <= 0o777).ok_or_else(|| wrong(word, value))?);
+            }
+            ("" | "x", _) => {}
+            (word, _) if IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-") => {}
+            ("bucket" | "formats" | "state" | "uid" | "gid" | "umask", _) => {
+                return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} needs a value")));
+            }
+            ("wait" | "allow_other", Some(_)) => {
+                return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} takes no value")));
+            }
+            (word, _) => {
+                return Err(Error::new(ErrorKind::Malformed, format!("unknown mount option {word:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_bucket(&mut self, value: &str) -> Result<()> {
+        let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("bucket {value:?}: {what}"));
+        let (name, url) = value.split_once('=').ok_or_else(|| malformed("give it as NAME=URL"))?;
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if name.is_empty() || name.len() > 200 || name.starts_with('.') || !name.chars().all(plain) {
+            return Err(malformed(
+                "a bucket's name has letters, digits, '.', '_' and '-', and does not begin with '.'",
+            ));
+        }
+        if self.buckets.iter().any(|b| b.name == name) {
+            return Err(malformed("that name is given twice"));
+        }
+        self.buckets.push(BucketSetting { name: name.to_owned(), url: url.to_owned() });
+        Ok(())
+    }
+
+    /// The formats that directories list.
+    pub fn formats(&self) -> Vec<OutputFormat> {
+        self.formats.clone().unwrap_or_else(|| OutputFormat::ALL.to_vec())
+    }
+
+    /// The settings as a user may see them, one option a line. URLs hold no secrets: those that do are refused.
+    pub fn shown(&self, catalog: &Path, mountpoint: &Path, state: &Path) -> String {
+        let mut lines = vec![
+            format!("catalog = {:?}", catalog.display().to_string()),
+            format!("mountpoint = {:?}", mountpoint.display().to_string()),
+            format!("state = {:?}", state.display().to_string()),
+            format!("wait = {}", self.wait),
+            format!("allow_other = {}", self.allow_other),
+        ];
+        let formats: Vec<_> = self.formats().iter().map(|f| format!("{:?}", f.suffix())).collect();
+        lines.push(format!("formats = [{}]", formats.join(", ")));
+        lines.push("\n[bucket]".to_owned());
+        lines.extend(self.buckets.iter().map(|b| format!("{:?} = {:?}", b.name, b.url)));
+        lines.join("\n") + "\n"
+    }
+}
+
+/// The directory where a mount keeps its journal when none is given: under `base`, named by the mount point.
+///
+/// The name is the path with `/` as `-` and every other byte that is not alphanumeric, `_`, `.` or `:` as `\xNN`,
+/// as systemd-escape writes it.
+pub fn default_state(base: &Path, mountpoint: &Path) -> PathBuf {
+    let path = mountpoint.as_os_str().as_encoded_bytes();
+    let path = path.strip_prefix(b"/").unwrap_or(path);
+    let mut name = String::new();
+    for &byte in path {
+        match byte {
+            b'/' => name.push('-'),
+            b'_' | b':' | b'.' => name.push(byte as char),
+            byte if byte.is_ascii_alphanumeric() => name.push(byte as char),
+            byte => name.push_str(&format!("\\x{byte:02x}")),
+        }
+    }
+    if name.is_empty() || name.starts_with('.') {
+        name.insert(0, '-');
+    }
+    base.join("freightfs").join(name)
+}
+
+fn split_options(options: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut escaped = false;
+    for c in options.chars() {
+        let last = words.last_mut().expect("there is always a word");
+        match c {
+            c if escaped => {
+                if c != ',' && c != '\\' {
+                    last.push('\\');
+                }
+                last.push(c);
+                escaped = false;
+            }
+            '\\' => escaped = true,
+            ',' => words.push(String::new()),
+            c => last.push(c),
+        }
+    }
+    words
+}
+
+fn parse_formats(value: &str) -> Result<Vec<OutputFormat>> {
+    let mut formats = value.split(':').map(OutputFormat::from_suffix).collect::<Result<Vec<_>>>()?;
+    formats.sort();
+    formats.dedup();
+    Ok(formats)
+}
+
+fn number(word: &str, value: &str, radix: u32) -> Result<u32> {
+    u32::from_str_radix(value, radix).map_err(|_| wrong(word, value))
+}
+
+fn wrong(word: &str, value: &str) -> Error {
+    Error::new(ErrorKind::Malformed, format!("option {word}={value}: not a valid value"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_taken_ignored_or_refused_by_name() {
+        let mut settings = MountSettings::default();
+        let options =
+            r"bucket=b=s3://x/y\,z,wait,formats=raw:qcow2,uid=7,umask=022,_netdev,x-systemd.automount,nofail";
+        settings.apply_options(options).unwrap();
+        assert_eq!(settings.buckets[0].url, "s3://x/y,z");
+        assert_eq!(settings.formats(), [OutputFormat::Raw, OutputFormat::Qcow2]);
+        assert_eq!((settings.uid, settings.umask, settings.wait), (Some(7), Some(0o22), true));
+        for (option, named) in [
+            ("waits", "waits"),
+            ("wait=1", "wait"),
+            ("uid", "uid"),
+            ("umask=999", "umask"),
+            ("formats=raw:zip", "zip"),
+            ("bucket=b=file:///x", "twice"),
+            ("bucket=x", "NAME=URL"),
+            ("bucket=a/b=file:///x", "a/b"),
+        ] {
+            let error = settings.apply_options(option).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Malformed);
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn state_directories_are_named_by_the_mount_point() {
+        let name = |path: &str| default_state(Path::new("/s"), Path::new(path)).display().to_string();
+        assert_eq!(name("/mnt/a b"), r"/s/freightfs/mnt-a\x20b");
+        assert_eq!(name("/mnt-a"), r"/s/freightfs/mnt\x2da");
+        assert_eq!(name("/"), "/s/freightfs/-");
+        assert_eq!(name("/.."), "/s/freightfs/-..");
+    }
+}

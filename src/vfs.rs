@@ -1,0 +1,114 @@
+//! What the mount means: names, attributes, handles, and what a copy does. Knows nothing of FUSE.
+//!
+//! All calls are synchronous and may block; [`crate::fuse`] decides on which thread they run. A call answers with
+//! an [`Error`](crate::error::Error) whose errno the program gets.
+
+mod attr;
+mod document;
+mod draft;
+mod handle;
+mod inode;
+mod objects;
+mod tree;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::runtime::Handle as Runtime;
+
+pub use attr::{Attr, AttrChange, NodeKind};
+pub use handle::{HandleId, OpenOptions, Whence};
+pub use inode::{Ino, ROOT_INO};
+pub use tree::DirectoryEntry;
+
+use crate::bucket::{Bucket, ObjectKey};
+use crate::catalog::Catalog;
+use crate::export::JobQueue;
+use crate::format::OutputFormat;
+use crate::metrics::Metrics;
+use attr::Overrides;
+use draft::Draft;
+use handle::Handle;
+use inode::InodeTable;
+
+/// How a mount behaves; made by the command line.
+#[derive(Clone, Debug)]
+pub struct VfsSettings {
+    /// The formats that image directories list.
+    pub formats: Vec<OutputFormat>,
+    /// Whether closing a copy waits until its job has ended.
+    pub wait: bool,
+    /// How long fsync and `wait` wait before they give up; the job goes on.
+    pub wait_limit: Duration,
+    /// Owner of everything.
+    pub uid: u32,
+    /// Group of everything.
+    pub gid: u32,
+    /// Permission bits that are taken away.
+    pub umask: u16,
+    /// Where writers' files are staged.
+    pub staging: std::path::PathBuf,
+    /// The configuration as users may see it, for `.freightfs/config`.
+    pub shown_config: String,
+}
+
+/// A bucket's name and a key in it.
+type ObjectName = (String, ObjectKey);
+
+/// The mounted tree.
+pub struct Vfs {
+    catalog: Catalog,
+    buckets: BTreeMap<String, Bucket>,
+    jobs: JobQueue,
+    metrics: Arc<Metrics>,
+    settings: VfsSettings,
+    runtime: Runtime,
+    mounted: SystemTime,
+    inodes: InodeTable,
+    handles: RwLock<HashMap<HandleId, Arc<Handle>>>,
+    next_handle: std::sync::atomic::AtomicU64,
+    drafts: Mutex<HashMap<ObjectName, Arc<Draft>>>,
+    /// Directories that were made and may have no object in them yet.
+    made_directories: Mutex<HashSet<ObjectName>>,
+    overrides: Mutex<Overrides>,
+}
+
+impl Vfs {
+    /// The tree over a catalog and buckets.
+    pub fn new(
+        catalog: Catalog,
+        buckets: BTreeMap<String, Bucket>,
+        jobs: JobQueue,
+        metrics: Arc<Metrics>,
+        settings: VfsSettings,
+        runtime: Runtime,
+    ) -> Self {
+        Self {
+            catalog,
+            buckets,
+            jobs,
+            metrics,
+            settings,
+            runtime,
+            mounted: SystemTime::now(),
+            inodes: InodeTable::new(),
+            handles: RwLock::default(),
+            next_handle: std::sync::atomic::AtomicU64::new(1),
+            drafts: Mutex::default(),
+            made_directories: Mutex::default(),
+            overrides: Mutex::default(),
+        }
+    }
+
+    /// The mount's counters.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The jobs of the mount.
+    pub fn jobs(&self) -> &JobQueue {
+        &self.jobs
+    }
+}

@@ -1,0 +1,119 @@
+//! Attributes of files and directories.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+
+use super::inode::Ino;
+use super::{ObjectName, Vfs};
+use crate::vfs::inode::Node;
+
+/// How long the kernel may keep names and attributes that change rarely.
+const TTL: Duration = Duration::from_secs(1);
+
+/// A file or a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeKind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+}
+
+/// What stat shows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attr {
+    /// Inode number, the same for the same path in every mount.
+    pub ino: Ino,
+    /// File or directory.
+    pub kind: NodeKind,
+    /// Bytes in the file; 0 for directories.
+    pub file_size: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// When the content last changed.
+    pub modified: SystemTime,
+    /// How long these attributes and the name that led to them may be kept.
+    pub ttl: Duration,
+}
+
+/// What setattr changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttrChange {
+    /// Permission bits.
+    pub mode: Option<u16>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Bytes in the file.
+    pub file_size: Option<u64>,
+    /// When the content last changed.
+    pub modified: Option<SystemTime>,
+}
+
+/// Attributes that were set on objects, kept while the mount lives.
+pub(super) type Overrides = HashMap<ObjectName, AttrChange>;
+
+impl Vfs {
+    /// Attributes of a directory that changed at `modified`.
+    pub(super) fn directory_attr(&self, node: &Node, modified: SystemTime) -> Attr {
+        self.attr(node, NodeKind::Directory, 0, 0o755, modified, TTL)
+    }
+
+    /// Attributes of a file whose content only changes under another modification time.
+    pub(super) fn file_attr(&self, node: &Node, file_size: u64, mode: u16, modified: SystemTime) -> Attr {
+        self.attr(node, NodeKind::File, file_size, mode, modified, TTL)
+    }
+
+    /// Attributes of a file that is made anew at each open, and so must not be kept.
+    pub(super) fn live_file_attr(&self, node: &Node, file_size: u64, modified: SystemTime) -> Attr {
+        self.attr(node, NodeKind::File, file_size, 0o444, modified, Duration::ZERO)
+    }
+
+    fn attr(
+        &self,
+        node: &Node,
+        kind: NodeKind,
+        file_size: u64,
+        mode: u16,
+        modified: SystemTime,
+        ttl: Duration,
+    ) -> Attr {
+        let settings = &self.settings;
+        Attr {
+            ino: self.inodes.number(node),
+            kind,
+            file_size,
+            mode: mode & !settings.umask,
+            uid: settings.uid,
+            gid: settings.gid,
+            modified,
+            ttl,
+        }
+    }
+
+    /// Puts what was set on the object over `attr`.
+    pub(super) fn overridden(&self, object: &ObjectName, mut attr: Attr) -> Attr {
+        if let Some(change) = self.overrides.lock().get(object) {
+            attr.mode = change.mode.unwrap_or(attr.mode);
+            attr.uid = change.uid.unwrap_or(attr.uid);
+            attr.gid = change.gid.unwrap_or(attr.gid);
+            attr.modified = change.modified.unwrap_or(attr.modified);
+        }
+        attr
+    }
+
+    /// Remembers what was set on an object.
+    pub(super) fn remember(&self, object: &ObjectName, change: &AttrChange) {
+        let mut overrides = self.overrides.lock();
+        let kept = overrides.entry(object.clone()).or_default();
+        kept.mode = change.mode.or(kept.mode);
+        kept.uid = change.uid.or(kept.uid);
+        kept.gid = change.gid.or(kept.gid);
+        kept.modified = change.modified.or(kept.modified);
+    }
+}

@@ -1,0 +1,106 @@
+//! `image.json`: what an image is, and what can be had of it.
+
+use serde::Serialize;
+
+use super::Vfs;
+use crate::catalog::{CatalogDisk, CatalogImage, OpenDisk, Sidecar};
+use crate::error::Result;
+use crate::export::StatusError;
+use crate::format::OutputFormat;
+use crate::image::ImageDescription;
+use crate::vfile::VirtualFile;
+
+#[derive(Serialize)]
+struct ImageDocument<'a> {
+    version: u32,
+    id: &'a str,
+    name: &'a str,
+    status: Option<&'a str>,
+    os: Option<&'a str>,
+    origin: crate::catalog::ImageOrigin,
+    kind: crate::catalog::ImageKind,
+    encrypted: bool,
+    tags: &'a std::collections::BTreeMap<String, String>,
+    /// Whether every disk can be exported in some format.
+    exportable: bool,
+    error: Option<StatusError>,
+    disks: Vec<DiskDocument>,
+}
+
+#[derive(Serialize)]
+struct DiskDocument {
+    name: String,
+    role: &'static str,
+    virtual_size: Option<u64>,
+    generation: Option<String>,
+    source: Option<ImageDescription>,
+    error: Option<StatusError>,
+    formats: Vec<FormatDocument>,
+}
+
+#[derive(Serialize)]
+struct FormatDocument {
+    format: &'static str,
+    file: String,
+    size: Option<u64>,
+    exportable: bool,
+    error: Option<StatusError>,
+}
+
+impl Vfs {
+    /// The bytes of an image's `image.json`.
+    pub(super) fn image_document(&self, image: &CatalogImage) -> Vec<u8> {
+        let Sidecar { name, status, os, origin, kind, encrypted, tags, .. } = &image.sidecar;
+        let disks: Vec<_> =
+            image.disks.iter().enumerate().map(|(i, d)| self.disk_document(image, i, d)).collect();
+        let document = ImageDocument {
+            version: 1,
+            id: &image.id,
+            name: name.as_deref().unwrap_or(&image.id),
+            status: status.as_deref(),
+            os: os.as_deref(),
+            origin: *origin,
+            kind: *kind,
+            encrypted: *encrypted,
+            tags,
+            exportable: !disks.is_empty() && disks.iter().all(|d| d.formats.iter().any(|f| f.exportable)),
+            error: image.error.as_ref().map(StatusError::from),
+            disks,
+        };
+        let mut json = serde_json::to_vec_pretty(&document).expect("the document has only string keys");
+        json.push(b'\n');
+        json
+    }
+
+    fn disk_document(&self, image: &CatalogImage, index: usize, disk: &CatalogDisk) -> DiskDocument {
+        let open = match &image.error {
+            Some(error) => Err(error.clone()),
+            None => self.catalog.open_disk(disk),
+        };
+        let formats = self.settings.formats.iter().map(|&f| format_document(&disk.name, f, &open)).collect();
+        DiskDocument {
+            name: disk.name.clone(),
+            role: if index == 0 { "system" } else { "data" },
+            virtual_size: open.as_ref().ok().map(|o| o.image().virtual_size()),
+            generation: open.as_ref().ok().map(|o| o.generation().0.clone()),
+            source: open.as_ref().ok().map(|o| o.image().description()),
+            error: open.as_ref().err().map(StatusError::from),
+            formats,
+        }
+    }
+}
+
+fn format_document(
+    disk: &str,
+    format: OutputFormat,
+    open: &Result<std::sync::Arc<OpenDisk>>,
+) -> FormatDocument {
+    let file = open.clone().and_then(|o| o.file(format));
+    FormatDocument {
+        format: format.suffix(),
+        file: format!("{disk}.{}", format.suffix()),
+        size: file.as_ref().ok().map(|f| f.file_size()),
+        exportable: file.is_ok(),
+        error: file.err().as_ref().map(StatusError::from),
+    }
+}

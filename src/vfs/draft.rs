@@ -1,0 +1,550 @@
+//! A draft: an object that is being written, from its creation to the job that publishes it.
+//!
+//! Bytes arrive in two ways. Ranges of an image file (copy_file_range) are only recorded; when they cover the
+//! whole file, closing starts a job that reads the image itself. Anything else is staged in a file, and closing
+//! uploads that and waits. A mix is staged as a whole: content is right whatever came.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+use tracing::{debug, warn};
+
+use super::{ObjectName, Vfs};
+use crate::bucket::ObjectFile;
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::{Job, JobRequest, JobSource, StatusImage, staged_file};
+use crate::format::OutputFormat;
+use crate::units::FileOffset;
+use crate::vfile::VirtualFile;
+
+/// Bytes moved at once when ranges are staged.
+const COPY_BUFFER: usize = 1 << 20;
+
+/// An image file as the source of a range.
+#[derive(Clone)]
+pub(super) struct RangeSource {
+    pub(super) file: Arc<dyn VirtualFile>,
+    pub(super) image: StatusImage,
+    pub(super) format: OutputFormat,
+}
+
+/// An object being written. Shared by all handles on its key.
+pub(super) struct Draft {
+    object: ObjectName,
+    state: Mutex<State>,
+}
+
+struct State {
+    content: Content,
+    /// Whether there is something that closing has to publish.
+    dirty: bool,
+    /// A refusal that every later write and flush repeats, until the file is truncated.
+    refused: Option<Error>,
+    modified: SystemTime,
+    handles: usize,
+    discarded: bool,
+}
+
+enum Content {
+    /// No byte yet.
+    Empty,
+    /// Ranges of one image file, each at its own place.
+    Ranges { source: RangeSource, ranges: Ranges, file_size: u64 },
+    /// Bytes in a file of the staging directory.
+    Staged(Staged),
+    /// What the bucket has, or will have when the job that was started ends.
+    Published { file_size: u64, job: Option<Arc<Job>> },
+}
+
+struct Staged {
+    file: File,
+    /// Removed on drop unless a job has taken it over.
+    path: tempfile::TempPath,
+    file_size: u64,
+}
+
+impl Draft {
+    /// A draft that starts empty (`truncate`), or with what the bucket has.
+    pub(super) fn new(object: ObjectName, published: Option<u64>) -> Self {
+        let content = match published {
+            Some(file_size) => Content::Published { file_size, job: None },
+            None => Content::Empty,
+        };
+        let dirty = published.is_none();
+        let modified = SystemTime::now();
+        let state = State { content, dirty, refused: None, modified, handles: 0, discarded: false };
+        Self { object, state: Mutex::new(state) }
+    }
+
+    pub(super) fn object(&self) -> &ObjectName {
+        &self.object
+    }
+
+    pub(super) fn open_handle(&self) {
+        self.state.lock().handles += 1;
+    }
+
+    /// Bytes that the file has now.
+    pub(super) fn file_size(&self) -> u64 {
+        match &self.state.lock().content {
+            Content::Empty => 0,
+            Content::Ranges { file_size, .. } | Content::Published { file_size, .. } => *file_size,
+            Content::Staged(staged) => staged.file_size,
+        }
+    }
+
+    /// Whether all that was written has been handed to a job, or nothing was written yet.
+    pub(super) fn is_published(&self) -> bool {
+        matches!(self.state.lock().content, Content::Published { .. })
+    }
+
+    /// When something was last written.
+    pub(super) fn modified(&self) -> SystemTime {
+        self.state.lock().modified
+    }
+
+    /// The error that every later write repeats.
+    pub(super) fn refusal(&self) -> Option<Error> {
+        self.state.lock().refused.clone()
+    }
+
+    /// The file was removed while it was open: nothing of it is published.
+    pub(super) fn discard(&self) {
+        let mut state = self.state.lock();
+        state.discarded = true;
+        state.dirty = false;
+        state.content = Content::Empty;
+    }
+
+    /// Writes bytes from anywhere.
+    pub(super) fn write(&self, vfs: &Vfs, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        let mut state = self.state.lock();
+        state.check()?;
+        let result = self.staged(vfs, &mut state).and_then(|staged| staged.write(at, bytes));
+        state.touched(result)
+    }
+
+    /// Records that bytes of an image file stand at `at`, or stages them when they are not at their own place.
+    pub(super) fn copy_range(
+        &self,
+        vfs: &Vfs,
+        source: &RangeSource,
+        from: FileOffset,
+        at: FileOffset,
+        length: u64,
+    ) -> Result<u64> {
+        let mut state = self.state.lock();
+        state.check()?;
+        let length = length.min(source.file.file_size().saturating_sub(from.bytes()));
+        if length == 0 {
+            return Ok(0);
+        }
+        if let Err(error) = self.check_name(source.format) {
+            return state.refuse(error);
+        }
+        if from == at && state.content.accepts(source) {
+            if !matches!(state.content, Content::Ranges { .. }) {
+                state.content =
+                    Content::Ranges { source: source.clone(), ranges: Ranges::default(), file_size: 0 };
+            }
+            if let Content::Ranges { ranges, file_size, .. } = &mut state.content {
+                ranges.insert(at.bytes(), at.bytes() + length);
+                *file_size = (*file_size).max(at.bytes() + length);
+            }
+            return state.touched(Ok(length));
+        }
+        let staged = self.staged(vfs, &mut state);
+        let result = staged.and_then(|staged| staged.copy(&*source.file, from, at, length));
+        state.touched(result.map(|()| length))
+    }
+
+    /// The destination's name never converts: a suffix of another format is refused.
+    fn check_name(&self, format: OutputFormat) -> Result<()> {
+        let key = &self.object.1;
+        match OutputFormat::split_file_name(key.file_name()) {
+            Some((_, named)) if named != format => Err(Error::new(
+                ErrorKind::Malformed,
+                format!(
+                    "the name says {} but the file copied is {}; the source's name chooses the format",
+                    named.suffix(),
+                    format.suffix()
+                ),
+            )
+            .in_file(key.as_str())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Cuts or extends the file. A cut to nothing also clears a refusal.
+    pub(super) fn truncate(&self, vfs: &Vfs, size: u64) -> Result<()> {
+        let mut state = self.state.lock();
+        if size == 0 {
+            state.content = Content::Empty;
+            state.refused = None;
+            state.dirty = true;
+            return state.touched(Ok(()));
+        }
+        state.check()?;
+        match &mut state.content {
+            Content::Published { file_size, .. } if *file_size == size => return Ok(()),
+            Content::Ranges { source, file_size, .. } if source.file.file_size() == size => {
+                *file_size = size;
+                return state.touched(Ok(()));
+            }
+            _ => {}
+        }
+        let result = self.staged(vfs, &mut state).and_then(|staged| staged.set_size(size));
+        state.touched(result)
+    }
+
+    /// Reads what was written so far.
+    pub(super) fn read(&self, vfs: &Vfs, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        let mut state = self.state.lock();
+        if let Content::Empty = state.content {
+            return Ok(0);
+        }
+        self.staged(vfs, &mut state)?.read(at, buf)
+    }
+
+    /// What close(2) means: publishes what was written since the last flush. Nothing to do before data.
+    ///
+    /// # Errors
+    /// The refusal or failure of this draft, every time until it is truncated.
+    pub(super) fn flush(&self, vfs: &Vfs) -> Result<()> {
+        let mut state = self.state.lock();
+        state.check()?;
+        if !state.dirty || matches!(state.content, Content::Empty) {
+            return Ok(());
+        }
+        match self.publish(vfs, &mut state) {
+            Ok(()) => Ok(()),
+            Err(error) => state.refuse(error),
+        }
+    }
+
+    /// Flushes, and waits for the job that publishes the content.
+    pub(super) fn sync(&self, vfs: &Vfs) -> Result<()> {
+        self.flush(vfs)?;
+        let job = match &self.state.lock().content {
+            Content::Published { job, .. } => job.clone(),
+            _ => None,
+        };
+        job.map_or(Ok(()), |job| job.wait(vfs.settings.wait_limit).map(drop))
+    }
+
+    /// The last handle is closed: an empty file that nobody refused becomes an empty object.
+    ///
+    /// Returns whether this was the last handle.
+    pub(super) fn close_handle(&self, vfs: &Vfs) -> bool {
+        let mut state = self.state.lock();
+        state.handles = state.handles.saturating_sub(1);
+        if state.handles > 0 {
+            return false;
+        }
+        if let Some(error) = &state.refused {
+            let key = &self.object.1;
+            debug!(key = %key, "not published: {}", error.report());
+        } else if state.dirty && !state.discarded {
+            if let Err(error) = self.publish(vfs, &mut state) {
+                warn!(key = %self.object.1, "the last close could not publish: {}", error.report());
+            }
+        }
+        true
+    }
+
+    /// Starts the job for the content. Plain bytes are waited for, so that close(2) can report; a recorded image
+    /// only with the `wait` option.
+    fn publish(&self, vfs: &Vfs, state: &mut State) -> Result<()> {
+        let (job, wait) = match &state.content {
+            Content::Ranges { source, ranges, file_size } if ranges.cover(&*source.file, *file_size)? => {
+                let file = Arc::clone(&source.file);
+                (self.submit(vfs, JobSource::Image(source.image.clone()), file)?, vfs.settings.wait)
+            }
+            Content::Published { .. } => return Ok(()),
+            empty_or_staged => {
+                let wait = !matches!(empty_or_staged, Content::Empty);
+                self.staged(vfs, state)?;
+                (self.submit_staged(vfs, state)?, wait)
+            }
+        };
+        let file_size = job.status().size.unwrap_or(0);
+        state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
+        state.dirty = false;
+        if wait {
+            job.wait(vfs.settings.wait_limit)?;
+        }
+        Ok(())
+    }
+
+    fn submit(&self, vfs: &Vfs, source: JobSource, file: Arc<dyn VirtualFile>) -> Result<Arc<Job>> {
+        let (bucket, key) = self.object.clone();
+        vfs.jobs.submit(JobRequest { bucket, key, source, client_token: None }, file)
+    }
+
+    /// Hands the staged file over to a job, which removes it at its end.
+    fn submit_staged(&self, vfs: &Vfs, state: &mut State) -> Result<Arc<Job>> {
+        let Content::Staged(staged) = &state.content else {
+            return Err(Error::new(ErrorKind::Internal, "nothing is staged"));
+        };
+        let place = staged.path.display().to_string();
+        staged
+            .file
+            .sync_all()
+            .map_err(|e| Error::from_io("cannot sync the staged bytes", e).in_file(&place))?;
+        let path = staged.path.to_path_buf();
+        let job = self.submit(vfs, JobSource::Staged(path.clone()), staged_file(&path)?)?;
+        if let Content::Staged(staged) = std::mem::replace(&mut state.content, Content::Empty) {
+            staged
+                .path
+                .keep()
+                .map_err(|e| Error::from_io("cannot keep the staged bytes", e.error).in_file(place))?;
+        }
+        Ok(job)
+    }
+
+    /// The content as a staged file: what it was before is copied into one.
+    fn staged<'a>(&self, vfs: &Vfs, state: &'a mut State) -> Result<&'a mut Staged> {
+        if !matches!(state.content, Content::Staged(_)) {
+            let mut staged = Staged::new(&vfs.settings.staging)?;
+            match &state.content {
+                Content::Ranges { source, ranges, file_size } => {
+                    for (start, end) in ranges.iter() {
+                        staged.copy(&*source.file, FileOffset(start), FileOffset(start), end - start)?;
+                    }
+                    staged.set_size(*file_size)?;
+                }
+                Content::Published { job, .. } => {
+                    let file = self.published_file(vfs, job.as_deref())?;
+                    staged.copy(&*file, FileOffset(0), FileOffset(0), file.file_size())?;
+                    staged.set_size(file.file_size())?;
+                }
+                Content::Empty | Content::Staged(_) => {}
+            }
+            state.content = Content::Staged(staged);
+        }
+        match &mut state.content {
+            Content::Staged(staged) => Ok(staged),
+            _ => Err(Error::new(ErrorKind::Internal, "nothing is staged")),
+        }
+    }
+
+    fn published_file(&self, vfs: &Vfs, job: Option<&Job>) -> Result<Arc<dyn VirtualFile>> {
+        if let Some(job) = job {
+            job.wait(vfs.settings.wait_limit)?;
+        }
+        let bucket = vfs.bucket(&self.object.0)?;
+        let meta = vfs.runtime.block_on(bucket.head(&self.object.1))?;
+        let gone =
+            || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(&self.object.1));
+        Ok(Arc::new(ObjectFile::new(bucket.clone(), meta.ok_or_else(gone)?, vfs.runtime.clone())))
+    }
+}
+
+impl State {
+    fn check(&self) -> Result<()> {
+        self.refused.clone().map_or(Ok(()), Err)
+    }
+
+    fn refuse<T>(&mut self, error: Error) -> Result<T> {
+        self.refused = Some(error.clone());
+        Err(error)
+    }
+
+    /// After a change: it is to be published, or its failure sticks.
+    fn touched<T>(&mut self, result: Result<T>) -> Result<T> {
+        self.modified = SystemTime::now();
+        match result {
+            Ok(value) => {
+                self.dirty = !self.discarded;
+                Ok(value)
+            }
+            Err(error) => self.refuse(error),
+        }
+    }
+}
+
+impl Content {
+    /// Whether a range of `source` at its own place can be recorded without being read.
+    fn accepts(&self, source: &RangeSource) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Ranges { source: known, .. } => known.image == source.image,
+            _ => false,
+        }
+    }
+}
+
+impl Staged {
+    fn new(directory: &std::path::Path) -> Result<Self> {
+        let failed =
+            |e| Error::from_io("cannot create a staging file", e).in_file(directory.display().to_string());
+        let file = tempfile::Builder::new().prefix("write-").tempfile_in(directory).map_err(failed)?;
+        let (file, path) = file.into_parts();
+        Ok(Self { file, path, file_size: 0 })
+    }
+
+    fn failed(&self, what: &str, e: std::io::Error) -> Error {
+        Error::from_io(what, e).in_file(self.path.display().to_string())
+    }
+
+    fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, at.bytes()).map_err(|e| self.failed("cannot stage", e))?;
+        self.file_size = self.file_size.max(at.bytes() + bytes.len() as u64);
+        Ok(())
+    }
+
+    fn read(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        self.file.read_at(buf, at.bytes()).map_err(|e| self.failed("cannot read staged bytes", e))
+    }
+
+    fn set_size(&mut self, size: u64) -> Result<()> {
+        self.file.set_len(size).map_err(|e| self.failed("cannot size the staging file", e))?;
+        self.file_size = size;
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        source: &dyn VirtualFile,
+        from: FileOffset,
+        at: FileOffset,
+        length: u64,
+    ) -> Result<()> {
+        let mut buffer = vec![0; COPY_BUFFER];
+        let mut done = 0;
+        while done < length {
+            let wanted = usize::try_from(length - done).unwrap_or(usize::MAX).min(COPY_BUFFER);
+            let read = source.read_at(from + done, &mut buffer[..wanted])?;
+            if read == 0 {
+                return Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(from + done));
+            }
+            self.write(at + done, &buffer[..read])?;
+            done += read as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Disjoint, merged ranges of bytes.
+#[derive(Clone, Debug, Default)]
+struct Ranges {
+    /// Start to end.
+    by_start: BTreeMap<u64, u64>,
+}
+
+impl Ranges {
+    fn insert(&mut self, mut start: u64, mut end: u64) {
+        let touching: Vec<_> = self
+            .by_start
+            .range(..=end)
+            .rev()
+            .take_while(|&(_, &e)| e >= start)
+            .map(|(&s, &e)| (s, e))
+            .collect();
+        for (s, e) in touching {
+            self.by_start.remove(&s);
+            (start, end) = (start.min(s), end.max(e));
+        }
+        self.by_start.insert(start, end);
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.by_start.iter().map(|(&s, &e)| (s, e))
+    }
+
+    /// Whether the ranges, in a file of `file_size` bytes, are the whole of `source`: what they leave out must
+    /// be holes there, as cp leaves them out of sparse files and then sets the size.
+    fn cover(&self, source: &dyn VirtualFile, file_size: u64) -> Result<bool> {
+        if file_size != source.file_size() {
+            return Ok(false);
+        }
+        let mut at = 0;
+        for (start, end) in self.iter().chain([(file_size, file_size)]) {
+            while at < start {
+                let extent = source.extent_at(FileOffset(at))?;
+                if extent.kind.is_data() {
+                    return Ok(false);
+                }
+                at += extent.length;
+            }
+            at = at.max(end);
+        }
+        Ok(true)
+    }
+}
+
+impl Vfs {
+    /// The draft of a key for one more writer: the one there is, or a new one over what the bucket has.
+    pub(super) fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
+        if let Some(job) = self.jobs.active(&object.0, &object.1) {
+            let what = format!("job {} is making this object", job.id());
+            return Err(Error::new(ErrorKind::Busy, what).in_file(object.1.as_str()));
+        }
+        if self.status_job(&object.0, &object.1).is_some() {
+            return Err(Error::new(ErrorKind::Busy, "the job is running and writes this file")
+                .in_file(object.1.as_str()));
+        }
+        let published = match self.draft(object) {
+            Some(_) => None,
+            None if truncate => None,
+            None => {
+                let bucket = self.bucket(&object.0)?;
+                self.runtime.block_on(bucket.head(&object.1))?.map(|meta| meta.object_size)
+            }
+        };
+        let mut drafts = self.drafts.lock();
+        let draft =
+            drafts.entry(object.clone()).or_insert_with(|| Arc::new(Draft::new(object.clone(), published)));
+        draft.open_handle();
+        Ok(Arc::clone(draft))
+    }
+
+    /// One writer fewer; the last one takes the draft away.
+    pub(super) fn close_draft(&self, draft: &Arc<Draft>) {
+        if draft.close_handle(self) {
+            let mut drafts = self.drafts.lock();
+            if drafts.get(draft.object()).is_some_and(|known| Arc::ptr_eq(known, draft)) {
+                drafts.remove(draft.object());
+            }
+        }
+    }
+
+    /// Leaves a FAIL status beside a key whose copy was refused, so that the reason can be read later.
+    pub(super) fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
+        let (bucket, key) = draft.object().clone();
+        let request = JobRequest { bucket, key, source: JobSource::Image(image.clone()), client_token: None };
+        if let Err(error) = self.jobs.record_refusal(request, error) {
+            warn!("a refusal could not be recorded: {}", error.report());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn ranges_agree_with_a_vector_of_booleans(inserts in prop::collection::vec((0u64..200, 1u64..50), 0..30)) {
+            let mut plain = vec![false; 300];
+            let mut ranges = Ranges::default();
+            for (start, length) in inserts {
+                ranges.insert(start, start + length);
+                plain[start as usize..(start + length) as usize].fill(true);
+            }
+            let mut covered = vec![false; 300];
+            let mut last = None;
+            for (start, end) in ranges.iter() {
+                prop_assert!(last.is_none_or(|l| l < start), "not merged");
+                covered[start as usize..end as usize].fill(true);
+                last = Some(end);
+            }
+            prop_assert_eq!(covered, plain);
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! Handles: what an open file reads and writes, fixed at its opening.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::attr::Attr;
+use super::draft::{Draft, RangeSource};
+use super::inode::{Ino, Node};
+use super::tree::{DirectoryEntry, read_only};
+use super::{ObjectName, Vfs};
+use crate::bucket::ObjectFile;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{FileOffset, GIB};
+use crate::vfile::{VirtualFile, readable};
+
+/// Most bytes that one copy_file_range records: a program sees progress, and the kernel's reply is 32 bits wide.
+const MAX_RANGE: u64 = GIB;
+
+/// A number for an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HandleId(pub u64);
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Whether it will be written.
+    pub write: bool,
+    /// Whether it is cut to nothing first.
+    pub truncate: bool,
+    /// Whether it must not exist yet.
+    pub exclusive: bool,
+}
+
+/// Where lseek looks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whence {
+    /// SEEK_DATA.
+    Data,
+    /// SEEK_HOLE.
+    Hole,
+}
+
+/// An open file or directory.
+pub(super) enum Handle {
+    /// A directory's names as they were when it was opened.
+    Directory(Vec<DirectoryEntry>),
+    /// A document as it was when it was opened.
+    Document(Vec<u8>),
+    /// An image's file.
+    Image(RangeSource),
+    /// An object, or the source of the job that is making it.
+    Object(Arc<dyn VirtualFile>, ObjectName),
+    /// An object being written.
+    Draft(Arc<Draft>),
+    /// A look at an object that somebody else is writing.
+    DraftReader(Arc<Draft>),
+}
+
+impl Vfs {
+    /// Opens a file.
+    pub fn open(&self, ino: Ino, options: OpenOptions) -> Result<HandleId> {
+        let node = self.inodes.node(ino)?;
+        let handle = match (&node, options.write) {
+            (Node::Object { bucket, key }, write) => {
+                self.open_object(&(bucket.clone(), key.clone()), write, options)?
+            }
+            (node, true) => return Err(read_only(node)),
+            (Node::ImageFile { id, disk, format }, false) => {
+                let (file, image) = self.image_file(id, disk, *format)?;
+                Handle::Image(RangeSource { file, image, format: *format })
+            }
+            (Node::ImageJson { id }, false) => {
+                Handle::Document(self.image_document(&self.catalog.image(id)?))
+            }
+            (Node::Job { id }, false) => {
+                let job = self.jobs.job(id).ok_or_else(|| super::tree::no_entry(id))?;
+                Handle::Document(job.status().to_json())
+            }
+            (Node::ControlFile(file), false) => Handle::Document(self.control_document(*file)),
+            (node, false) => {
+                return Err(Error::new(ErrorKind::IsDirectory, format!("{node} is a directory")));
+            }
+        };
+        Ok(self.insert(handle))
+    }
+
+    fn open_object(&self, object: &ObjectName, write: bool, options: OpenOptions) -> Result<Handle> {
+        if write {
+            let draft = self.open_draft(object, options.truncate)?;
+            if options.truncate {
+                draft.truncate(self, 0)?;
+            }
+            return Ok(Handle::Draft(draft));
+        }
+        if let Some(job) = self.status_job(&object.0, &object.1) {
+            return Ok(Handle::Document(job.status().to_json()));
+        }
+        if let Some(draft) = self.draft(object) {
+            draft.open_handle();
+            return Ok(Handle::DraftReader(draft));
+        }
+        if let Some(file) = self.jobs.active(&object.0, &object.1).and_then(|job| job.file()) {
+            return Ok(Handle::Object(file, object.clone()));
+        }
+        let bucket = self.bucket(&object.0)?;
+        let meta = self.runtime.block_on(bucket.head(&object.1))?;
+        let meta = meta.ok_or_else(|| super::tree::no_entry(object.1.as_str()))?;
+        Ok(Handle::Object(
+            Arc::new(ObjectFile::new(bucket.clone(), meta, self.runtime.clone())),
+            object.clone(),
+        ))
+    }
+
+    /// Creates an object's file and opens it for writing.
+    pub fn create(&self, parent: Ino, name: &str, options: OpenOptions) -> Result<(Attr, HandleId)> {
+        let object = self.writable_child(parent, name)?;
+        match self.resolve_object(object.0.clone(), object.1.clone()) {
+            Ok((Node::Directory { .. }, _)) => {
+                return Err(Error::new(ErrorKind::IsDirectory, format!("{} is a directory", object.1)));
+            }
+            Ok(_) if options.exclusive => {
+                return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", object.1)));
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let draft = self.open_draft(&object, options.truncate)?;
+        if options.truncate {
+            draft.truncate(self, 0)?;
+        }
+        let id = self.insert(Handle::Draft(draft));
+        Ok((self.lookup(parent, name)?, id))
+    }
+
+    /// Opens a directory: its names are those of now until it is closed.
+    pub fn open_directory(&self, ino: Ino) -> Result<HandleId> {
+        Ok(self.insert(Handle::Directory(self.read_directory(ino)?)))
+    }
+
+    /// The names of an open directory.
+    pub fn with_directory<T>(
+        &self,
+        id: HandleId,
+        use_entries: impl FnOnce(&[DirectoryEntry]) -> T,
+    ) -> Result<T> {
+        match &*self.handle(id)? {
+            Handle::Directory(entries) => Ok(use_entries(entries)),
+            _ => Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's")),
+        }
+    }
+
+    /// Reads from an open file. Only the end of the file gives fewer bytes than `buf` takes.
+    pub fn read(&self, id: HandleId, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        let read = match &*self.handle(id)? {
+            Handle::Document(bytes) => {
+                let length = readable(bytes.len() as u64, at, buf.len());
+                let start = bytes.len().min(at.bytes() as usize);
+                buf[..length].copy_from_slice(&bytes[start..start + length]);
+                length
+            }
+            Handle::Image(source) => source.file.read_at(at, buf)?,
+            Handle::Object(file, _) => file.read_at(at, buf)?,
+            Handle::Draft(draft) | Handle::DraftReader(draft) => draft.read(self, at, buf)?,
+            Handle::Directory(_) => {
+                return Err(Error::new(ErrorKind::IsDirectory, "the handle is a directory's"));
+            }
+        };
+        self.metrics.read_bytes.add(read as u64);
+        Ok(read)
+    }
+
+    /// Whether reading from the handle may have to wait for a store, and so belongs off the dispatcher.
+    pub fn reads_remotely(&self, id: HandleId) -> bool {
+        self.handles
+            .read()
+            .get(&id)
+            .is_some_and(|h| matches!(**h, Handle::Object(..) | Handle::Draft(_) | Handle::DraftReader(_)))
+    }
+
+    /// Writes to an open file.
+    pub fn write(&self, id: HandleId, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        self.writer(id)?.write(self, at, bytes)?;
+        self.metrics.written_bytes.add(bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Copies a range from one open file to another without moving it where that is possible; returns how much.
+    ///
+    /// # Errors
+    /// What is refused sticks to the destination: its later writes and flushes fail with the same error. The
+    /// caller decides which errno copy_file_range itself may give, because most make programs fall back silently.
+    pub fn copy_range(
+        &self,
+        source: HandleId,
+        from: FileOffset,
+        destination: HandleId,
+        at: FileOffset,
+        length: u64,
+    ) -> Result<u64> {
+        let length = length.min(MAX_RANGE);
+        let draft = self.writer(destination)?;
+        let copied = match &*self.handle(source)? {
+            Handle::Image(source) => {
+                let first = draft.refusal().is_none();
+                let result = draft.copy_range(self, source, from, at, length);
+                if let (Err(error), true) = (&result, first) {
+                    self.record_refusal(&draft, &source.image, error);
+                }
+                result?
+            }
+            // Another object's bytes: programs that are told so read and write them.
+            _ => return Err(Error::new(ErrorKind::CrossDevice, "only image files are copied by range")),
+        };
+        self.metrics.copied_bytes.add(copied);
+        Ok(copied)
+    }
+
+    /// What close(2) waits for. Handles that only read have nothing to do.
+    pub fn flush(&self, id: HandleId) -> Result<()> {
+        match &*self.handle(id)? {
+            Handle::Draft(draft) => draft.flush(self),
+            _ => Ok(()),
+        }
+    }
+
+    /// What fsync(2) waits for: the end of the job that makes the object. Fails if the job fails.
+    pub fn sync(&self, id: HandleId) -> Result<()> {
+        match &*self.handle(id)? {
+            Handle::Draft(draft) => draft.sync(self),
+            Handle::Object(_, (bucket, key)) => match self.jobs.newest(bucket, key) {
+                Some(job) => job.wait(self.settings.wait_limit).map(drop),
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// The last close of a handle.
+    pub fn release(&self, id: HandleId) {
+        let handle = self.handles.write().remove(&id);
+        if let Some(Handle::Draft(draft) | Handle::DraftReader(draft)) = handle.as_deref() {
+            self.close_draft(draft);
+        }
+    }
+
+    /// The next data or hole from `at` on, as lseek(2) defines them: the end of the file is a hole.
+    pub fn seek(&self, id: HandleId, at: FileOffset, whence: Whence) -> Result<Option<FileOffset>> {
+        let handle = self.handle(id)?;
+        let file: &dyn VirtualFile = match &*handle {
+            Handle::Image(source) => &*source.file,
+            Handle::Object(file, _) => &**file,
+            Handle::Document(bytes) => return Ok(plain_seek(bytes.len() as u64, at, whence)),
+            Handle::Draft(draft) | Handle::DraftReader(draft) => {
+                return Ok(plain_seek(draft.file_size(), at, whence));
+            }
+            Handle::Directory(_) => {
+                return Err(Error::new(ErrorKind::IsDirectory, "the handle is a directory's"));
+            }
+        };
+        let file_size = file.file_size();
+        let mut place = at;
+        while place.bytes() < file_size {
+            let extent = file.extent_at(place)?;
+            if extent.kind.is_data() == (whence == Whence::Data) {
+                return Ok(Some(place));
+            }
+            place += extent.length;
+        }
+        let end = at.bytes() < file_size && whence == Whence::Hole;
+        Ok(end.then_some(FileOffset(file_size)))
+    }
+
+    /// The reason in words why a file cannot be opened, or why its last job failed: `user.freightfs.error`.
+    pub fn error_text(&self, ino: Ino) -> Option<String> {
+        match self.inodes.node(ino).ok()? {
+            Node::ImageFile { id, disk, format } => {
+                self.image_file(&id, &disk, format).err().map(|e| e.report())
+            }
+            Node::Object { bucket, key } => {
+                if let Some(error) = self.draft(&(bucket.clone(), key.clone())).and_then(|d| d.refusal()) {
+                    return Some(error.report());
+                }
+                let job = self.jobs.newest(&bucket, &key)?;
+                job.outcome(&job.status()).err().map(|e| e.report())
+            }
+            _ => None,
+        }
+    }
+
+    fn writer(&self, id: HandleId) -> Result<Arc<Draft>> {
+        match &*self.handle(id)? {
+            Handle::Draft(draft) => Ok(Arc::clone(draft)),
+            _ => Err(Error::new(ErrorKind::ReadOnly, "the handle is not open for writing")),
+        }
+    }
+
+    fn insert(&self, handle: Handle) -> HandleId {
+        let id = HandleId(self.next_handle.fetch_add(1, Ordering::Relaxed));
+        self.handles.write().insert(id, Arc::new(handle));
+        id
+    }
+
+    fn handle(&self, id: HandleId) -> Result<Arc<Handle>> {
+        let missing = || Error::new(ErrorKind::Internal, format!("handle {} is not open", id.0));
+        self.handles.read().get(&id).cloned().ok_or_else(missing)
+    }
+}
+
+/// lseek in a file without holes.
+fn plain_seek(file_size: u64, at: FileOffset, whence: Whence) -> Option<FileOffset> {
+    let inside = at.bytes() < file_size;
+    inside.then_some(if whence == Whence::Data { at } else { FileOffset(file_size) })
+}

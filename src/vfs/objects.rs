@@ -1,0 +1,285 @@
+//! The buckets' part of the tree: objects, directories that are common prefixes, jobs and drafts over both.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::attr::{Attr, AttrChange, NodeKind};
+use super::draft::Draft;
+use super::inode::{Ino, Node};
+use super::tree::{no_entry, read_only, status_time};
+use super::{ObjectName, Vfs};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::Job;
+use std::sync::Arc;
+
+/// The suffix of status files.
+pub(super) const STATUS_SUFFIX: &str = ".status";
+
+/// How long removing an object waits for the job that makes it to end.
+const CANCEL_LIMIT: Duration = Duration::from_secs(30);
+
+impl Vfs {
+    /// The bucket mounted under that name.
+    pub(super) fn bucket(&self, name: &str) -> Result<&Bucket> {
+        self.buckets.get(name).ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                format!("no bucket {name:?} is mounted; buckets are given at mount"),
+            )
+        })
+    }
+
+    /// The key of `name` in a directory of a bucket.
+    pub(super) fn child_key(&self, prefix: Option<&ObjectKey>, name: &str) -> Result<ObjectKey> {
+        match prefix {
+            Some(prefix) => prefix.child(name),
+            None => ObjectKey::parse(name),
+        }
+    }
+
+    /// The job whose status the key is, when the key ends with `.status`.
+    pub(super) fn status_job(&self, bucket: &str, key: &ObjectKey) -> Option<Arc<Job>> {
+        let base = ObjectKey::parse(key.as_str().strip_suffix(STATUS_SUFFIX)?).ok()?;
+        self.jobs.active(bucket, &base)
+    }
+
+    /// What a key is: a draft, a running job's status or object, an object in the store, or a directory.
+    pub(super) fn resolve_object(&self, bucket: String, key: ObjectKey) -> Result<(Node, Attr)> {
+        let store = self.bucket(&bucket)?;
+        let name = (bucket, key);
+        let node = Node::Object { bucket: name.0.clone(), key: name.1.clone() };
+        if let Some(draft) = self.draft(&name) {
+            let attr = self.file_attr(&node, draft.file_size(), 0o644, draft.modified());
+            return Ok((node, self.overridden(&name, Attr { ttl: Duration::ZERO, ..attr })));
+        }
+        if let Some(job) = self.status_job(&name.0, &name.1) {
+            let attr = self.live_file_attr(&node, job.status().to_json().len() as u64, status_time(&job));
+            return Ok((node, attr));
+        }
+        if let Some(file) =
+            self.jobs.active(&name.0, &name.1).and_then(|job| Some((job.file()?, status_time(&job))))
+        {
+            let attr = self.file_attr(&node, file.0.file_size(), 0o644, file.1);
+            return Ok((node, self.overridden(&name, attr)));
+        }
+        let (object, listing) = self
+            .runtime
+            .block_on(async { tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1)) })?;
+        if listing || self.made_directories.lock().contains(&name) {
+            let node = Node::Directory { bucket: name.0, prefix: Some(name.1) };
+            let attr = self.directory_attr(&node, self.mounted);
+            return Ok((node, attr));
+        }
+        let object = object.ok_or_else(|| no_entry(name.1.as_str()))?;
+        let attr = self.overridden(&name, self.object_attr(&node, &object));
+        Ok((node, attr))
+    }
+
+    fn object_attr(&self, node: &Node, object: &ObjectMeta) -> Attr {
+        self.file_attr(node, object.object_size, 0o644, object.modified)
+    }
+
+    /// What a directory of a bucket shows: the store's listing, and what is being made.
+    pub(super) fn object_entries(
+        &self,
+        bucket: &str,
+        prefix: Option<&ObjectKey>,
+    ) -> Result<Vec<(Node, String, NodeKind)>> {
+        let listing = self.runtime.block_on(self.bucket(bucket)?.list(prefix))?;
+        let mut entries: BTreeMap<String, Node> = BTreeMap::new();
+        let object = |key: ObjectKey| Node::Object { bucket: bucket.to_owned(), key };
+        for found in listing.objects {
+            entries.insert(found.key.file_name().to_owned(), object(found.key));
+        }
+        let here = |key: &ObjectKey| key.parent().as_ref() == prefix;
+        for job in self.jobs.active_in(bucket) {
+            let key = &job.request().key;
+            if here(key) {
+                let status = key.with_suffix(STATUS_SUFFIX)?;
+                entries.insert(key.file_name().to_owned(), object(key.clone()));
+                entries.insert(status.file_name().to_owned(), object(status));
+            }
+        }
+        let drafts: Vec<_> =
+            self.drafts.lock().values().filter(|d| !d.is_published()).map(|d| d.object().clone()).collect();
+        for (_, key) in drafts.into_iter().filter(|(b, key): &ObjectName| b == bucket && here(key)) {
+            entries.insert(key.file_name().to_owned(), object(key));
+        }
+        let made = self.made_directories.lock();
+        let made = made
+            .iter()
+            .filter(|(b, key)| b == bucket && here(key))
+            .map(|(_, key)| key.file_name().to_owned());
+        for name in listing.prefixes.into_iter().chain(made) {
+            let key = self.child_key(prefix, &name)?;
+            entries.insert(name, Node::Directory { bucket: bucket.to_owned(), prefix: Some(key) });
+        }
+        let entry = |(name, node): (String, Node)| {
+            let kind = if matches!(node, Node::Object { .. }) { NodeKind::File } else { NodeKind::Directory };
+            (node, name, kind)
+        };
+        Ok(entries.into_iter().map(entry).collect())
+    }
+
+    /// The key that `name` has in a directory where objects can be made.
+    pub(super) fn writable_child(&self, parent: Ino, name: &str) -> Result<ObjectName> {
+        match self.inodes.node(parent)? {
+            Node::Directory { bucket, prefix } => {
+                self.bucket(&bucket)?;
+                let key = self.child_key(prefix.as_ref(), name)?;
+                Ok((bucket, key))
+            }
+            node => Err(read_only(&node)),
+        }
+    }
+
+    /// The draft of a key that has bytes which are not published: its content is what the file is. A draft that is
+    /// published may linger, because the kernel does not wait for the last close.
+    pub(super) fn draft(&self, object: &ObjectName) -> Option<Arc<Draft>> {
+        self.drafts.lock().get(object).filter(|draft| !draft.is_published()).cloned()
+    }
+
+    /// Changes an object's attributes; a size cuts or extends its draft.
+    pub(super) fn set_object_attr(&self, object: &ObjectName, change: &AttrChange) -> Result<()> {
+        if let Some(file_size) = change.file_size {
+            match self.draft(object) {
+                Some(draft) => draft.truncate(self, file_size)?,
+                None => self.truncate_closed(object, file_size)?,
+            }
+        }
+        self.remember(object, &AttrChange { file_size: None, ..*change });
+        Ok(())
+    }
+
+    /// truncate(2) of an object that nobody has open: opened, cut, and published again.
+    fn truncate_closed(&self, object: &ObjectName, file_size: u64) -> Result<()> {
+        let draft = self.open_draft(object, file_size == 0)?;
+        let result = draft.truncate(self, file_size).and_then(|()| draft.flush(self));
+        self.close_draft(&draft);
+        result
+    }
+
+    /// Makes a directory, which exists in the mount until an object in it makes it exist in the store.
+    pub fn make_directory(&self, parent: Ino, name: &str) -> Result<Attr> {
+        let object = self.writable_child(parent, name)?;
+        if self.resolve_object(object.0.clone(), object.1.clone()).is_ok() {
+            return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", object.1)));
+        }
+        let store = self.bucket(&object.0)?;
+        self.runtime.block_on(store.make_directory(&object.1))?;
+        self.made_directories.lock().insert(object);
+        self.lookup(parent, name)
+    }
+
+    /// Removes an empty directory.
+    pub fn remove_directory(&self, parent: Ino, name: &str) -> Result<()> {
+        let (bucket, key) = self.writable_child(parent, name)?;
+        match self.resolve_object(bucket.clone(), key.clone())? {
+            (Node::Directory { .. }, _) => {}
+            (node, _) => {
+                return Err(Error::new(ErrorKind::NotDirectory, format!("{node} is not a directory")));
+            }
+        }
+        if !self.object_entries(&bucket, Some(&key))?.is_empty() {
+            return Err(Error::new(ErrorKind::NotEmpty, format!("{key} is not empty")));
+        }
+        self.runtime.block_on(self.bucket(&bucket)?.remove_directory(&key))?;
+        self.made_directories.lock().remove(&(bucket, key));
+        Ok(())
+    }
+
+    /// Removes an object, or cancels the job that is making it.
+    pub fn unlink(&self, parent: Ino, name: &str) -> Result<()> {
+        let object = self.writable_child(parent, name)?;
+        let (bucket, key) = &object;
+        if self.status_job(bucket, key).is_some() {
+            let what = "the job is running; remove the object itself to cancel it";
+            return Err(Error::new(ErrorKind::Busy, what).in_file(key.as_str()));
+        }
+        let draft = self.drafts.lock().remove(&object);
+        if let Some(draft) = &draft {
+            draft.discard();
+        }
+        if let Some(job) = self.jobs.active(bucket, key) {
+            job.cancel();
+            return match job.wait(CANCEL_LIMIT) {
+                Err(e) if e.kind() == ErrorKind::TimedOut => Err(e),
+                _ => Ok(()),
+            };
+        }
+        let store = self.bucket(bucket)?;
+        self.runtime.block_on(async {
+            match store.head(key).await? {
+                Some(_) => store.delete(key).await,
+                None if draft.is_some() => Ok(()),
+                None => Err(no_entry(key.as_str())),
+            }
+        })?;
+        self.overrides.lock().remove(&object);
+        if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
+            && let Ok(base) = ObjectKey::parse(base)
+        {
+            self.jobs.forget(bucket, &base);
+        }
+        // The directory stays, as it does on a disk, although the store has no object in it any more.
+        if let Some(parent) = key.parent() {
+            self.made_directories.lock().insert((bucket.clone(), parent));
+        }
+        Ok(())
+    }
+
+    /// Renames an object: a copy within the store, then a delete.
+    pub fn rename(
+        &self,
+        parent: Ino,
+        name: &str,
+        new_parent: Ino,
+        new_name: &str,
+        exclusive: bool,
+    ) -> Result<()> {
+        let from = self.writable_child(parent, name)?;
+        let to = self.writable_child(new_parent, new_name)?;
+        if from == to {
+            return Ok(());
+        }
+        if from.0 != to.0 {
+            return Err(Error::new(ErrorKind::CrossDevice, "a rename from one bucket to another is a copy"));
+        }
+        for object in [&from, &to] {
+            if self.jobs.active(&object.0, &object.1).is_some() || self.draft(object).is_some() {
+                return Err(
+                    Error::new(ErrorKind::Busy, "the object is being made").in_file(object.1.as_str())
+                );
+            }
+        }
+        if let (Node::Directory { .. }, _) = self.resolve_object(from.0.clone(), from.1.clone())? {
+            return Err(Error::new(
+                ErrorKind::CrossDevice,
+                "a directory of a bucket cannot be renamed, only copied",
+            ));
+        }
+        let target = self.resolve_object(to.0.clone(), to.1.clone());
+        match target {
+            Ok((Node::Directory { .. }, _)) => {
+                return Err(Error::new(ErrorKind::IsDirectory, format!("{} is a directory", to.1)));
+            }
+            Ok(_) if exclusive => {
+                return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", to.1)));
+            }
+            _ => {}
+        }
+        let store = self.bucket(&from.0)?;
+        self.runtime.block_on(async {
+            store.copy(&from.1, &to.1).await?;
+            store.delete(&from.1).await
+        })?;
+        let kept = self.overrides.lock().remove(&from);
+        if let Some(change) = kept {
+            self.remember(&to, &change);
+        }
+        let node = |(bucket, key): ObjectName| Node::Object { bucket, key };
+        self.inodes.rename(&node(from), &node(to));
+        Ok(())
+    }
+}
