@@ -180,6 +180,17 @@ impl AllocationMap {
         at.min(end) - unit
     }
 
+    /// For each unit of `units`, in order, its rank if it is allocated: what tables of offsets are made of.
+    pub fn ranked(&self, units: std::ops::Range<u64>) -> impl Iterator<Item = Option<u64>> + '_ {
+        let mut rank = self.rank(units.start);
+        units.map(move |unit| {
+            self.is_allocated(unit).then(|| {
+                rank += 1;
+                rank - 1
+            })
+        })
+    }
+
     /// Whether any unit in `start..end` is allocated.
     pub fn any_allocated(&self, start: u64, end: u64) -> bool {
         self.rank(end) > self.rank(start)

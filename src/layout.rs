@@ -4,8 +4,12 @@
 //! and, for any place in it, the [`Region`] there: bytes that the layout itself makes up, bytes of the guest's
 //! disk, or zeros. [`crate::convert`] joins it with an image.
 
+pub mod qcow2;
 pub mod raw;
+pub mod vhd;
+pub mod vmdk;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -59,8 +63,10 @@ pub struct LayoutInput {
 /// How a format cuts a disk: bytes in a cluster, grain or block; `None` where allocation does not matter.
 pub fn unit_size(format: OutputFormat) -> Option<u64> {
     match format {
-        OutputFormat::Raw => raw::UNIT_SIZE,
-        _ => todo!(),
+        OutputFormat::Raw | OutputFormat::FixedVhd => None,
+        OutputFormat::Qcow2 => Some(1 << qcow2::DEFAULT_CLUSTER_BITS),
+        OutputFormat::Vhd => Some(vhd::BLOCK_SIZE),
+        OutputFormat::Vmdk => Some(vmdk::GRAIN_SIZE),
     }
 }
 
@@ -69,21 +75,162 @@ pub fn unit_size(format: OutputFormat) -> Option<u64> {
 /// # Errors
 /// [`TooLarge`](crate::error::ErrorKind::TooLarge) when the disk does not fit the format.
 pub fn build(format: OutputFormat, input: &LayoutInput, map: Arc<AllocationMap>) -> Result<Box<dyn Layout>> {
-    let _ = map;
     Ok(match format {
         OutputFormat::Raw => Box::new(raw::RawLayout::new(input.virtual_size)),
-        _ => todo!(),
+        OutputFormat::Qcow2 => Box::new(qcow2::Qcow2Layout::new(input.virtual_size, map)?),
+        OutputFormat::Vhd => Box::new(vhd::VhdLayout::new(input, map)?),
+        OutputFormat::FixedVhd => Box::new(vhd::FixedVhdLayout::new(input)?),
+        OutputFormat::Vmdk => Box::new(vmdk::VmdkLayout::new(input, map)?),
     })
 }
 
 /// Copies the part of `block`, which stands at `block_at`, that `buf` at `at` overlaps: for layouts that
 /// encode a whole header and are asked for a piece of it.
-pub(crate) fn copy_overlap(block: &[u8], block_at: FileOffset, at: FileOffset, buf: &mut [u8]) {
+fn copy_overlap(block: &[u8], block_at: FileOffset, at: FileOffset, buf: &mut [u8]) {
     let start = at.bytes().max(block_at.bytes());
     let end = (at.bytes() + buf.len() as u64).min(block_at.bytes() + block.len() as u64);
     if start < end {
         let (from, to) = ((start - block_at.bytes()) as usize, (start - at.bytes()) as usize);
         let length = (end - start) as usize;
         buf[to..to + length].copy_from_slice(&block[from..from + length]);
+    }
+}
+
+/// Fills the part of `buf` at `at` that a table of entries of `N` bytes at `table_at` covers; `entries` makes the
+/// iterator over the entries of a range of indices.
+fn fill_table<const N: usize, I: Iterator<Item = [u8; N]>>(
+    table: Range<FileOffset>,
+    at: FileOffset,
+    buf: &mut [u8],
+    entries: impl FnOnce(Range<u64>) -> I,
+) {
+    let start = at.max(table.start);
+    let end = (at + buf.len() as u64).min(table.end);
+    if start >= end {
+        return;
+    }
+    let size = N as u64;
+    let indices = (start - table.start) / size..(end - table.start).div_ceil(size);
+    let mut place = table.start + indices.start * size;
+    for entry in entries(indices) {
+        copy_overlap(&entry, place, at, buf);
+        place += size;
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A map of that unit size with some marks.
+    pub(crate) fn map(virtual_size: u64, unit: u64, marks: &[(u64, u64)]) -> Arc<AllocationMap> {
+        let mut builder = AllocationMap::builder(virtual_size, unit);
+        for &(start, length) in marks {
+            let start = start.min(virtual_size);
+            builder.mark(VirtualOffset(start), length.min(virtual_size - start));
+        }
+        Arc::new(builder.finish())
+    }
+
+    fn input(virtual_size: u64) -> LayoutInput {
+        LayoutInput { virtual_size, seed: [7; 16], file_name: "disk.vmdk".into() }
+    }
+
+    fn layout(format: OutputFormat, virtual_size: u64, marks: &[(u64, u64)]) -> Result<Box<dyn Layout>> {
+        let map = map(virtual_size, unit_size(format).unwrap_or(virtual_size.max(1)), marks);
+        build(format, &input(virtual_size), map)
+    }
+
+    /// Walks the regions: they tile the file, and guest regions show every allocated byte exactly once, in order.
+    fn check_regions(
+        format: OutputFormat,
+        virtual_size: u64,
+        marks: &[(u64, u64)],
+    ) -> Result<(), TestCaseError> {
+        let Ok(layout) = layout(format, virtual_size, marks) else { return Ok(()) };
+        let (mut at, mut guest, mut guest_bytes) = (FileOffset(0), 0, 0);
+        while at.bytes() < layout.file_size() {
+            let region = layout.region_at(at);
+            prop_assert!(region.length > 0);
+            // A region that is asked for further on says the same.
+            let middle = region.length / 2;
+            let inner = layout.region_at(at + middle);
+            match (region.source, inner.source) {
+                (RegionSource::Guest(outer), RegionSource::Guest(from)) => {
+                    prop_assert_eq!(from.bytes(), outer.bytes() + middle);
+                    prop_assert!(outer.bytes() >= guest, "guest bytes out of order");
+                    guest = outer.bytes() + region.length;
+                    guest_bytes += region.length;
+                }
+                (outer, inner) => prop_assert_eq!(outer, inner),
+            }
+            at += region.length;
+        }
+        prop_assert_eq!(at.bytes(), layout.file_size());
+        if let Some(unit) = unit_size(format) {
+            let allocated = map(virtual_size, unit, marks).allocated();
+            prop_assert_eq!(guest_bytes, allocated * unit);
+        }
+        Ok(())
+    }
+
+    /// All metadata, read in one piece and in pieces of `step`.
+    fn check_metadata(format: OutputFormat, virtual_size: u64, step: usize) -> Result<(), TestCaseError> {
+        let marks = [(virtual_size / 3, virtual_size / 5 + 1)];
+        let Ok(layout) = layout(format, virtual_size, &marks) else { return Ok(()) };
+        let mut at = FileOffset(0);
+        while at.bytes() < layout.file_size() {
+            let region = layout.region_at(at);
+            if region.source == RegionSource::Metadata && region.length < 4 << 20 {
+                let mut whole = vec![0xaa; region.length as usize];
+                layout.metadata(at, &mut whole);
+                let mut pieces = vec![0x55; region.length as usize];
+                let mut done = 0;
+                for piece in pieces.chunks_mut(step) {
+                    layout.metadata(at + done, piece);
+                    done += piece.len() as u64;
+                }
+                prop_assert!(whole == pieces, "metadata at {at} depends on the split of reads");
+            }
+            at += region.length;
+        }
+        Ok(())
+    }
+
+    fn sizes() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            Just(0u64),
+            Just(1),
+            1..100_000u64,
+            1..(64u64 << 20),
+            1..(2u64 << 40),
+            1..(8u64 << 40),
+            Just(8u64 << 40)
+        ]
+    }
+
+    fn formats() -> impl Strategy<Value = OutputFormat> {
+        prop::sample::select(OutputFormat::ALL.to_vec())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn regions_tile_the_file(
+            format in formats(),
+            virtual_size in sizes(),
+            marks in prop::collection::vec((0u64..1 << 43, 1u64..1 << 30), 0..6),
+        ) {
+            let size = virtual_size.max(1);
+            let marks: Vec<_> = marks.into_iter().map(|(start, length)| (start % size, length)).collect();
+            check_regions(format, virtual_size, &marks)?;
+        }
+
+        #[test]
+        fn metadata_does_not_depend_on_the_split(format in formats(), size in 0u64..1 << 32, step in 1usize..5000) {
+            check_metadata(format, size, step)?;
+        }
     }
 }

@@ -9,6 +9,7 @@ pub mod export;
 pub mod extent;
 pub mod format;
 pub mod fuse;
+pub mod header;
 pub mod image;
 pub mod layout;
 pub mod metrics;

@@ -3,9 +3,6 @@
 use super::{Layout, Region, RegionSource};
 use crate::units::{FileOffset, VirtualOffset};
 
-/// Raw files do not depend on allocation.
-pub const UNIT_SIZE: Option<u64> = None;
-
 /// The layout of a raw file.
 #[derive(Debug)]
 pub struct RawLayout {
