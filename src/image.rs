@@ -3,6 +3,7 @@
 //! A reader parses hostile input: nothing is allocated by an unchecked field, tables are loaded lazily, and a
 //! file that an image names is opened only through a [`ReferenceGate`].
 
+pub mod qcow2;
 pub mod raw;
 
 use std::sync::Arc;
@@ -123,10 +124,9 @@ pub fn open_image(
         )
         .in_file(storage.name()));
     }
-    let _ = gate;
     match format {
         ImageFormat::Raw => Ok(Arc::new(raw::RawImage::new(storage))),
-        ImageFormat::Qcow2 => Err(Error::unsupported("qcow2 is not read yet").in_file(storage.name())),
+        ImageFormat::Qcow2 => Ok(Arc::new(qcow2::Qcow2Image::open(storage, gate, depth)?)),
     }
 }
 

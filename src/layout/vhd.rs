@@ -71,6 +71,10 @@ impl VhdLayout {
 impl FixedVhdLayout {
     /// For a disk that is rounded up to a sector.
     pub fn new(input: &LayoutInput) -> Result<Self> {
+        if input.virtual_size == 0 {
+            // Readers look for a dynamic header where there are no bytes.
+            return Err(Error::unsupported("a disk of 0 bytes cannot be a fixed VHD"));
+        }
         let footer = footer(input, TYPE_FIXED, u64::MAX)?;
         Ok(Self { footer, virtual_size: round_up(input.virtual_size, SECTOR) })
     }

@@ -49,6 +49,10 @@ pub struct VmdkLayout {
 impl VmdkLayout {
     /// For a disk that is rounded up to a sector. The map's units are the grains.
     pub fn new(input: &LayoutInput, map: Arc<AllocationMap>) -> Result<Self> {
+        if input.virtual_size == 0 {
+            // Readers take a capacity of 0 for another kind of extent.
+            return Err(Error::unsupported("a disk of 0 bytes cannot be a VMDK"));
+        }
         let capacity = input.virtual_size.div_ceil(SECTOR);
         let tables = capacity.div_ceil(TABLE_ENTRIES * GRAIN_SECTORS);
         let directory_sectors = (4 * tables).div_ceil(SECTOR);

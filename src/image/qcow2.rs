@@ -1,0 +1,336 @@
+//! qcow2, versions 2 and 3, read-only.
+//!
+//! Source: QEMU, docs/interop/qcow2.rst. Supported: plain, zero and compressed clusters (zlib and zstd), extended
+//! L2 entries, external data files and backing chains through the gate. Internal snapshots are left alone.
+//! Memory for an image: its L1 table, at most 32 MiB and usually some KiB; at most [`TABLE_MEMORY`] bytes of L2
+//! tables; at most [`INFLATED_MEMORY`] bytes of inflated clusters.
+
+mod mapping;
+mod open;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use rayon::prelude::*;
+
+use super::{DiskImage, ImageDescription, ReferenceGate};
+use crate::codec;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentKind};
+use crate::format::ImageFormat;
+use crate::storage::Storage;
+use crate::units::{FileOffset, MIB, VirtualOffset};
+use crate::vfile::readable;
+use mapping::{Mapping, TableShape};
+
+/// Bytes of L2 tables that an image keeps: 256 tables of 64 KiB, which map 128 GiB.
+pub const TABLE_MEMORY: u64 = 16 * MIB;
+
+/// Bytes of inflated clusters that an image keeps for readers of small pieces.
+pub const INFLATED_MEMORY: u64 = 8 * MIB;
+
+/// L1 entries that one call passes over at most, which bounds its time: 32 TiB at 64 KiB clusters.
+const MAX_ABSENT_TABLES: u64 = 1 << 16;
+
+/// How compressed clusters are compressed (header byte 104).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compression {
+    /// Raw deflate.
+    Zlib,
+    Zstd,
+}
+
+/// An L2 table as it is in the file.
+type L2Table = Arc<Vec<u8>>;
+
+/// A qcow2 image with what it refers to.
+pub struct Qcow2Image {
+    storage: Arc<dyn Storage>,
+    /// Where standard clusters are: the file itself, or its external data file.
+    data: Arc<dyn Storage>,
+    backing: Option<Arc<dyn DiskImage>>,
+    virtual_size: u64,
+    shape: TableShape,
+    compression: Compression,
+    l1: Vec<u64>,
+    tables: Mutex<LruCache<u64, L2Table>>,
+    inflated: Mutex<LruCache<u64, Arc<Vec<u8>>>>,
+    /// For [`DiskImage::description`].
+    properties: Vec<(String, String)>,
+}
+
+/// A compressed cluster that a read wants whole.
+struct InflateTask<'a> {
+    host: FileOffset,
+    length: u64,
+    target: &'a mut [u8],
+}
+
+impl Qcow2Image {
+    /// Opens `storage`. References are followed through `gate`; `depth` counts the images above in the chain.
+    pub fn open(storage: Arc<dyn Storage>, gate: &Arc<dyn ReferenceGate>, depth: usize) -> Result<Self> {
+        let place = storage.name().to_owned();
+        open::open(storage, gate, depth).map_err(|e| e.in_file(place))
+    }
+
+    fn new(parts: open::Opened) -> Self {
+        let kept =
+            |memory: u64, size: u64| NonZeroUsize::new((memory / size) as usize).unwrap_or(NonZeroUsize::MIN);
+        let cluster_size = parts.shape.cluster_size();
+        Self {
+            storage: parts.storage,
+            data: parts.data,
+            backing: parts.backing,
+            virtual_size: parts.virtual_size,
+            compression: parts.compression,
+            l1: parts.l1,
+            tables: Mutex::new(LruCache::new(kept(TABLE_MEMORY, cluster_size))),
+            inflated: Mutex::new(LruCache::new(kept(INFLATED_MEMORY, cluster_size))),
+            shape: parts.shape,
+            properties: parts.properties,
+        }
+    }
+
+    fn corrupt(&self, what: impl Into<String>, at: FileOffset) -> Error {
+        Error::corrupt(what).in_file(self.storage.name()).at(at)
+    }
+
+    /// The L2 table of an L1 index; `None` when there is none.
+    fn table(&self, index: u64) -> Result<Option<L2Table>> {
+        let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i)).copied().unwrap_or(0);
+        let offset = FileOffset(entry & mapping::OFFSET_MASK);
+        if offset.bytes() == 0 {
+            return Ok(None);
+        }
+        if let Some(table) = self.tables.lock().get(&index) {
+            return Ok(Some(Arc::clone(table)));
+        }
+        let cluster_size = self.shape.cluster_size();
+        if !offset.bytes().is_multiple_of(cluster_size) {
+            return Err(self.corrupt(format!("L1 entry {index} is not a cluster's offset"), offset));
+        }
+        if offset.checked_add(cluster_size).is_none_or(|end| end.bytes() > self.storage.file_size()) {
+            let what =
+                format!("the L2 table of L1 entry {index} lies past the end of the file, which is truncated");
+            return Err(self.corrupt(what, offset));
+        }
+        let mut table = vec![0; cluster_size as usize];
+        self.storage.read_exact_at(offset, &mut table)?;
+        let table = Arc::new(table);
+        self.tables.lock().put(index, Arc::clone(&table));
+        Ok(Some(table))
+    }
+
+    /// What the bytes from `at` on are mapped to, and for how many, at most `limit`, that holds.
+    fn lookup(&self, at: VirtualOffset, limit: u64) -> Result<(Mapping, u64)> {
+        let limit = limit.min(self.virtual_size - at.bytes());
+        let covered = self.shape.bytes_per_table();
+        let index = at.bytes() / covered;
+        let within = at.bytes() % covered;
+        match self.table(index)? {
+            Some(table) => {
+                let limit = limit.min(covered - within);
+                let found = self.shape.run(&table, within, limit);
+                found.map_err(|what| {
+                    self.corrupt(what, FileOffset(self.l1[index as usize] & mapping::OFFSET_MASK))
+                })
+            }
+            None => {
+                let mut length = covered - within;
+                let mut next = index + 1;
+                while length < limit && next - index < MAX_ABSENT_TABLES && !self.has_table(next) {
+                    length = length.saturating_add(covered);
+                    next += 1;
+                }
+                Ok((Mapping::Unallocated, length.min(limit)))
+            }
+        }
+    }
+
+    fn has_table(&self, index: u64) -> bool {
+        let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i));
+        entry.is_some_and(|entry| entry & mapping::OFFSET_MASK != 0)
+    }
+
+    /// The bytes of a compressed cluster that are in the file: its length is rounded up to a sector, and the last
+    /// cluster's sector may be short.
+    fn compressed_length(&self, host: FileOffset, length: u64) -> Result<u64> {
+        let end = host.checked_add(length).map(FileOffset::bytes);
+        let file_size = self.storage.file_size();
+        match end {
+            Some(end) if host.bytes() < file_size && end < file_size + 512 => {
+                Ok(length.min(file_size - host.bytes()))
+            }
+            _ => {
+                Err(self
+                    .corrupt("a compressed cluster lies past the end of the file, which is truncated", host))
+            }
+        }
+    }
+
+    fn inflate(&self, host: FileOffset, length: u64, target: &mut [u8]) -> Result<()> {
+        thread_local! {
+            static COMPRESSED: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+        }
+        let length = self.compressed_length(host, length)? as usize;
+        COMPRESSED.with_borrow_mut(|buffer| {
+            if buffer.len() < length {
+                buffer.resize(length, 0);
+            }
+            let input = &mut buffer[..length];
+            self.storage.read_exact_at(host, input)?;
+            let result = match self.compression {
+                Compression::Zlib => codec::inflate_raw(input, target),
+                Compression::Zstd => codec::unzstd(input, target),
+            };
+            result.map_err(|e| self.corrupt("a compressed cluster is damaged", host).because(e))
+        })
+    }
+
+    /// Reads a piece of a compressed cluster, keeping the cluster for the next piece.
+    fn read_inflated(
+        &self,
+        at: VirtualOffset,
+        host: FileOffset,
+        length: u64,
+        target: &mut [u8],
+    ) -> Result<()> {
+        let cluster_size = self.shape.cluster_size();
+        let (cluster, within) = (at.bytes() / cluster_size, (at.bytes() % cluster_size) as usize);
+        let known = self.inflated.lock().get(&cluster).cloned();
+        let bytes = match known {
+            Some(bytes) => bytes,
+            None => {
+                let mut bytes = vec![0; cluster_size as usize];
+                self.inflate(host, length, &mut bytes)?;
+                let bytes = Arc::new(bytes);
+                self.inflated.lock().put(cluster, Arc::clone(&bytes));
+                bytes
+            }
+        };
+        target.copy_from_slice(&bytes[within..within + target.len()]);
+        Ok(())
+    }
+
+    fn read_backing(&self, at: VirtualOffset, target: &mut [u8]) -> Result<()> {
+        let Some(backing) = &self.backing else {
+            target.fill(0);
+            return Ok(());
+        };
+        let inside = readable(backing.virtual_size(), FileOffset(at.bytes()), target.len());
+        target[inside..].fill(0);
+        if inside > 0 { backing.read_at(at, &mut target[..inside]) } else { Ok(()) }
+    }
+
+    /// Fails when `length` bytes of a standard cluster at `host` are not in the file.
+    fn check_data(&self, host: FileOffset, length: u64) -> Result<()> {
+        if host.checked_add(length).is_some_and(|end| end.bytes() <= self.data.file_size()) {
+            return Ok(());
+        }
+        let what = format!(
+            "a cluster lies past the end of the file, which has {} bytes and is truncated",
+            self.data.file_size()
+        );
+        Err(Error::corrupt(what).in_file(self.data.name()).at(host))
+    }
+
+    /// One run of [`DiskImage::extent_at`], not merged with its neighbours.
+    fn extent_run(&self, at: VirtualOffset, limit: u64) -> Result<Extent> {
+        let (mapping, length) = self.lookup(at, limit)?;
+        match mapping {
+            Mapping::Data(host) => {
+                self.check_data(host, length)?;
+                Ok(Extent::new(ExtentKind::Data, length))
+            }
+            Mapping::Compressed { host, length: compressed } => {
+                self.compressed_length(host, compressed)?;
+                Ok(Extent::new(ExtentKind::Data, length))
+            }
+            Mapping::Zero => Ok(Extent::new(ExtentKind::Zero, length)),
+            Mapping::Unallocated => match &self.backing {
+                Some(backing) if at.bytes() < backing.virtual_size() => {
+                    let extent = backing.extent_at(at)?;
+                    Ok(Extent::new(extent.kind, extent.length.min(length)))
+                }
+                _ => Ok(Extent::new(ExtentKind::Hole, length)),
+            },
+        }
+    }
+}
+
+impl DiskImage for Qcow2Image {
+    fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    fn read_at(&self, mut at: VirtualOffset, mut buf: &mut [u8]) -> Result<()> {
+        if at.checked_add(buf.len() as u64).is_none_or(|end| end.bytes() > self.virtual_size) {
+            return Err(Error::new(ErrorKind::Internal, "read past the end of the disk").at(at));
+        }
+        let mut tasks = Vec::new();
+        while !buf.is_empty() {
+            let (mapping, length) = self.lookup(at, buf.len() as u64)?;
+            let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+            match mapping {
+                Mapping::Data(host) => {
+                    self.check_data(host, length)?;
+                    self.data.read_exact_at(host, target)?;
+                }
+                Mapping::Zero => target.fill(0),
+                Mapping::Unallocated => self.read_backing(at, target)?,
+                Mapping::Compressed { host, length } if target.len() as u64 == self.shape.cluster_size() => {
+                    tasks.push(InflateTask { host, length, target });
+                }
+                Mapping::Compressed { host, length } => self.read_inflated(at, host, length, target)?,
+            }
+            buf = rest;
+            at += length;
+        }
+        match tasks.as_mut_slice() {
+            [] => Ok(()),
+            [task] => self.inflate(task.host, task.length, task.target),
+            tasks => {
+                tasks.par_iter_mut().try_for_each(|task| self.inflate(task.host, task.length, task.target))
+            }
+        }
+    }
+
+    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
+        let mut extent = self.extent_run(at, u64::MAX)?;
+        // Neighbours of the same kind are joined up to the end of an L2 table: compressed clusters come one by one.
+        let table_end =
+            (at.bytes() / self.shape.bytes_per_table() + 1).saturating_mul(self.shape.bytes_per_table());
+        let end = table_end.min(self.virtual_size);
+        while at.bytes() + extent.length < end {
+            let next = at + extent.length;
+            let following = self.extent_run(next, end - next.bytes())?;
+            if following.kind != extent.kind {
+                break;
+            }
+            extent.length += following.length;
+        }
+        Ok(extent)
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.storage.verify_unchanged()?;
+        if !Arc::ptr_eq(&self.storage, &self.data) {
+            self.data.verify_unchanged()?;
+        }
+        self.backing.as_ref().map_or(Ok(()), |backing| backing.verify_unchanged())
+    }
+
+    fn description(&self) -> ImageDescription {
+        ImageDescription {
+            file: self.storage.name().to_owned(),
+            format: ImageFormat::Qcow2,
+            virtual_size: self.virtual_size,
+            file_size: self.storage.file_size(),
+            cluster_size: Some(self.shape.cluster_size()),
+            properties: self.properties.clone(),
+            backing: self.backing.as_ref().map(|backing| Box::new(backing.description())),
+        }
+    }
+}
