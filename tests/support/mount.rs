@@ -1,0 +1,161 @@
+//! A mount of the program under test, that ends with its test whatever happens.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{command, freightfs, run, succeed, text};
+
+/// Where a test's catalog, bucket, state and mount are.
+pub struct World {
+    directory: tempfile::TempDir,
+    /// Variables for the daemon.
+    pub environment: Vec<(String, String)>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let directory = tempfile::Builder::new().prefix("freightfs-test-").tempdir().unwrap();
+        for name in ["catalog", "bucket", "state", "mnt", "out"] {
+            std::fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        Self { directory, environment: Vec::new() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn catalog(&self) -> PathBuf {
+        self.path("catalog")
+    }
+
+    pub fn bucket(&self) -> PathBuf {
+        self.path("bucket")
+    }
+
+    pub fn out(&self, name: &str) -> PathBuf {
+        self.path("out").join(name)
+    }
+
+    /// Mounts with the local bucket `b` and more arguments.
+    pub fn mount(&self, arguments: &[&str]) -> Mount {
+        let bucket = format!("b=file://{}", self.bucket().display());
+        self.mount_exactly(&[&["--bucket", &bucket], arguments].concat())
+    }
+
+    /// Mounts with these arguments only.
+    pub fn mount_exactly(&self, arguments: &[&str]) -> Mount {
+        let output = run(&mut self.mount_command(arguments));
+        let mount = Mount { path: self.path("mnt"), state: self.path("state") };
+        assert!(output.status.success(), "mount failed: {}", text(&output));
+        mount
+    }
+
+    /// The command that mounts.
+    pub fn mount_command(&self, arguments: &[&str]) -> Command {
+        let mut command = freightfs();
+        command.arg("mount").arg(self.catalog()).arg(self.path("mnt"));
+        command.arg("--state").arg(self.path("state")).args(arguments);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+}
+
+/// A mounted filesystem.
+pub struct Mount {
+    path: PathBuf,
+    state: PathBuf,
+}
+
+impl Mount {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// A key of the bucket `b`.
+    pub fn key(&self, key: &str) -> PathBuf {
+        self.path.join("buckets/b").join(key)
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        std::fs::read_to_string(self.state.join("lock")).unwrap().trim().parse().unwrap()
+    }
+
+    /// The daemon's log.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.state.join("log")).unwrap_or_default()
+    }
+
+    /// The sum of a metric's rows whose line begins like this.
+    pub fn metric(&self, name: &str) -> u64 {
+        let text = std::fs::read_to_string(self.path(".freightfs/metrics")).unwrap();
+        let rows = text.lines().filter(|line| line.starts_with(name));
+        rows.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+    }
+
+    /// Resident memory of the daemon in bytes.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    /// Waits for the export of a key; returns its status.
+    pub fn wait(&self, key: &str) -> serde_json::Value {
+        run(freightfs().args(["wait", "--quiet", "--timeout", "100"]).arg(self.key(key)));
+        self.status(key)
+    }
+
+    /// The status file of a key.
+    pub fn status(&self, key: &str) -> serde_json::Value {
+        let text = std::fs::read(self.key(&format!("{key}.status"))).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    /// Copies a file of the mount or from outside to a key.
+    pub fn cp(&self, from: &Path, key: &str) {
+        succeed(command("cp").arg(from).arg(self.key(key)));
+    }
+
+    /// Unmounts and waits until the daemon has ended.
+    pub fn unmount(self) {
+        let pid = self.pid();
+        succeed(command("fusermount3").arg("-u").arg(&self.path));
+        wait_for_end(pid);
+    }
+
+    /// Sends the daemon a signal and waits until it has ended.
+    pub fn signal(self, name: &str) {
+        let pid = self.pid();
+        succeed(command("kill").args([&format!("-{name}"), &pid.to_string()]));
+        wait_for_end(pid);
+    }
+}
+
+/// Waits for a process that is not our child, by the kernel's own notification.
+fn wait_for_end(pid: u32) {
+    succeed(command("tail").args([&format!("--pid={pid}"), "-f", "/dev/null"]));
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let mounted = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+        if mounted.contains(&format!(" {} ", self.path.display())) {
+            if std::thread::panicking() {
+                println!("log of the daemon:\n{}", self.log());
+            }
+            let unmounted = run(command("fusermount3").args(["-u", "-q"]).arg(&self.path)).status.success();
+            if !unmounted {
+                run(command("fusermount3").args(["-u", "-q", "-z"]).arg(&self.path));
+            }
+        }
+        // The daemon may be finishing jobs, or not have been mounted at all.
+        if let Ok(pid) = std::fs::read_to_string(self.state.join("lock")) {
+            let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.trim())).unwrap_or_default();
+            if name.trim() == "freightfs" {
+                run(command("kill").arg(pid.trim()));
+            }
+        }
+    }
+}
