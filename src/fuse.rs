@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Op;
 use crate::units::{FileOffset, MIB, SECTOR};
-use crate::vfs::{Attr, AttrChange, HandleId, Ino, NodeKind, OpenOptions, Vfs, Whence};
+use crate::vfs::{Attr, AttrChange, HandleId, Ino, NodeKind, OpenOptions, ReadPath, Vfs, Whence};
 
 /// Largest read and write request, in bytes: what the kernel allows (FUSE_MAX_MAX_PAGES, 256 pages).
 const MAX_REQUEST: u32 = MIB as u32;
@@ -391,11 +391,13 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        if self.vfs.reads_remotely(handle(fh)) {
-            self.work(Op::Read, move |vfs| read_and_reply(vfs, fh, offset, size, reply));
-        } else {
-            self.vfs.metrics().count(Op::Read);
-            read_and_reply(&self.vfs, fh, offset, size, reply);
+        match self.vfs.read_path(handle(fh)) {
+            ReadPath::Store => self.work(Op::Read, move |vfs| read_and_reply(vfs, fh, offset, size, reply)),
+            ReadPath::Document => read_and_reply(&self.vfs, fh, offset, size, reply),
+            ReadPath::Image => {
+                self.vfs.metrics().count(Op::Read);
+                read_and_reply(&self.vfs, fh, offset, size, reply);
+            }
         }
     }
 

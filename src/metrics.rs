@@ -138,7 +138,11 @@ impl Metrics {
         };
         let requests: Vec<_> =
             Op::ALL.iter().map(|&op| (format!("{{op=\"{}\"}}", op.label()), self.requests(op))).collect();
-        metric("freightfs_fuse_requests_total", "Requests of the kernel, by operation.", &requests);
+        metric(
+            "freightfs_fuse_requests_total",
+            "Requests of the kernel, by operation; reads of our own documents are left out.",
+            &requests,
+        );
         let one = |counter: &Counter| vec![(String::new(), counter.get())];
         metric("freightfs_read_bytes_total", "Bytes given to readers.", &one(&self.read_bytes));
         metric("freightfs_written_bytes_total", "Bytes taken from writers.", &one(&self.written_bytes));

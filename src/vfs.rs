@@ -19,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle as Runtime;
 
 pub use attr::{Attr, AttrChange, NodeKind};
-pub use handle::{HandleId, OpenOptions, Whence};
+pub use handle::{HandleId, OpenOptions, ReadPath, Whence};
 pub use inode::{Ino, ROOT_INO};
 pub use tree::DirectoryEntry;
 

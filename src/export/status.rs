@@ -7,7 +7,7 @@ use super::job::now;
 use crate::error::{Error, ErrorKind};
 
 /// Version of the status file's fields.
-pub const STATUS_VERSION: u32 = 1;
+pub(super) const STATUS_VERSION: u32 = 1;
 
 /// Where a job is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

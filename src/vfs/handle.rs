@@ -40,6 +40,17 @@ pub enum Whence {
     Hole,
 }
 
+/// What a read has to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadPath {
+    /// A local image: nothing much.
+    Image,
+    /// A store, perhaps: such reads belong off the dispatcher.
+    Store,
+    /// Nothing. Reads of our own documents are not counted: looking at the metrics does not change them.
+    Document,
+}
+
 /// An open file or directory.
 pub(super) enum Handle {
     /// A directory's names as they were when it was opened.
@@ -153,12 +164,7 @@ impl Vfs {
     /// Reads from an open file. Only the end of the file gives fewer bytes than `buf` takes.
     pub fn read(&self, id: HandleId, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
         let read = match &*self.handle(id)? {
-            Handle::Document(bytes) => {
-                let length = readable(bytes.len() as u64, at, buf.len());
-                let start = bytes.len().min(at.bytes() as usize);
-                buf[..length].copy_from_slice(&bytes[start..start + length]);
-                length
-            }
+            Handle::Document(bytes) => return Ok(read_document(bytes, at, buf)),
             Handle::Image(source) => source.file.read_at(at, buf)?,
             Handle::Object(file, _) => file.read_at(at, buf)?,
             Handle::Draft(draft) | Handle::DraftReader(draft) => draft.read(self, at, buf)?,
@@ -170,12 +176,13 @@ impl Vfs {
         Ok(read)
     }
 
-    /// Whether reading from the handle may have to wait for a store, and so belongs off the dispatcher.
-    pub fn reads_remotely(&self, id: HandleId) -> bool {
-        self.handles
-            .read()
-            .get(&id)
-            .is_some_and(|h| matches!(**h, Handle::Object(..) | Handle::Draft(_) | Handle::DraftReader(_)))
+    /// How reading from a handle is to be done.
+    pub fn read_path(&self, id: HandleId) -> ReadPath {
+        match self.handles.read().get(&id).map(|handle| &**handle) {
+            Some(Handle::Object(..) | Handle::Draft(_) | Handle::DraftReader(_)) => ReadPath::Store,
+            Some(Handle::Document(_)) => ReadPath::Document,
+            _ => ReadPath::Image,
+        }
     }
 
     /// Writes to an open file.
@@ -305,6 +312,15 @@ impl Vfs {
         let missing = || Error::new(ErrorKind::Internal, format!("handle {} is not open", id.0));
         self.handles.read().get(&id).cloned().ok_or_else(missing)
     }
+}
+
+fn read_document(bytes: &[u8], at: FileOffset, buf: &mut [u8]) -> usize {
+    let length = readable(bytes.len() as u64, at, buf.len());
+    if length > 0 {
+        let start = at.bytes() as usize;
+        buf[..length].copy_from_slice(&bytes[start..start + length]);
+    }
+    length
 }
 
 /// lseek in a file without holes.

@@ -135,7 +135,7 @@ impl Mount {
 
 /// Waits for a process that is not our child, by the kernel's own notification.
 fn wait_for_end(pid: u32) {
-    succeed(command("tail").args([&format!("--pid={pid}"), "-f", "/dev/null"]));
+    succeed(command("tail").args(["-s", "0.02", &format!("--pid={pid}"), "-f", "/dev/null"]));
 }
 
 impl Drop for Mount {
