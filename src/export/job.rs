@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -59,6 +60,8 @@ pub struct Job {
     started: Mutex<Option<Instant>>,
     /// The multipart upload under way.
     upload: Mutex<Option<String>>,
+    /// Whether the bucket has an older status than this job: it could not be written there at the end.
+    status_unwritten: AtomicBool,
     pub(super) stop: watch::Sender<Stop>,
 }
 
@@ -109,6 +112,7 @@ impl Job {
             file: Mutex::new(file),
             started: Mutex::default(),
             upload: Mutex::default(),
+            status_unwritten: AtomicBool::new(false),
             stop: watch::Sender::new(Stop::No),
         }
     }
@@ -199,6 +203,16 @@ impl Job {
             let percent = s.bytes_uploaded.saturating_mul(100).checked_div(s.size.unwrap_or(0)).unwrap_or(0);
             s.progress = percent.min(99) as u8;
         });
+    }
+
+    /// Whether the status has to be taken from here, because the bucket's file is not the newest.
+    pub fn holds_status(&self) -> bool {
+        !self.status.lock().status.is_final() || self.status_unwritten.load(Ordering::Relaxed)
+    }
+
+    /// Remembers whether the bucket lacks the final status.
+    pub(super) fn set_status_unwritten(&self, unwritten: bool) {
+        self.status_unwritten.store(unwritten, Ordering::Relaxed);
     }
 
     /// Remembers the multipart upload under way.

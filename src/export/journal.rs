@@ -29,12 +29,15 @@ pub struct Record {
     pub status: Status,
     /// The multipart upload that is under way at the store.
     pub upload: Option<String>,
+    /// Whether the final status could not be written into the bucket yet.
+    #[serde(default)]
+    pub status_unwritten: bool,
 }
 
 impl Record {
     /// A record of a job that has no upload under way.
     pub fn new(request: JobRequest, status: Status) -> Self {
-        Self { version: RECORD_VERSION, request, status, upload: None }
+        Self { version: RECORD_VERSION, request, status, upload: None, status_unwritten: false }
     }
 }
 

@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 
 use super::job::{Job, JobRequest, JobSource, Stop};
 use super::journal::{Journal, Record};
-use super::status::{JobState, StatusImage};
+use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
 use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,6 +22,9 @@ use crate::vfile::VirtualFile;
 
 /// How often, at most, a running job's status is written into the bucket.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long writing a status may take; the job's end does not wait longer for it.
+const STATUS_LIMIT: Duration = Duration::from_secs(30);
 
 /// Ended jobs that stay in memory; the oldest go first.
 const ENDED_KEPT: usize = 1000;
@@ -120,6 +123,15 @@ impl JobQueue {
             let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), None));
             self.inner.table.lock().insert(&job);
             if record.status.status.is_final() {
+                if record.status_unwritten {
+                    job.set_status_unwritten(true);
+                    let inner = Arc::clone(&self.inner);
+                    self.inner.runtime.spawn(async move {
+                        let last = job.status();
+                        let written = inner.put_status(&job, last.to_json()).await;
+                        inner.note_written(&job, &last, written);
+                    });
+                }
                 continue;
             }
             let file = match &record.request.source {
@@ -154,12 +166,11 @@ impl JobQueue {
         self.newest(bucket, key).filter(|job| !job.status().status.is_final())
     }
 
-    /// Keys under way in a bucket.
-    pub fn active_in(&self, bucket: &str) -> Vec<Arc<Job>> {
+    /// The newest jobs of a bucket's keys whose status the bucket does not have.
+    pub fn shown_in(&self, bucket: &str) -> Vec<Arc<Job>> {
         let table = self.inner.table.lock();
-        let active =
-            table.newest.iter().filter(|((b, _), job)| b == bucket && !job.status().status.is_final());
-        active.map(|(_, job)| Arc::clone(job)).collect()
+        let shown = table.newest.iter().filter(|((b, _), job)| b == bucket && job.holds_status());
+        shown.map(|(_, job)| Arc::clone(job)).collect()
     }
 
     /// The job with that id.
@@ -283,7 +294,7 @@ impl Inner {
         let file = job.file().ok_or_else(|| Error::new(ErrorKind::Internal, "the job has no source"))?;
         job.start(Arc::clone(&file));
         info!(job = job.id(), url = job.status().url, "export started");
-        self.put_status(job).await;
+        self.put_status(job, job.status().to_json()).await;
         let written = AtomicI64::new(job.status().begin_time.as_second());
         let attempt = Attempt { bucket, key: &request.key, file, job, metrics: &self.metrics };
         let started = |upload: &str| {
@@ -296,7 +307,7 @@ impl Inner {
             let now = jiff::Timestamp::now().as_second();
             if now - written.load(Ordering::Relaxed) >= STATUS_INTERVAL.as_secs() as i64 {
                 written.store(now, Ordering::Relaxed);
-                self.put_status(job).await;
+                self.put_status(job, job.status().to_json()).await;
             }
         };
         let uploaded = attempt.run(started, progress).await?;
@@ -329,7 +340,9 @@ impl Inner {
         if let Err(error) = self.journal.save(&Record::new(job.request().clone(), last.clone())) {
             error!(job = last.job_id, "{}", error.report());
         }
-        self.put_status_bytes(job, last.to_json()).await;
+        // The bucket has the status before anybody is told of the end, unless the store is full or gone.
+        let written = self.put_status(job, last.to_json()).await;
+        self.note_written(job, &last, written);
         job.end(last, result.as_ref().err());
         if let JobSource::Staged(path) = &job.request().source {
             let _ = std::fs::remove_file(path);
@@ -344,20 +357,32 @@ impl Inner {
         }
     }
 
-    async fn put_status(&self, job: &Job) {
-        self.put_status_bytes(job, job.status().to_json()).await;
-    }
-
     /// Writes the status into the bucket, for other hosts and plain clients. A failure is logged: the mount and
-    /// the journal have the status all the same.
-    async fn put_status_bytes(&self, job: &Job, json: Vec<u8>) {
+    /// the journal have the status all the same. Returns whether it was written.
+    async fn put_status(&self, job: &Job, json: Vec<u8>) -> bool {
         let request = job.request();
         let put = async {
             let bucket = self.bucket(&request.bucket)?;
             bucket.put(&request.key.with_suffix(".status")?, Bytes::from(json)).await
         };
-        if let Err(error) = put.await {
+        let late = |_| Err(Error::new(ErrorKind::TimedOut, "the store did not answer in time"));
+        let result = tokio::time::timeout(STATUS_LIMIT, put).await.unwrap_or_else(late);
+        if let Err(error) = &result {
             warn!(job = job.id(), "the status file could not be written into the bucket: {}", error.report());
+        }
+        result.is_ok()
+    }
+
+    /// Remembers, in the journal too, that the bucket lacks a final status: this mount shows its own, and the
+    /// next mount tries again.
+    fn note_written(&self, job: &Job, last: &Status, written: bool) {
+        job.set_status_unwritten(!written);
+        if !written {
+            let mut record = Record::new(job.request().clone(), last.clone());
+            record.status_unwritten = true;
+            if let Err(error) = self.journal.save(&record) {
+                error!(job = last.job_id, "{}", error.report());
+            }
         }
     }
 

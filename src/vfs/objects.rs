@@ -38,10 +38,10 @@ impl Vfs {
         }
     }
 
-    /// The job whose status the key is, when the key ends with `.status`.
+    /// The job whose status the key is, when the key ends with `.status` and the job knows better than the bucket.
     pub(super) fn status_job(&self, bucket: &str, key: &ObjectKey) -> Option<Arc<Job>> {
         let base = ObjectKey::parse(key.as_str().strip_suffix(STATUS_SUFFIX)?).ok()?;
-        self.jobs.active(bucket, &base)
+        self.jobs.newest(bucket, &base).filter(|job| job.holds_status())
     }
 
     /// What a key is: a draft, a running job's status or object, an object in the store, or a directory.
@@ -93,11 +93,13 @@ impl Vfs {
             entries.insert(found.key.file_name().to_owned(), object(found.key));
         }
         let here = |key: &ObjectKey| key.parent().as_ref() == prefix;
-        for job in self.jobs.active_in(bucket) {
+        for job in self.jobs.shown_in(bucket) {
             let key = &job.request().key;
             if here(key) {
                 let status = key.with_suffix(STATUS_SUFFIX)?;
-                entries.insert(key.file_name().to_owned(), object(key.clone()));
+                if !job.status().status.is_final() {
+                    entries.insert(key.file_name().to_owned(), object(key.clone()));
+                }
                 entries.insert(status.file_name().to_owned(), object(status));
             }
         }
@@ -193,7 +195,8 @@ impl Vfs {
     pub fn unlink(&self, parent: Ino, name: &str) -> Result<()> {
         let object = self.writable_child(parent, name)?;
         let (bucket, key) = &object;
-        if self.status_job(bucket, key).is_some() {
+        let held = self.status_job(bucket, key);
+        if held.as_ref().is_some_and(|job| !job.status().status.is_final()) {
             let what = "the job is running; remove the object itself to cancel it";
             return Err(Error::new(ErrorKind::Busy, what).in_file(key.as_str()));
         }
@@ -212,7 +215,7 @@ impl Vfs {
         self.runtime.block_on(async {
             match store.head(key).await? {
                 Some(_) => store.delete(key).await,
-                None if draft.is_some() => Ok(()),
+                None if draft.is_some() || held.is_some() => Ok(()),
                 None => Err(no_entry(key.as_str())),
             }
         })?;
