@@ -302,6 +302,15 @@ impl Bucket {
         .map_err(|e| self.named(e, key))
     }
 
+    /// Removes what dead processes of this host left of uploads, but for those `kept`. A remote store cannot tell
+    /// whose an upload is: there only uploads that are known by their id are ever given up.
+    pub async fn sweep(&self, kept: Vec<String>) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.sweep(kept).await,
+            Backend::Remote(_) => Ok(()),
+        }
+    }
+
     fn named(&self, error: Error, key: &ObjectKey) -> Error {
         error.in_file(self.url_of(key))
     }

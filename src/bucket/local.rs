@@ -42,20 +42,27 @@ impl LocalStore {
         if !file.metadata().is_ok_and(|m| m.is_dir()) {
             return Err(Error::new(ErrorKind::NotDirectory, "the bucket is not a directory").in_file(place));
         }
-        let store = Self { root: Arc::new(file.into()) };
-        store.sweep();
-        Ok(store)
+        Ok(Self { root: Arc::new(file.into()) })
     }
 
-    /// Removes what puts of dead processes of this host left. Uploads are somebody's to resume or abort.
-    fn sweep(&self) {
+    /// Removes what dead processes of this host left of uploads and puts, but for the uploads `kept`.
+    pub(super) async fn sweep(&self, kept: Vec<String>) -> Result<()> {
+        self.blocking(move |store| {
+            store.sweep_now(&kept);
+            Ok(())
+        })
+        .await
+    }
+
+    fn sweep_now(&self, kept: &[String]) {
         let Ok(opened) = self.open_at(&uploads(), OFlag::O_RDONLY | OFlag::O_DIRECTORY) else { return };
         let Ok(mut directory) = Dir::from_fd(opened) else { return };
-        let own = put_prefix();
+        let own = host_prefix();
         for entry in directory.iter().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let process = name.strip_prefix(&own).and_then(|rest| rest.split('-').next());
-            if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let dead = process.is_some_and(|process| !Path::new("/proc").join(process).exists());
+            if dead && !kept.contains(&name) {
                 let _ = self.remove_upload(&name);
             }
         }
@@ -186,7 +193,7 @@ impl LocalStore {
     pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
         let key = key.clone();
         self.blocking(move |store| {
-            let upload = store.create_upload(&put_prefix(), bytes.len() as u64)?;
+            let upload = store.create_upload(bytes.len() as u64)?;
             let written = store
                 .write_part(&upload, 0, &bytes)
                 .and_then(|()| store.publish(&upload, &key, bytes.len() as u64));
@@ -221,7 +228,7 @@ impl LocalStore {
                 .map_err(|e| failed("cannot open the object", e))?;
             let mut source = File::from(opened);
             let size = source.metadata().map_err(|e| failed("cannot stat the object", e))?.len();
-            let upload = store.create_upload(&put_prefix(), size)?;
+            let upload = store.create_upload(size)?;
             let copied = store.open_upload(&upload).and_then(|(mut file, _)| {
                 // The standard library copies within the kernel where that is possible.
                 std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
@@ -249,7 +256,7 @@ impl LocalStore {
     }
 
     pub(super) async fn start_upload(&self, part_size: u64) -> Result<String> {
-        self.blocking(move |store| store.create_upload("upload-", part_size)).await
+        self.blocking(move |store| store.create_upload(part_size)).await
     }
 
     pub(super) async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<String> {
@@ -269,8 +276,8 @@ impl LocalStore {
     }
 
     /// An upload's id holds its part size, so that a part's place follows from its index alone.
-    fn create_upload(&self, prefix: &str, part_size: u64) -> Result<String> {
-        let upload = format!("{prefix}{}-{part_size}", unique());
+    fn create_upload(&self, part_size: u64) -> Result<String> {
+        let upload = format!("{}{}-{part_size}", host_prefix(), unique());
         let path = upload_path(&upload)?;
         self.create_directories(&uploads())?;
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY;
@@ -335,12 +342,12 @@ fn uploads() -> String {
     format!("{CONTROL_PREFIX}/uploads")
 }
 
-/// What names of puts begin with: the host, so that a bucket on a shared filesystem is swept by the right one.
+/// What names of uploads begin with: the host, so that a bucket on a shared filesystem is swept by the right one.
 /// The process's id follows.
-fn put_prefix() -> String {
+fn host_prefix() -> String {
     let host = nix::unistd::gethostname().unwrap_or_default();
     let host: String = host.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
-    format!("put-{host}-")
+    format!("{host}-")
 }
 
 /// Where an upload's bytes are. Ids come from journals, which may be damaged.

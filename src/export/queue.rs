@@ -119,6 +119,11 @@ impl JobQueue {
         for error in errors {
             warn!("a job's record cannot be used: {}", error.report());
         }
+        let kept: Vec<_> = records.iter().filter_map(|record| record.upload.clone()).collect();
+        for bucket in self.inner.buckets.values().cloned() {
+            let kept = kept.clone();
+            self.inner.runtime.spawn(async move { bucket.sweep(kept).await });
+        }
         for record in records {
             let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), None));
             self.inner.table.lock().insert(&job);
