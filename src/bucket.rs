@@ -151,6 +151,8 @@ impl Bucket {
     /// Finds out whether the bucket is there and can be written, by a small object that is removed again.
     pub async fn probe(&self) -> Result<()> {
         let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/probe-{}", unique()));
+        // Listing first: some stores answer a put into a bucket that is not there with an internal error.
+        self.has_prefix(&key).await?;
         self.put(&key, Bytes::from_static(b"freightfs\n")).await?;
         self.delete(&key).await
     }

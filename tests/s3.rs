@@ -1,0 +1,157 @@
+//! Buckets on a real S3 server: SeaweedFS, which scripts/test starts.
+
+mod support;
+
+use std::path::Path;
+use std::process::Command;
+
+use support::images::{self, Random};
+use support::mount::World;
+use support::{assert_same, can_mount, command, fail, sha256, skip, succeed};
+
+/// The server's URL.
+fn endpoint() -> Option<String> {
+    let endpoint = std::env::var("FREIGHTFS_TEST_S3").ok();
+    if endpoint.is_none() {
+        skip("tests against S3: FREIGHTFS_TEST_S3 is not set; scripts/test starts a server");
+    }
+    endpoint
+}
+
+fn aws(endpoint: &str, arguments: &[&str]) -> Command {
+    let mut aws = command("aws");
+    aws.args(["--endpoint-url", endpoint]).args(arguments);
+    aws
+}
+
+/// A world whose bucket `b` is a new S3 bucket of that name.
+fn world(endpoint: &str, bucket: &str) -> World {
+    succeed(&mut aws(endpoint, &["s3api", "create-bucket", "--bucket", bucket]));
+    let mut world = World::new();
+    for (name, value) in [("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true")] {
+        world.environment.push((name.to_owned(), value.to_owned()));
+    }
+    world
+}
+
+fn uploads(endpoint: &str, bucket: &str) -> String {
+    succeed(&mut aws(
+        endpoint,
+        &["s3api", "list-multipart-uploads", "--bucket", bucket, "--query", "Uploads", "--output", "text"],
+    ))
+}
+
+#[test]
+fn an_export_to_s3_is_byte_identical_by_the_real_client() {
+    let (Some(endpoint), true) = (endpoint(), can_mount()) else { return };
+    let bucket = format!("exports-{}", std::process::id());
+    let world = world(&endpoint, &bucket);
+    let raw = images::ext4(&world.catalog());
+    images::qcow2(&raw, "web.qcow2", &["-c"]);
+    let url = format!("b=s3://{bucket}/some/prefix");
+    let mount = world.mount_exactly(&["--bucket", &url]);
+    for key in ["web.qcow2", "deep/er/web.qcow2"] {
+        if let Some(parent) = Path::new(key).parent().filter(|p| !p.as_os_str().is_empty()) {
+            std::fs::create_dir_all(mount.key(&parent.display().to_string())).unwrap();
+        }
+        let before = mount.metric("freightfs_fuse_requests_total{op=\"read\"}");
+        mount.cp(&mount.path("images/web/web.qcow2"), key);
+        assert_eq!(mount.metric("freightfs_fuse_requests_total{op=\"read\"}"), before, "cp caused reads");
+        assert_eq!(mount.metric("freightfs_fuse_requests_total{op=\"write\"}"), 0, "cp caused writes");
+        let status = mount.wait(key);
+        assert_eq!(status["status"], "SUCCESS", "{status}");
+        assert!(
+            status["etag"].is_string() && status["url"] == format!("s3://{bucket}/some/prefix/{key}"),
+            "{status}"
+        );
+        let expected = world.out("expected.qcow2");
+        std::fs::copy(mount.path("images/web/web.qcow2"), &expected).unwrap();
+        let fetched = world.out("fetched.qcow2");
+        let object = format!("s3://{bucket}/some/prefix/{key}");
+        succeed(aws(&endpoint, &["s3", "cp", "--quiet", &object]).arg(&fetched));
+        assert_same(&fetched, &expected);
+        assert_eq!(status["sha256"], sha256(&fetched));
+        assert_same(&mount.key(key), &expected);
+        let sums = format!(
+            "cd {} && sha256sum -c web.qcow2.sha256 && md5sum -c web.qcow2.md5",
+            mount.key(key).parent().unwrap().display()
+        );
+        support::sh(&sums);
+    }
+    assert!(uploads(&endpoint, &bucket).trim() == "None", "an upload is left");
+    mount.unmount();
+}
+
+#[test]
+fn objects_of_others_and_odd_names_are_the_same_keys() {
+    let (Some(endpoint), true) = (endpoint(), can_mount()) else { return };
+    let bucket = format!("names-{}", std::process::id());
+    let world = world(&endpoint, &bucket);
+    let mount = world.mount_exactly(&["--bucket", &format!("b=s3://{bucket}")]);
+    for name in ["plain", "a b", "x#1", "ü~%25", "(par)[en]{s}", "plus+and&amp"] {
+        let file = world.out("content");
+        std::fs::write(&file, name).unwrap();
+        succeed(
+            aws(
+                &endpoint,
+                &["s3api", "put-object", "--bucket", &bucket, "--key", &format!("theirs/{name}"), "--body"],
+            )
+            .arg(&file),
+        );
+        assert_eq!(std::fs::read_to_string(mount.key(&format!("theirs/{name}"))).unwrap(), name);
+        std::fs::write(mount.key(name), name).unwrap();
+        let got = world.out("got");
+        succeed(aws(&endpoint, &["s3api", "get-object", "--bucket", &bucket, "--key", name]).arg(&got));
+        assert_eq!(std::fs::read_to_string(&got).unwrap(), name);
+    }
+    let listed = std::fs::read_dir(mount.key("theirs")).unwrap().count();
+    assert_eq!(listed, 6);
+    mount.unmount();
+}
+
+#[test]
+fn large_objects_of_others_read_back_by_ranges() {
+    use std::os::unix::fs::FileExt;
+    let (Some(endpoint), true) = (endpoint(), can_mount()) else { return };
+    let bucket = format!("reads-{}", std::process::id());
+    let world = world(&endpoint, &bucket);
+    let file = world.out("large");
+    let content = Random(3).bytes(30 << 20);
+    std::fs::write(&file, &content).unwrap();
+    succeed(aws(&endpoint, &["s3", "cp", "--quiet"]).arg(&file).arg(format!("s3://{bucket}/large")));
+    let mount = world.mount_exactly(&["--bucket", &format!("b=s3://{bucket}")]);
+    assert_same(&mount.key("large"), &file);
+    let object = std::fs::File::open(mount.key("large")).unwrap();
+    let mut random = Random(4);
+    for _ in 0..50 {
+        let at = random.below(content.len() as u64 - 1000);
+        let mut bytes = [0; 1000];
+        object.read_exact_at(&mut bytes, at).unwrap();
+        assert!(bytes == content[at as usize..at as usize + 1000]);
+    }
+    // Replaced by somebody else under the open file: an error, never mixed bytes.
+    std::fs::write(&file, Random(5).bytes(30 << 20)).unwrap();
+    succeed(aws(&endpoint, &["s3", "cp", "--quiet"]).arg(&file).arg(format!("s3://{bucket}/large")));
+    let far = std::fs::File::open(mount.key("large"));
+    drop(far);
+    let mut bytes = vec![0; 1000];
+    let errors = (0..7).filter(|block| object.read_exact_at(&mut bytes, block * (4 << 20)).is_err()).count();
+    assert!(errors >= 2, "only the {} blocks that were kept may be read", 7 - errors);
+    drop(object);
+    mount.unmount();
+}
+
+#[test]
+fn wrong_buckets_and_credentials_fail_the_mount() {
+    let (Some(endpoint), true) = (endpoint(), can_mount()) else { return };
+    let bucket = format!("denied-{}", std::process::id());
+    let world = world(&endpoint, &bucket);
+    let said = fail(&mut world.mount_command(&["--bucket", "b=s3://no-such-bucket-here"]));
+    assert!(said.contains("no-such-bucket-here") && said.contains("no such bucket"), "{said}");
+    let mut command = world.mount_command(&["--bucket", &format!("b=s3://{bucket}")]);
+    let said = fail(command.env("AWS_SECRET_ACCESS_KEY", "wrong-secret-value"));
+    assert!(said.contains("denies access") && !said.contains("wrong-secret-value"), "{said}");
+    let mut command = world.mount_command(&["--bucket", &format!("b=s3://{bucket}")]);
+    let said = fail(command.env("AWS_ACCESS_KEY_ID", "nobody"));
+    assert!(said.contains("denies access"), "{said}");
+}
