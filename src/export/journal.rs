@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,10 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Version of the record's fields.
 const RECORD_VERSION: u32 = 1;
+
+/// How often, and after which pauses, the lock is tried: two seconds together.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// Records of ended jobs that are kept; the oldest go first.
 const ENDED_KEPT: usize = 1000;
@@ -67,7 +72,7 @@ impl StateDir {
         let mut options = File::options();
         let file = options.read(true).write(true).create(true).truncate(false).open(path.join("lock"));
         let file = file.map_err(|e| failed("cannot open the state directory's lock", e))?;
-        let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut file, errno)| {
+        let mut lock = lock_patiently(file).map_err(|(mut file, errno)| {
             let mut holder = String::new();
             let _ = file.read_to_string(&mut holder);
             if errno == nix::errno::Errno::EWOULDBLOCK {
@@ -97,6 +102,18 @@ impl StateDir {
     pub fn journal(&self) -> Journal {
         Journal { directory: self.path.join("jobs") }
     }
+}
+
+/// Locks the file; a daemon that was just unmounted or killed gets a moment to end.
+fn lock_patiently(mut file: File) -> std::result::Result<Flock<File>, (File, nix::errno::Errno)> {
+    for _ in 0..LOCK_TRIES {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Err((returned, nix::errno::Errno::EWOULDBLOCK)) => file = returned,
+            result => return result,
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
 }
 
 /// The durable records of all jobs.
