@@ -67,9 +67,12 @@ pub struct CatalogDisk {
 /// The images of a directory, and those of their disks that are open.
 pub struct Catalog {
     root: PathBuf,
-    listed: Mutex<Option<(Instant, Arc<BTreeMap<String, CatalogImage>>)>>,
+    listed: Mutex<Option<Listed>>,
     open: Mutex<LruCache<PathBuf, OpenedEntry>>,
 }
+
+/// A listing and when it was made.
+type Listed = (Instant, Arc<BTreeMap<String, CatalogImage>>);
 
 /// A disk as it was opened, or why it could not be, under one generation of its file.
 #[derive(Clone)]

@@ -1,4 +1,68 @@
-//! freightfs
+//! freightfs shows virtual machine images as virtual files in every disk format, computed as they are read, and
+//! turns a copy into a bucket's directory into an export job with a status file beside the object.
+//!
+//! # Levels
+//!
+//! A module imports lower levels only; `tests/architecture.rs` fails on an upward import.
+//!
+//! | level | modules | what they own |
+//! |---|---|---|
+//! | 0 | [`error`], [`units`], [`format`](mod@format) | the one error type; offsets and sizes as types; the names of the formats |
+//! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`] | bytes by position; data, zeros, holes and allocation maps; decompression; on-disk headers; the trait of computed files; mount options; counters |
+//! | 2 | [`image`], [`layout`] | readers: a file as the disk its guest sees; layouts: where each byte of a file of some format comes from |
+//! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout = a file; which images there are; objects and uploads |
+//! | 5 | [`export`] | jobs, their journal, their status |
+//! | 6 | [`vfs`] | names, handles, and what a copy means; knows nothing of FUSE |
+//! | 7 | [`fuse`] | the kernel's protocol; the only user of fuser |
+//! | 8 | [`cli`] | arguments, wiring, the daemon |
+//!
+//! Everything up to level 3, and `vfs`, is synchronous, positional and shared between threads; `bucket` and
+//! `export` are asynchronous. The two meet where `vfs` waits for a bucket or a job.
+//!
+//! # The way of a read
+//!
+//! The kernel asks [`fuse`] for up to 1 MiB of, say, `web01.vhd`. The file was opened with direct I/O, so there is
+//! no second copy in the page cache. A dispatcher thread calls [`vfs::Vfs::read`], which finds the handle's
+//! [`convert::ConvertedFile`], fixed at open to one generation of the source. That asks the
+//! [`layout::Layout`] which [`layout::Region`] stands at the offset: headers and tables, which the layout
+//! makes up; zeros; or a run of the guest's disk. A layout reads nothing: it was built from the disk's virtual size
+//! and an [`extent::AllocationMap`], a bitmap with rank samples that says how many units before a given one are
+//! allocated, and so where everything is. Guest bytes come from the [`image::DiskImage`]; the qcow2 reader walks
+//! its L2 tables, kept in a bounded cache, reads neighbouring clusters at once straight into the reply's buffer,
+//! and inflates compressed ones on all cores. Last, the source's generation is compared: if it changed, the read
+//! fails with `ESTALE` instead of mixing bytes.
+//!
+//! Listing needs the exact size of each file, and so the allocation map: one walk over the image's tables at its
+//! first look-up, shared by all formats with the same unit. No image data is read before somebody reads it.
+//!
+//! Everything that other programs make random, identifiers and times, is derived from the source, so two
+//! conversions of one source are byte-identical.
+//!
+//! # The way of an export
+//!
+//! `cp images/web01/web01.vhd buckets/b/` creates a draft ([`vfs`]) and sends `copy_file_range`. The draft only
+//! records that range. At close(2) the kernel sends a flush: when the recorded ranges cover the whole file,
+//! [`export::JobQueue::submit`] writes a record into the journal, synced, and close returns. If anything else
+//! arrives, parts, other offsets, plain writes, the bytes are staged in a file, and close waits for its upload,
+//! because a writer of plain bytes expects close to tell.
+//!
+//! A job waits for a place among those that run, opens a multipart upload, records its id, and then reads the
+//! converted file part by part; each part is uploaded while two threads hash it and the next one is read. At most
+//! 10 parts of one job are in memory. When the store has put the parts together, the object's size is asked back and compared;
+//! then `KEY.sha256`, `KEY.md5` and at last `KEY.status` are written. Before that nothing is visible in the bucket
+//! but the status; in the mount the key already has its final size and reads through the converter. A job that
+//! fails or is cancelled aborts its upload and leaves a status that says why.
+//!
+//! A daemon that is killed leaves its records; the next one over the same state directory aborts what was under
+//! way and starts those jobs again, if their source still is of the recorded generation.
+//!
+//! # Trust
+//!
+//! Images and object names are hostile input. A file that an image names is opened only through an
+//! [`image::ReferenceGate`]; a raw image is never probed for another format; header fields are checked against
+//! the file's length before anything is allocated. Objects in a local bucket are opened beneath its directory by
+//! the kernel (openat2), so that no symbolic link leads out. There is no unsafe code.
+
 pub mod bucket;
 pub mod catalog;
 pub mod cli;

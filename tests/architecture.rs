@@ -1,4 +1,5 @@
 //! The levels of `src/lib.rs`: a module imports lower levels only.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
 //! Buckets on a real S3 server: SeaweedFS, which scripts/test starts.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 

@@ -120,8 +120,8 @@ impl JobQueue {
             warn!("a job's record cannot be used: {}", error.report());
         }
         let kept: Vec<_> = records.iter().filter_map(|record| record.upload.clone()).collect();
-        for bucket in self.inner.buckets.values().cloned() {
-            let kept = kept.clone();
+        for bucket in self.inner.buckets.values() {
+            let (bucket, kept) = (bucket.clone(), kept.clone());
             self.inner.runtime.spawn(async move { bucket.sweep(kept).await });
         }
         for record in records {

@@ -61,8 +61,9 @@ pub struct Qcow2Image {
     properties: Vec<(String, String)>,
 }
 
-/// A compressed cluster that a read wants whole.
+/// A compressed cluster of which a read wants a piece, or all.
 struct InflateTask<'a> {
+    at: VirtualOffset,
     host: FileOffset,
     length: u64,
     target: &'a mut [u8],
@@ -214,6 +215,14 @@ impl Qcow2Image {
         Ok(())
     }
 
+    fn run_task(&self, task: &mut InflateTask<'_>) -> Result<()> {
+        if task.target.len() as u64 == self.shape.cluster_size() {
+            self.inflate(task.host, task.length, task.target)
+        } else {
+            self.read_inflated(task.at, task.host, task.length, task.target)
+        }
+    }
+
     fn read_backing(&self, at: VirtualOffset, target: &mut [u8]) -> Result<()> {
         let Some(backing) = &self.backing else {
             target.fill(0);
@@ -280,20 +289,15 @@ impl DiskImage for Qcow2Image {
                 }
                 Mapping::Zero => target.fill(0),
                 Mapping::Unallocated => self.read_backing(at, target)?,
-                Mapping::Compressed { host, length } if target.len() as u64 == self.shape.cluster_size() => {
-                    tasks.push(InflateTask { host, length, target });
-                }
-                Mapping::Compressed { host, length } => self.read_inflated(at, host, length, target)?,
+                Mapping::Compressed { host, length } => tasks.push(InflateTask { at, host, length, target }),
             }
             buf = rest;
             at += length;
         }
         match tasks.as_mut_slice() {
             [] => Ok(()),
-            [task] => self.inflate(task.host, task.length, task.target),
-            tasks => {
-                tasks.par_iter_mut().try_for_each(|task| self.inflate(task.host, task.length, task.target))
-            }
+            [task] => self.run_task(task),
+            tasks => tasks.par_iter_mut().try_for_each(|task| self.run_task(task)),
         }
     }
 

@@ -128,7 +128,7 @@ impl Qcow2Layout {
             fill_table(table..table + self.cluster_size(), at, buf, |indices| {
                 let units = index * entries + indices.start..index * entries + indices.end;
                 self.map.ranked(units).map(move |rank| match rank {
-                    Some(rank) => (data.bytes() + (rank << self.cluster_bits) | COPIED).to_be_bytes(),
+                    Some(rank) => ((data.bytes() + (rank << self.cluster_bits)) | COPIED).to_be_bytes(),
                     None => [0; 8],
                 })
             });
@@ -173,7 +173,7 @@ impl Layout for Qcow2Layout {
         copy_overlap(&self.header(), FileOffset(0), at, buf);
         fill_table(self.l1_table.clone(), at, buf, |indices| {
             self.tables.ranked(indices.start..indices.end.min(entries)).map(|rank| match rank {
-                Some(rank) => (l2.bytes() + (rank << self.cluster_bits) | COPIED).to_be_bytes(),
+                Some(rank) => ((l2.bytes() + (rank << self.cluster_bits)) | COPIED).to_be_bytes(),
                 None => [0; 8],
             })
         });

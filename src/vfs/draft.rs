@@ -248,10 +248,11 @@ impl Draft {
         if let Some(error) = &state.refused {
             let key = &self.object.1;
             debug!(key = %key, "not published: {}", error.report());
-        } else if state.dirty && !state.discarded {
-            if let Err(error) = self.publish(vfs, &mut state) {
-                warn!(key = %self.object.1, "the last close could not publish: {}", error.report());
-            }
+        } else if state.dirty
+            && !state.discarded
+            && let Err(error) = self.publish(vfs, &mut state)
+        {
+            warn!(key = %self.object.1, "the last close could not publish: {}", error.report());
         }
         true
     }

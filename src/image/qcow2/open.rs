@@ -115,7 +115,7 @@ fn read_header(storage: &dyn Storage) -> Result<Qcow2Header> {
         return Ok(header);
     }
     let length = u64::from(header.header_length);
-    if length < 104 || length > 1 << 16 || length > storage.file_size() || !length.is_multiple_of(8) {
+    if !(104..=1 << 16).contains(&length) || length > storage.file_size() || !length.is_multiple_of(8) {
         return Err(Error::corrupt(format!("the header's length {length} is wrong")).at(100u64));
     }
     Ok(Qcow2Header::parse(&zero_after(bytes, length.min(V3_LENGTH.into()) as usize)))

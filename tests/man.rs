@@ -1,0 +1,74 @@
+//! The manual against the code: every error code, errno, option and metric that is documented, and no other.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::path::Path;
+
+use freightfs::error::ErrorKind;
+use support::{command, freightfs, has, run, skip, succeed, text};
+
+fn page(name: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name)).unwrap()
+}
+
+#[test]
+fn the_status_page_lists_every_error_code_with_its_errno() {
+    let page = page("freightfs-status.5");
+    // Each row is `.BR code " (" ERRNO )`.
+    let rows =
+        page.lines().filter_map(|line| line.strip_prefix(".BR ")?.strip_suffix(" )")?.split_once(" \" (\" "));
+    let documented: Vec<(&str, &str)> = rows.collect();
+    let known: Vec<_> = ErrorKind::ALL.iter().map(|kind| (kind.code(), errno_name(kind.errno()))).collect();
+    for row in &known {
+        assert!(documented.contains(row), "{row:?} is not in the manual");
+    }
+    assert_eq!(documented.len(), known.len());
+}
+
+fn errno_name(errno: i32) -> &'static str {
+    let text = format!("{:?}", nix::errno::Errno::from_raw(errno));
+    Box::leak(text.into_boxed_str())
+}
+
+#[test]
+fn the_status_page_lists_every_field() {
+    let page = page("freightfs-status.5");
+    let fields = "version job_id status progress image bucket key url size bytes_done bytes_uploaded begin_time end_time \
+                  eta_seconds md5 sha256 etag client_token host attempt error";
+    for field in fields.split_whitespace() {
+        assert!(page.contains(field), "{field} is not in the manual");
+    }
+}
+
+#[test]
+fn every_option_of_every_command_is_in_the_manual() {
+    let page = page("freightfs.1").replace("\\-", "-");
+    let mut options = 0;
+    for name in ["mount", "convert", "info", "wait"] {
+        let help = succeed(freightfs().args([name, "--help"]));
+        for word in
+            help.split(|c: char| c.is_whitespace() || ",=".contains(c)).filter(|w| w.starts_with("--"))
+        {
+            assert!(page.contains(word), "{word} of {name} is not in the manual");
+            options += 1;
+        }
+        assert!(page.contains(&format!("freightfs {name}")), "{name}");
+    }
+    assert!(options > 15);
+}
+
+#[test]
+fn the_pages_are_read_without_warnings() {
+    if !has("man") {
+        return skip("reading the manual pages with man, which is missing");
+    }
+    for name in ["freightfs.1", "freightfs-status.5", "freightfs-semantics.7"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name);
+        let mut man = command("man");
+        man.args(["--warnings", "-E", "UTF-8", "-l"]).arg(path).env("MANWIDTH", "80").env("MANPAGER", "cat");
+        let output = run(&mut man);
+        assert!(output.status.success() && output.stderr.is_empty(), "{name}: {}", text(&output));
+        assert!(output.stdout.len() > 1000);
+    }
+}
