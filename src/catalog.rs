@@ -103,7 +103,7 @@ impl Catalog {
         &self.root
     }
 
-    /// All images, by id, as the directory lists them now or did less than [`LISTING_AGE`] ago.
+    /// All images, by id, as the directory lists them now or did less than a second ago.
     pub fn images(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
         let fresh = self
             .listed

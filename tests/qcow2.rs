@@ -253,7 +253,8 @@ fn what_must_not_be_read_is_refused_by_name() {
         move |image: &mut Vec<u8>| image[at..at + bytes.len()].copy_from_slice(&bytes)
     };
     use freightfs::error::ErrorKind;
-    let cases: [(&dyn Fn(&mut Vec<u8>), ErrorKind, &str); 10] = [
+    type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let cases: [(Change<'_>, ErrorKind, &str); 10] = [
         (&put(0, b"QED\0"), ErrorKind::Unsupported, "QED"),
         (&put(0, b"abcd"), ErrorKind::CorruptImage, "magic"),
         (&put(4, &1u32.to_be_bytes()), ErrorKind::Unsupported, "version 1"),

@@ -18,7 +18,7 @@ const ZERO_BLOCK: usize = 4 * KIB as usize;
 
 /// Writes all of `source` into the empty file `target` with `threads` threads. `progress` gets the bytes done.
 ///
-/// What is a hole in `source`, or zeros, becomes a hole. Memory: [`CHUNK`] bytes a thread.
+/// What is a hole in `source`, or zeros, becomes a hole. Memory: 2 MiB a thread.
 pub fn write_file(
     source: &dyn VirtualFile,
     target: &File,

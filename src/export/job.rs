@@ -216,8 +216,8 @@ impl Job {
     }
 
     /// Remembers the multipart upload under way.
-    pub(super) fn set_upload(&self, upload: &str) {
-        *self.upload.lock() = Some(upload.to_owned());
+    pub(super) fn set_upload(&self, upload: Option<&str>) {
+        *self.upload.lock() = upload.map(str::to_owned);
     }
 
     /// The multipart upload under way.

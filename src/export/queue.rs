@@ -305,7 +305,7 @@ impl Inner {
         let started = |upload: &str| {
             let mut record = Record::new(request.clone(), job.status());
             record.upload = Some(upload.to_owned());
-            job.set_upload(upload);
+            job.set_upload(Some(upload));
             self.journal.save(&record)
         };
         let progress = || async {
@@ -316,7 +316,8 @@ impl Inner {
             }
         };
         let uploaded = attempt.run(started, progress).await?;
-        self.put_checksums(bucket, &request.key, &uploaded).await?;
+        job.set_upload(None);
+        self.put_checksums(bucket, job, &uploaded).await;
         Ok(uploaded)
     }
 
@@ -392,12 +393,23 @@ impl Inner {
     }
 
     /// `KEY.sha256` and `KEY.md5`, as `sha256sum -c` and `md5sum -c` read them in the object's directory.
-    async fn put_checksums(&self, bucket: &Bucket, key: &ObjectKey, uploaded: &Uploaded) -> Result<()> {
+    ///
+    /// The object is in place by now, so a failure here does not fail the job, whose status has the digests. But an
+    /// older object's checksum must not stay beside the new one.
+    async fn put_checksums(&self, bucket: &Bucket, job: &Job, uploaded: &Uploaded) {
+        let key = &job.request().key;
         for (suffix, digest) in [(".sha256", &uploaded.sha256), (".md5", &uploaded.md5)] {
-            let line = checksum_line(digest, key.file_name());
-            bucket.put(&key.with_suffix(suffix)?, Bytes::from(line)).await?;
+            let put = async {
+                let line = checksum_line(digest, key.file_name());
+                bucket.put(&key.with_suffix(suffix)?, Bytes::from(line)).await
+            };
+            if let Err(error) = put.await {
+                warn!(job = job.id(), "a checksum file could not be written: {}", error.report());
+                if let Ok(stale) = key.with_suffix(suffix) {
+                    let _ = bucket.delete(&stale).await;
+                }
+            }
         }
-        Ok(())
     }
 }
 

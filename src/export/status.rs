@@ -74,7 +74,7 @@ impl From<&Error> for StatusError {
 /// The content of `KEY.status` and of `jobs/JOB.json`. Fields that are not known yet are null, never absent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// [`STATUS_VERSION`].
+    /// 1.
     pub version: u32,
     /// The job's id, unique over all hosts.
     pub job_id: String,

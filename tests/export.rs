@@ -1,0 +1,193 @@
+//! Exports against a store that fails: never a wrong object, never a lost reason, no upload left over.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use freightfs::bucket::{Bucket, ObjectKey};
+use freightfs::error::ErrorKind;
+use freightfs::export::{
+    JobQueue, JobRequest, JobSource, JobState, QueueSettings, StateDir, Status, StatusImage, staged_file,
+};
+use freightfs::metrics::Metrics;
+use freightfs::vfile::VirtualFile;
+use support::faulty::FaultyStore;
+use support::images::Random;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+struct Setup {
+    directory: tempfile::TempDir,
+    runtime: tokio::runtime::Runtime,
+    content: Vec<u8>,
+}
+
+impl Setup {
+    fn new(size: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let content = Random(size as u64).bytes(size);
+        std::fs::write(directory.path().join("source"), &content).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        Self { directory, runtime, content }
+    }
+
+    fn file(&self) -> Arc<dyn VirtualFile> {
+        staged_file(&self.directory.path().join("source")).unwrap()
+    }
+
+    fn bucket(&self, store: &Arc<FaultyStore>) -> Bucket {
+        let (objects, uploads) = (Arc::<FaultyStore>::clone(store), Arc::<FaultyStore>::clone(store));
+        Bucket::with_stores("b", "memory://b", objects, uploads)
+    }
+
+    fn queue(&self, bucket: &Bucket, state: &StateDir) -> JobQueue {
+        let buckets = BTreeMap::from([("b".to_owned(), bucket.clone())]);
+        let metrics = Arc::new(Metrics::default());
+        JobQueue::new(
+            buckets,
+            state.journal(),
+            metrics,
+            QueueSettings::default(),
+            self.runtime.handle().clone(),
+        )
+    }
+
+    fn state(&self) -> StateDir {
+        StateDir::open(&self.directory.path().join("state")).unwrap()
+    }
+}
+
+fn request(key: &str) -> JobRequest {
+    let image = StatusImage {
+        id: "image".into(),
+        name: "image".into(),
+        disk: "image".into(),
+        format: "raw".into(),
+        generation: "1".into(),
+    };
+    JobRequest {
+        bucket: "b".into(),
+        key: ObjectKey::parse(key).unwrap(),
+        source: JobSource::Image(image),
+        client_token: None,
+    }
+}
+
+/// One export of three parts, or of one, over an old object, with the nth request failing.
+fn export(setup: &Setup, failing: usize) -> (Status, Arc<FaultyStore>) {
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let key = ObjectKey::parse("k").unwrap();
+    setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"))).unwrap();
+    let store = store.refailing(failing);
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    let job = queue.submit(request("k"), setup.file()).unwrap();
+    let waited = job.wait(LIMIT);
+    let status = job.status();
+    assert_eq!(waited.is_ok(), status.status == JobState::Success, "{status:?}");
+    let object = setup.runtime.block_on(async {
+        let meta = bucket.head(&key).await.unwrap().unwrap();
+        bucket.read(&key, 0..meta.object_size, None).await.unwrap()
+    });
+    match status.status {
+        JobState::Success => assert!(object == setup.content, "request {failing}: a wrong object"),
+        JobState::Fail => {
+            let error = status.error.clone().unwrap();
+            assert!(error.cause.unwrap().contains("fails"), "request {failing}: the true reason is lost");
+            assert!(object == &b"old"[..], "request {failing}: a failed job touched the object");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(store.open_uploads(), 0, "request {failing}: an upload is left over");
+    (status, store)
+}
+
+#[test]
+fn every_single_failure_ends_in_success_or_in_its_reason() {
+    // What must not fail: start, three parts, completion; or the one put. Before and after come the status, the
+    // checksum files and the status again, without which the object still is what the status says.
+    for (size, essential) in [(20 << 20, 5), (1000, 1)] {
+        let setup = Setup::new(size);
+        let (status, store) = export(&setup, 0);
+        assert_eq!(status.status, JobState::Success);
+        assert_eq!(status.bytes_uploaded, size as u64);
+        // The first request put the old object.
+        let requests = store.requests();
+        assert_eq!(requests, 1 + 1 + essential + 2 + 1);
+        let failed =
+            (2..=requests).filter(|&failing| export(&setup, failing).0.status == JobState::Fail).count();
+        assert_eq!(failed, essential);
+    }
+}
+
+#[test]
+fn the_same_key_is_busy_and_other_buckets_are_unknown() {
+    let setup = Setup::new(20 << 20);
+    let bucket = setup.bucket(&FaultyStore::new(0));
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    let first = queue.submit(request("k"), setup.file()).unwrap();
+    if let Err(error) = queue.submit(request("k"), setup.file()) {
+        assert_eq!(error.kind(), ErrorKind::Busy);
+    }
+    first.wait(LIMIT).unwrap();
+    queue.submit(request("k"), setup.file()).unwrap().wait(LIMIT).unwrap();
+    let unknown = JobRequest { bucket: "none".into(), ..request("k") };
+    assert_eq!(queue.submit(unknown, setup.file()).err().unwrap().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn jobs_of_a_dead_daemon_are_taken_up_or_fail_with_the_reason() {
+    let setup = Setup::new(20 << 20);
+    let bucket = setup.bucket(&FaultyStore::new(0));
+    {
+        // A queue that is stopped before its jobs could run.
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        for key in ["same", "changed"] {
+            queue.submit(request(key), setup.file()).unwrap();
+        }
+        setup.runtime.block_on(queue.stop());
+    }
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    let resolver = std::cell::Cell::new(0usize);
+    queue
+        .resume(|_| {
+            resolver.set(resolver.get() + 1);
+            if resolver.get() == 1 {
+                return Ok(setup.file());
+            }
+            Err(freightfs::error::Error::new(ErrorKind::SourceChanged, "the source changed"))
+        })
+        .unwrap();
+    let jobs = queue.jobs();
+    assert_eq!(jobs.len(), 2);
+    let ended = jobs.iter().map(|job| {
+        let _ = job.wait(LIMIT);
+        job.status()
+    });
+    let ended: Vec<_> = ended.collect();
+    // A job may have ended before the stop; those that had not follow the resolver.
+    let failed: Vec<_> = ended.iter().filter(|s| s.status == JobState::Fail).collect();
+    assert!(failed.iter().all(|s| s.error.as_ref().unwrap().code == "source_changed"), "{failed:?}");
+    assert!(ended.iter().all(|s| s.status.is_final()));
+    assert_eq!(resolver.get().saturating_sub(1).min(1), failed.len());
+}
+
+#[test]
+fn records_of_another_version_are_refused_by_name_and_left_alone() {
+    let setup = Setup::new(1000);
+    let state = setup.state();
+    let path = setup.directory.path().join("state/jobs/x.json");
+    std::fs::write(&path, "{\"version\": 99}").unwrap();
+    let (records, errors) = state.journal().load().unwrap();
+    assert!(records.is_empty());
+    assert!(errors[0].to_string().contains("99"), "{}", errors[0]);
+    assert!(path.exists());
+}

@@ -1,0 +1,139 @@
+//! A store in memory that fails the nth of its writing requests, and counts them.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::stream::BoxStream;
+use object_store::memory::InMemory;
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartId, MultipartUpload, ObjectMeta,
+    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+};
+
+/// A store in memory whose requests can fail.
+#[derive(Debug, Default)]
+pub struct FaultyStore {
+    inner: InMemory,
+    /// Writing requests so far: puts, starts, parts, completions, aborts.
+    requests: AtomicUsize,
+    /// The request, counted from 1, that fails; 0 for none.
+    failing: AtomicUsize,
+    /// Uploads started, less those completed or aborted.
+    open_uploads: AtomicUsize,
+}
+
+impl FaultyStore {
+    /// A store whose `failing`th writing request fails.
+    pub fn new(failing: usize) -> Arc<Self> {
+        let store = Self::default();
+        store.failing.store(failing, Ordering::SeqCst);
+        Arc::new(store)
+    }
+
+    /// The same store; the `failing`th request, counted from its first, will fail.
+    pub fn refailing(self: Arc<Self>, failing: usize) -> Arc<Self> {
+        self.failing.store(failing, Ordering::SeqCst);
+        self
+    }
+
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
+    }
+
+    pub fn open_uploads(&self) -> usize {
+        self.open_uploads.load(Ordering::SeqCst)
+    }
+
+    fn count(&self, what: &str) -> Result<()> {
+        let number = self.requests.fetch_add(1, Ordering::SeqCst) + 1;
+        if number == self.failing.load(Ordering::SeqCst) {
+            return Err(Error::Generic {
+                store: "faulty",
+                source: format!("{what}, request {number}, fails").into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for FaultyStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("faulty store")
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for FaultyStore {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        self.count("put")?;
+        self.inner.put_opts(location, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.inner.get_opts(location, options).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        self.inner.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}
+
+#[async_trait::async_trait]
+impl MultipartStore for FaultyStore {
+    async fn create_multipart(&self, path: &Path) -> Result<MultipartId> {
+        self.count("create")?;
+        self.open_uploads.fetch_add(1, Ordering::SeqCst);
+        self.inner.create_multipart(path).await
+    }
+
+    async fn put_part(
+        &self,
+        path: &Path,
+        id: &MultipartId,
+        index: usize,
+        data: PutPayload,
+    ) -> Result<PartId> {
+        self.count("part")?;
+        self.inner.put_part(path, id, index, data).await
+    }
+
+    async fn complete_multipart(
+        &self,
+        path: &Path,
+        id: &MultipartId,
+        parts: Vec<PartId>,
+    ) -> Result<PutResult> {
+        self.count("complete")?;
+        let result = self.inner.complete_multipart(path, id, parts).await?;
+        self.open_uploads.fetch_sub(1, Ordering::SeqCst);
+        Ok(result)
+    }
+
+    async fn abort_multipart(&self, path: &Path, id: &MultipartId) -> Result<()> {
+        self.open_uploads.fetch_sub(1, Ordering::SeqCst);
+        self.inner.abort_multipart(path, id).await
+    }
+}
