@@ -99,7 +99,7 @@ fn export(setup: &Setup, failing: usize) -> (Status, Arc<FaultyStore>) {
         JobState::Fail => {
             let error = status.error.clone().unwrap();
             assert!(error.cause.unwrap().contains("fails"), "request {failing}: the true reason is lost");
-            assert!(object == &b"old"[..], "request {failing}: a failed job touched the object");
+            assert!(object == b"old"[..], "request {failing}: a failed job touched the object");
         }
         other => panic!("{other:?}"),
     }
