@@ -99,6 +99,9 @@ fn mount_error(error: std::io::Error) -> Error {
         std::io::ErrorKind::NotConnected => {
             "cannot mount: an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`"
         }
+        std::io::ErrorKind::PermissionDenied if std::fs::File::open("/dev/fuse").is_err() => {
+            "cannot mount: this user may not open /dev/fuse; its mode is usually 0666"
+        }
         _ if text.contains("user_allow_other") => {
             "cannot mount: allow_other needs the line user_allow_other in /etc/fuse.conf"
         }
