@@ -53,11 +53,16 @@ pub enum OutputFormat {
     FixedVhd,
     /// `.vmdk`: monolithicSparse VMDK.
     Vmdk,
+    /// `.vhdx`: dynamic VHDX.
+    Vhdx,
+    /// `.vdi`: dynamic VDI.
+    Vdi,
 }
 
 impl OutputFormat {
     /// Every format, in the order in which directories list them.
-    pub const ALL: [Self; 5] = [Self::Raw, Self::Qcow2, Self::Vhd, Self::FixedVhd, Self::Vmdk];
+    pub const ALL: [Self; 7] =
+        [Self::Raw, Self::Qcow2, Self::Vhd, Self::FixedVhd, Self::Vmdk, Self::Vhdx, Self::Vdi];
 
     /// The suffix without its leading dot; also the format's name in options and documents.
     pub fn suffix(self) -> &'static str {
@@ -67,6 +72,8 @@ impl OutputFormat {
             Self::Vhd => "vhd",
             Self::FixedVhd => "fixed.vhd",
             Self::Vmdk => "vmdk",
+            Self::Vhdx => "vhdx",
+            Self::Vdi => "vdi",
         }
     }
 
@@ -77,6 +84,8 @@ impl OutputFormat {
             Self::Qcow2 => "qcow2",
             Self::Vhd | Self::FixedVhd => "vpc",
             Self::Vmdk => "vmdk",
+            Self::Vhdx => "vhdx",
+            Self::Vdi => "vdi",
         }
     }
 

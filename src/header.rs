@@ -1,7 +1,9 @@
 //! On-disk headers, each declared once: the declaration both parses and encodes.
 
 pub mod qcow2;
+pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 /// A value of a header's field.

@@ -6,7 +6,9 @@
 
 pub mod qcow2;
 pub mod raw;
+pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 use std::ops::Range;
@@ -67,6 +69,8 @@ pub fn unit_size(format: OutputFormat) -> Option<u64> {
         OutputFormat::Qcow2 => Some(1 << qcow2::DEFAULT_CLUSTER_BITS),
         OutputFormat::Vhd => Some(vhd::BLOCK_SIZE),
         OutputFormat::Vmdk => Some(vmdk::GRAIN_SIZE),
+        OutputFormat::Vhdx => Some(vhdx::BLOCK_SIZE),
+        OutputFormat::Vdi => Some(vdi::BLOCK_SIZE),
     }
 }
 
@@ -81,6 +85,8 @@ pub fn build(format: OutputFormat, input: &LayoutInput, map: Arc<AllocationMap>)
         OutputFormat::Vhd => Box::new(vhd::VhdLayout::new(input, map)?),
         OutputFormat::FixedVhd => Box::new(vhd::FixedVhdLayout::new(input)?),
         OutputFormat::Vmdk => Box::new(vmdk::VmdkLayout::new(input, map)?),
+        OutputFormat::Vhdx => Box::new(vhdx::VhdxLayout::new(input, map)?),
+        OutputFormat::Vdi => Box::new(vdi::VdiLayout::new(input, map)?),
     })
 }
 

@@ -29,8 +29,8 @@ fn check_image(world: &World, mount: &Mount, id: &str, source: &Path, source_for
         let copy = world.out(&name);
         succeed(command("cp").arg("--sparse=always").arg(&file).arg(&copy));
         qemu_compare(source, source_format, &copy, qemu_format(format.suffix()));
-        if format == OutputFormat::Qcow2 {
-            succeed(command("qemu-img").args(["check", "-f", "qcow2"]).arg(&copy));
+        if matches!(format, OutputFormat::Qcow2 | OutputFormat::Vhdx | OutputFormat::Vdi) {
+            succeed(command("qemu-img").args(["check", "-f", qemu_format(format.suffix())]).arg(&copy));
         }
         if let (Some(program), true) = (seven_zip(), format != OutputFormat::Raw) {
             succeed(command(program).arg("t").arg(&copy));
