@@ -115,7 +115,7 @@ struct InfoArguments {
 /// How an image file on the command line is read.
 #[derive(Debug, Args)]
 struct SourceArguments {
-    /// Format of the input, when its extension does not tell it: raw or qcow2
+    /// Format of the input, when its extension does not tell it: raw, qcow2, vhd, vmdk or vdi
     #[arg(long, value_name = "FORMAT", value_parser = parse_image_format)]
     input_format: Option<ImageFormat>,
     /// A file that the image may use as its backing or data file; may be repeated
@@ -138,7 +138,7 @@ struct WaitArguments {
 }
 
 fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
-    ImageFormat::from_name(name).ok_or_else(|| "known formats: raw, qcow2".to_owned())
+    ImageFormat::from_name(name).ok_or_else(|| "known formats: raw, qcow2, vhd, vmdk, vdi".to_owned())
 }
 
 /// Runs the program with the process's arguments.

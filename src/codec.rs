@@ -20,6 +20,12 @@ pub fn inflate_raw(input: &[u8], output: &mut [u8]) -> Result<()> {
     exactly(written, output.len())
 }
 
+/// Inflates one zlib stream (RFC 1950) at the start of `input` into at most `output.len()` bytes; says how many.
+pub fn inflate_zlib(input: &[u8], output: &mut [u8]) -> Result<usize> {
+    let inflated = INFLATE.with_borrow_mut(|inflate| inflate.zlib_decompress(input, output));
+    inflated.map_err(|e| Error::corrupt("zlib stream is damaged").because(e))
+}
+
 /// Decompresses one zstd frame (RFC 8878) at the start of `input` into exactly `output.len()` bytes; what
 /// follows the frame is ignored.
 pub fn unzstd(input: &[u8], output: &mut [u8]) -> Result<()> {

@@ -10,6 +10,12 @@ pub enum ImageFormat {
     Raw,
     /// QEMU copy-on-write, version 2 or 3.
     Qcow2,
+    /// VHD, fixed or dynamic.
+    Vhd,
+    /// VMDK in one sparse file.
+    Vmdk,
+    /// VDI, dynamic or fixed.
+    Vdi,
 }
 
 impl ImageFormat {
@@ -18,6 +24,9 @@ impl ImageFormat {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vhd => "vhd",
+            Self::Vmdk => "vmdk",
+            Self::Vdi => "vdi",
         }
     }
 
@@ -26,6 +35,10 @@ impl ImageFormat {
         match name {
             "raw" => Some(Self::Raw),
             "qcow2" => Some(Self::Qcow2),
+            // qemu-img calls it by the program that it comes from.
+            "vhd" | "vpc" => Some(Self::Vhd),
+            "vmdk" => Some(Self::Vmdk),
+            "vdi" => Some(Self::Vdi),
             _ => None,
         }
     }
@@ -35,6 +48,9 @@ impl ImageFormat {
         match name.rsplit_once('.')?.1.to_ascii_lowercase().as_str() {
             "raw" | "img" => Some(Self::Raw),
             "qcow2" => Some(Self::Qcow2),
+            "vhd" => Some(Self::Vhd),
+            "vmdk" => Some(Self::Vmdk),
+            "vdi" => Some(Self::Vdi),
             _ => None,
         }
     }

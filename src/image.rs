@@ -3,8 +3,13 @@
 //! A reader parses hostile input: nothing is allocated by an unchecked field, tables are loaded lazily, and a
 //! file that an image names is opened only through a [`ReferenceGate`].
 
+mod blocks;
 pub mod qcow2;
 pub mod raw;
+mod table;
+pub mod vdi;
+pub mod vhd;
+pub mod vmdk;
 
 use std::sync::Arc;
 
@@ -126,6 +131,9 @@ pub fn open_image(
     }
     match format {
         ImageFormat::Raw => Ok(Arc::new(raw::RawImage::new(storage))),
+        ImageFormat::Vhd => Ok(Arc::new(vhd::VhdImage::open(storage)?)),
+        ImageFormat::Vmdk => Ok(Arc::new(vmdk::VmdkImage::open(storage)?)),
+        ImageFormat::Vdi => Ok(Arc::new(vdi::VdiImage::open(storage)?)),
         ImageFormat::Qcow2 => Ok(Arc::new(qcow2::Qcow2Image::open(storage, gate, depth)?)),
     }
 }

@@ -5,6 +5,8 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
+use freightfs::format::ImageFormat;
+use support::hostile;
 use support::images::{self, Random};
 use support::{command, fail, freightfs, qemu_compare, succeed};
 
@@ -148,36 +150,11 @@ fn extents_agree_with_the_map_of_qemu_img() {
 }
 
 fn open(path: &Path) -> freightfs::error::Result<std::sync::Arc<dyn freightfs::image::DiskImage>> {
-    let storage = std::sync::Arc::new(freightfs::storage::FileStorage::open(path)?);
-    open_storage(storage)
+    hostile::open(ImageFormat::Qcow2, std::sync::Arc::new(freightfs::storage::FileStorage::open(path)?))
 }
 
-fn open_storage(
-    storage: std::sync::Arc<dyn freightfs::storage::Storage>,
-) -> freightfs::error::Result<std::sync::Arc<dyn freightfs::image::DiskImage>> {
-    let gate: std::sync::Arc<dyn freightfs::image::ReferenceGate> =
-        std::sync::Arc::new(freightfs::image::ClosedGate);
-    freightfs::image::open_image(freightfs::format::ImageFormat::Qcow2, storage, &gate, 0)
-}
-
-/// Reads all of an image whose bytes are in memory: its size and content, or the error.
 fn read_all(bytes: Vec<u8>) -> freightfs::error::Result<Vec<u8>> {
-    use freightfs::units::VirtualOffset;
-    let image = open_storage(std::sync::Arc::new(freightfs::storage::MemoryStorage::new("image", bytes)))?;
-    // A damaged size may be huge and sparse: the start and the end are read.
-    let size = image.virtual_size();
-    let mut content = vec![0; size.min(1 << 20) as usize];
-    image.read_at(VirtualOffset(0), &mut content)?;
-    let mut end = vec![0; size.min(1 << 16) as usize];
-    image.read_at(VirtualOffset(size - end.len() as u64), &mut end)?;
-    let mut at = VirtualOffset(0);
-    for _ in 0..1000 {
-        if at.bytes() >= size {
-            break;
-        }
-        at += image.extent_at(at)?.length;
-    }
-    Ok(content)
+    hostile::read_all(ImageFormat::Qcow2, bytes)
 }
 
 /// A small image with every kind of cluster, as bytes.
@@ -203,25 +180,7 @@ fn hostile_bytes_give_errors_or_content_and_never_panic() {
     ] {
         let (image, raw) = small(options);
         assert!(read_all(image.clone()).unwrap() == raw);
-        let mut random = Random(6);
-        let values = [0, 1, 0x7f, 0x80, 0xff];
-        for at in 0..image.len().min(40_000) {
-            // All of the header, then a sample of the tables.
-            if at > 600 && random.below(40) != 0 {
-                continue;
-            }
-            let mut damaged = image.clone();
-            damaged[at] ^= values[random.below(5) as usize] | 1 << random.below(8);
-            let _ = read_all(damaged);
-        }
-        for _ in 0..2000 {
-            let mut damaged = image.clone();
-            for _ in 0..1 + random.below(8) {
-                let at = random.below(damaged.len().min(40_000) as u64) as usize;
-                damaged[at] = random.next() as u8;
-            }
-            let _ = read_all(damaged);
-        }
+        hostile::damage(ImageFormat::Qcow2, &image, 40_000);
     }
 }
 

@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program uses another part")]
 
 pub mod faulty;
+pub mod hostile;
 pub mod images;
 pub mod mount;
 

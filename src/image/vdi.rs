@@ -1,0 +1,131 @@
+//! VDI, dynamic and fixed.
+//!
+//! Source: VirtualBox, VDICore.h. Images with a parent are refused by name.
+
+use std::sync::Arc;
+
+use super::blocks::{Block, BlockMap};
+use super::table::EntryTable;
+use super::{DiskImage, ImageDescription};
+use crate::error::{Error, Result};
+use crate::extent::Extent;
+use crate::format::ImageFormat;
+use crate::header::vdi::{FREE, SIGNATURE, TYPE_DYNAMIC, VERSION, VdiHeader};
+use crate::storage::Storage;
+use crate::units::{FileOffset, MIB, SECTOR, VirtualOffset};
+
+/// Image type: every block is there from the start (VDICore.h).
+const TYPE_FIXED: u32 = 2;
+
+/// A map's entry whose block was discarded and reads as zeros (VDICore.h, VDI_IMAGE_BLOCK_ZERO).
+const ZERO: u32 = u32::MAX - 1;
+
+/// Bytes of a block: no writer makes another size, and QEMU reads no other.
+const BLOCK_SIZE: u64 = MIB;
+
+/// A VDI image.
+pub struct VdiImage {
+    storage: Arc<dyn Storage>,
+    header: VdiHeader,
+    map: EntryTable,
+}
+
+impl VdiImage {
+    /// Opens `storage`.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        let mut bytes = [0; VdiHeader::LENGTH];
+        storage.read_exact_at(FileOffset(0), &mut bytes)?;
+        let header = VdiHeader::parse(&bytes);
+        check(&header).map_err(|e| e.in_file(storage.name()))?;
+        let start = FileOffset(header.block_map_offset.into());
+        let map = EntryTable::new(Arc::clone(&storage), start, header.blocks.into(), false)?;
+        Ok(Self { storage, header, map })
+    }
+}
+
+fn check(header: &VdiHeader) -> Result<()> {
+    if header.signature != SIGNATURE {
+        return Err(Error::corrupt("is not a VDI image: the signature is wrong").at(64u64));
+    }
+    if header.version != VERSION {
+        return Err(Error::unsupported(format!("is a VDI image of version {:#x}", header.version)).at(68u64));
+    }
+    if header.link_uuid != [0; 16] || header.parent_uuid != [0; 16] {
+        return Err(Error::unsupported("the VDI image has a parent, which is not supported").at(424u64));
+    }
+    if header.image_type != TYPE_DYNAMIC && header.image_type != TYPE_FIXED {
+        return Err(Error::unsupported(format!(
+            "VDI images of type {} are not supported",
+            header.image_type
+        ))
+        .at(76u64));
+    }
+    if u64::from(header.sector_size) != SECTOR || u64::from(header.block_size) != BLOCK_SIZE {
+        let what = format!(
+            "sectors of {} and blocks of {} bytes are not supported",
+            header.sector_size, header.block_size
+        );
+        return Err(Error::unsupported(what).at(360u64));
+    }
+    if u64::from(header.blocks) < header.disk_size.div_ceil(BLOCK_SIZE) {
+        let what =
+            format!("the map's {} blocks do not cover the disk of {} bytes", header.blocks, header.disk_size);
+        return Err(Error::corrupt(what).at(384u64));
+    }
+    Ok(())
+}
+
+impl BlockMap for VdiImage {
+    fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.header.disk_size
+    }
+
+    fn block_size(&self) -> u64 {
+        BLOCK_SIZE
+    }
+
+    fn block(&self, index: u64) -> Result<Block> {
+        Ok(match self.map.get(index)? {
+            FREE => Block::Hole,
+            ZERO => Block::Zero,
+            block => {
+                Block::Data(FileOffset(u64::from(self.header.data_offset) + u64::from(block) * BLOCK_SIZE))
+            }
+        })
+    }
+}
+
+impl DiskImage for VdiImage {
+    fn virtual_size(&self) -> u64 {
+        BlockMap::virtual_size(self)
+    }
+
+    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+        self.read_blocks(at, buf)
+    }
+
+    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
+        self.block_extent(at)
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.storage.verify_unchanged()
+    }
+
+    fn description(&self) -> ImageDescription {
+        let kind = if self.header.image_type == TYPE_FIXED { "fixed" } else { "dynamic" };
+        ImageDescription {
+            file: self.storage.name().to_owned(),
+            format: ImageFormat::Vdi,
+            virtual_size: self.header.disk_size,
+            file_size: self.storage.file_size(),
+            cluster_size: Some(BLOCK_SIZE),
+            properties: vec![("type".to_owned(), kind.to_owned())],
+            backing: None,
+        }
+    }
+}
