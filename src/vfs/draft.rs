@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
@@ -33,9 +34,21 @@ pub(super) struct RangeSource {
 }
 
 /// An object being written. Shared by all handles on its key.
+///
+/// What look-ups and listings need is kept beside the state, because the state is locked while bytes are staged.
 pub(super) struct Draft {
     object: ObjectName,
     state: Mutex<State>,
+    view: Mutex<View>,
+    handles: AtomicUsize,
+}
+
+/// What others see of a draft.
+#[derive(Clone, Copy)]
+struct View {
+    file_size: u64,
+    published: bool,
+    modified: SystemTime,
 }
 
 struct State {
@@ -45,7 +58,6 @@ struct State {
     /// A refusal that every later write and flush repeats, until the file is truncated.
     refused: Option<Error>,
     modified: SystemTime,
-    handles: usize,
     discarded: bool,
 }
 
@@ -76,8 +88,17 @@ impl Draft {
         };
         let dirty = published.is_none();
         let modified = SystemTime::now();
-        let state = State { content, dirty, refused: None, modified, handles: 0, discarded: false };
-        Self { object, state: Mutex::new(state) }
+        let state = State { content, dirty, refused: None, modified, discarded: false };
+        let view = Mutex::new(state.view());
+        Self { object, state: Mutex::new(state), view, handles: AtomicUsize::new(0) }
+    }
+
+    /// Changes the state, and then what others see of it.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+        let mut state = self.state.lock();
+        let result = change(&mut state);
+        *self.view.lock() = state.view();
+        result
     }
 
     pub(super) fn object(&self) -> &ObjectName {
@@ -85,26 +106,22 @@ impl Draft {
     }
 
     pub(super) fn open_handle(&self) {
-        self.state.lock().handles += 1;
+        self.handles.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Bytes that the file has now.
     pub(super) fn file_size(&self) -> u64 {
-        match &self.state.lock().content {
-            Content::Empty => 0,
-            Content::Ranges { file_size, .. } | Content::Published { file_size, .. } => *file_size,
-            Content::Staged(staged) => staged.file_size,
-        }
+        self.view.lock().file_size
     }
 
     /// Whether all that was written has been handed to a job, or nothing was written yet.
     pub(super) fn is_published(&self) -> bool {
-        matches!(self.state.lock().content, Content::Published { .. })
+        self.view.lock().published
     }
 
     /// When something was last written.
     pub(super) fn modified(&self) -> SystemTime {
-        self.state.lock().modified
+        self.view.lock().modified
     }
 
     /// The error that every later write repeats.
@@ -114,18 +131,21 @@ impl Draft {
 
     /// The file was removed while it was open: nothing of it is published.
     pub(super) fn discard(&self) {
-        let mut state = self.state.lock();
-        state.discarded = true;
-        state.dirty = false;
-        state.content = Content::Empty;
+        let _ = self.change(|state| {
+            state.discarded = true;
+            state.dirty = false;
+            state.content = Content::Empty;
+            Ok(())
+        });
     }
 
     /// Writes bytes from anywhere.
     pub(super) fn write(&self, vfs: &Vfs, at: FileOffset, bytes: &[u8]) -> Result<()> {
-        let mut state = self.state.lock();
-        state.check()?;
-        let result = self.staged(vfs, &mut state).and_then(|staged| staged.write(at, bytes));
-        state.touched(result)
+        self.change(|state| {
+            state.check()?;
+            let result = self.staged(vfs, state).and_then(|staged| staged.write(at, bytes));
+            state.touched(result)
+        })
     }
 
     /// Records that bytes of an image file stand at `at`, or stages them when they are not at their own place.
@@ -137,29 +157,30 @@ impl Draft {
         at: FileOffset,
         length: u64,
     ) -> Result<u64> {
-        let mut state = self.state.lock();
-        state.check()?;
-        let length = length.min(source.file.file_size().saturating_sub(from.bytes()));
-        if length == 0 {
-            return Ok(0);
-        }
-        if let Err(error) = self.check_name(source.format) {
-            return state.refuse(error);
-        }
-        if from == at && state.content.accepts(source) {
-            if !matches!(state.content, Content::Ranges { .. }) {
-                state.content =
-                    Content::Ranges { source: source.clone(), ranges: Ranges::default(), file_size: 0 };
+        self.change(|state| {
+            state.check()?;
+            let length = length.min(source.file.file_size().saturating_sub(from.bytes()));
+            if length == 0 {
+                return Ok(0);
             }
-            if let Content::Ranges { ranges, file_size, .. } = &mut state.content {
-                ranges.insert(at.bytes(), at.bytes() + length);
-                *file_size = (*file_size).max(at.bytes() + length);
+            if let Err(error) = self.check_name(source.format) {
+                return state.refuse(error);
             }
-            return state.touched(Ok(length));
-        }
-        let staged = self.staged(vfs, &mut state);
-        let result = staged.and_then(|staged| staged.copy(&*source.file, from, at, length));
-        state.touched(result.map(|()| length))
+            if from == at && state.content.accepts(source) {
+                if !matches!(state.content, Content::Ranges { .. }) {
+                    state.content =
+                        Content::Ranges { source: source.clone(), ranges: Ranges::default(), file_size: 0 };
+                }
+                if let Content::Ranges { ranges, file_size, .. } = &mut state.content {
+                    ranges.insert(at.bytes(), at.bytes() + length);
+                    *file_size = (*file_size).max(at.bytes() + length);
+                }
+                return state.touched(Ok(length));
+            }
+            let staged = self.staged(vfs, state);
+            let result = staged.and_then(|staged| staged.copy(&*source.file, from, at, length));
+            state.touched(result.map(|()| length))
+        })
     }
 
     /// The destination's name never converts: a suffix of another format is refused.
@@ -181,33 +202,33 @@ impl Draft {
 
     /// Cuts or extends the file. A cut to nothing also clears a refusal.
     pub(super) fn truncate(&self, vfs: &Vfs, size: u64) -> Result<()> {
-        let mut state = self.state.lock();
-        if size == 0 {
-            state.content = Content::Empty;
-            state.refused = None;
-            state.dirty = true;
-            return state.touched(Ok(()));
-        }
-        state.check()?;
-        match &mut state.content {
-            Content::Published { file_size, .. } if *file_size == size => return Ok(()),
-            Content::Ranges { source, file_size, .. } if source.file.file_size() == size => {
-                *file_size = size;
+        self.change(|state| {
+            if size == 0 {
+                state.content = Content::Empty;
+                state.refused = None;
+                state.dirty = true;
                 return state.touched(Ok(()));
             }
-            _ => {}
-        }
-        let result = self.staged(vfs, &mut state).and_then(|staged| staged.set_size(size));
-        state.touched(result)
+            state.check()?;
+            match &mut state.content {
+                Content::Published { file_size, .. } if *file_size == size => return Ok(()),
+                Content::Ranges { source, file_size, .. } if source.file.file_size() == size => {
+                    *file_size = size;
+                    return state.touched(Ok(()));
+                }
+                _ => {}
+            }
+            let result = self.staged(vfs, state).and_then(|staged| staged.set_size(size));
+            state.touched(result)
+        })
     }
 
     /// Reads what was written so far.
     pub(super) fn read(&self, vfs: &Vfs, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
-        let mut state = self.state.lock();
-        if let Content::Empty = state.content {
-            return Ok(0);
-        }
-        self.staged(vfs, &mut state)?.read(at, buf)
+        self.change(|state| match state.content {
+            Content::Empty => Ok(0),
+            _ => self.staged(vfs, state)?.read(at, buf),
+        })
     }
 
     /// What close(2) means: publishes what was written since the last flush. Nothing to do before data.
@@ -215,14 +236,17 @@ impl Draft {
     /// # Errors
     /// The refusal or failure of this draft, every time until it is truncated.
     pub(super) fn flush(&self, vfs: &Vfs) -> Result<()> {
-        let mut state = self.state.lock();
-        state.check()?;
-        if !state.dirty || matches!(state.content, Content::Empty) {
-            return Ok(());
-        }
-        match self.publish(vfs, &mut state) {
-            Ok(()) => Ok(()),
-            Err(error) => state.refuse(error),
+        let job = self.change(|state| {
+            state.check()?;
+            if !state.dirty || matches!(state.content, Content::Empty) {
+                return Ok(None);
+            }
+            self.publish(vfs, state).or_else(|error| state.refuse(error))
+        })?;
+        // Nothing is locked while the upload runs: the file can be looked at meanwhile.
+        match job.map(|job| job.wait(vfs.settings.wait_limit)) {
+            Some(Err(error)) => self.change(|state| state.refuse(error)),
+            Some(Ok(_)) | None => Ok(()),
         }
     }
 
@@ -240,32 +264,29 @@ impl Draft {
     ///
     /// Returns whether this was the last handle.
     pub(super) fn close_handle(&self, vfs: &Vfs) -> bool {
-        let mut state = self.state.lock();
-        state.handles = state.handles.saturating_sub(1);
-        if state.handles > 0 {
+        if self.handles.fetch_sub(1, Ordering::SeqCst) > 1 {
             return false;
         }
-        if let Some(error) = &state.refused {
-            let key = &self.object.1;
-            debug!(key = %key, "not published: {}", error.report());
-        } else if state.dirty
-            && !state.discarded
-            && let Err(error) = self.publish(vfs, &mut state)
-        {
-            warn!(key = %self.object.1, "the last close could not publish: {}", error.report());
+        let published = self.change(|state| {
+            state.check()?;
+            if state.dirty && !state.discarded { self.publish(vfs, state).map(drop) } else { Ok(()) }
+        });
+        if let Err(error) = published {
+            // After a flush that failed this is no news; without one, nobody else is told.
+            debug!(key = %self.object.1, "not published at the last close: {}", error.report());
         }
         true
     }
 
-    /// Starts the job for the content. Plain bytes are waited for, so that close(2) can report; a recorded image
-    /// only with the `wait` option.
-    fn publish(&self, vfs: &Vfs, state: &mut State) -> Result<()> {
+    /// Starts the job for the content. Returns it when it is to be waited for: that of plain bytes, so that
+    /// close(2) can report; that of a recorded image only with the `wait` option.
+    fn publish(&self, vfs: &Vfs, state: &mut State) -> Result<Option<Arc<Job>>> {
         let (job, wait) = match &state.content {
             Content::Ranges { source, ranges, file_size } if ranges.cover(&*source.file, *file_size)? => {
                 let file = Arc::clone(&source.file);
                 (self.submit(vfs, JobSource::Image(source.image.clone()), file)?, vfs.settings.wait)
             }
-            Content::Published { .. } => return Ok(()),
+            Content::Published { .. } => return Ok(None),
             empty_or_staged => {
                 let wait = !matches!(empty_or_staged, Content::Empty);
                 self.staged(vfs, state)?;
@@ -275,10 +296,7 @@ impl Draft {
         let file_size = job.status().size.unwrap_or(0);
         state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
         state.dirty = false;
-        if wait {
-            job.wait(vfs.settings.wait_limit)?;
-        }
-        Ok(())
+        Ok(wait.then_some(job))
     }
 
     fn submit(&self, vfs: &Vfs, source: JobSource, file: Arc<dyn VirtualFile>) -> Result<Arc<Job>> {
@@ -346,6 +364,16 @@ impl Draft {
 }
 
 impl State {
+    fn view(&self) -> View {
+        let file_size = match &self.content {
+            Content::Empty => 0,
+            Content::Ranges { file_size, .. } | Content::Published { file_size, .. } => *file_size,
+            Content::Staged(staged) => staged.file_size,
+        };
+        let published = matches!(self.content, Content::Published { .. });
+        View { file_size, published, modified: self.modified }
+    }
+
     fn check(&self) -> Result<()> {
         self.refused.clone().map_or(Ok(()), Err)
     }
