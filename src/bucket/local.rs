@@ -61,7 +61,7 @@ impl LocalStore {
         for entry in directory.iter().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let process = name.strip_prefix(&own).and_then(|rest| rest.split('-').next());
-            let dead = process.is_some_and(|process| !Path::new("/proc").join(process).exists());
+            let dead = process.is_some_and(has_ended);
             if dead && !kept.contains(&name) {
                 let _ = self.remove_upload(&name);
             }
@@ -340,6 +340,14 @@ impl LocalStore {
 /// The directory of uploads and puts under way.
 fn uploads() -> String {
     format!("{CONTROL_PREFIX}/uploads")
+}
+
+/// Whether a process of this host has ended; one that nobody has reaped yet has.
+fn has_ended(process: &str) -> bool {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(process).join("stat")).unwrap_or_default();
+    // The state follows the program's name, which is in parentheses (proc_pid_stat(5)).
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    matches!(state, None | Some('Z' | 'X'))
 }
 
 /// What names of uploads begin with: the host, so that a bucket on a shared filesystem is swept by the right one.

@@ -63,6 +63,10 @@ pub struct Job {
     /// Whether the bucket has an older status than this job: it could not be written there at the end.
     status_unwritten: AtomicBool,
     pub(super) stop: watch::Sender<Stop>,
+    /// Whether the object is being put in place, which cannot be taken back.
+    publishing: AtomicBool,
+    /// Held by a step that must not be cut off half-way; the job ends after it.
+    pub(super) step: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Job {
@@ -114,6 +118,8 @@ impl Job {
             upload: Mutex::default(),
             status_unwritten: AtomicBool::new(false),
             stop: watch::Sender::new(Stop::No),
+            publishing: AtomicBool::new(false),
+            step: Arc::default(),
         }
     }
 
@@ -213,6 +219,31 @@ impl Job {
     /// Remembers whether the bucket lacks the final status.
     pub(super) fn set_status_unwritten(&self, unwritten: bool) {
         self.status_unwritten.store(unwritten, Ordering::Relaxed);
+    }
+
+    /// Runs a step that a stop of the job does not cut off: its request may have reached the store already. Who
+    /// ends the job waits for it by taking `step`.
+    pub(super) async fn whole_step<T: Send + 'static>(
+        &self,
+        step: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T> {
+        let guard = Arc::clone(&self.step).lock_owned().await;
+        let running = tokio::spawn(async move {
+            let result = step.await;
+            drop(guard);
+            result
+        });
+        running.await.map_err(|e| Error::new(ErrorKind::Internal, "a step of the job panicked").because(e))
+    }
+
+    /// From here on a stop waits for the attempt's own end.
+    pub(super) fn set_publishing(&self) {
+        self.publishing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the object is being put in place.
+    pub(super) fn is_publishing(&self) -> bool {
+        self.publishing.load(Ordering::Relaxed)
     }
 
     /// Remembers the multipart upload under way.

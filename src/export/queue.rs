@@ -269,14 +269,18 @@ impl Inner {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no bucket {name:?} is mounted here")))
     }
 
-    async fn run(&self, job: &Arc<Job>, running: &Semaphore, left_over: Option<String>) {
+    async fn run(self: &Arc<Self>, job: &Arc<Job>, running: &Semaphore, left_over: Option<String>) {
         let mut stop = job.stop.subscribe();
         self.abort(job, left_over.as_deref()).await;
-        let result = tokio::select! {
+        let mut attempt = std::pin::pin!(self.attempt(job, running));
+        let mut result = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop != Stop::No) => None,
-            result = self.attempt(job, running) => Some(result),
+            result = &mut attempt => Some(result),
         };
+        if result.is_none() && job.is_publishing() {
+            result = Some(attempt.await);
+        }
         match result {
             Some(result) => self.end(job, result).await,
             None if *job.stop.borrow() == Stop::Cancel => {
@@ -285,11 +289,14 @@ impl Inner {
                 self.end(job, Err(error)).await;
             }
             // The record stays as it is: the next daemon takes the job up.
-            None => info!(job = job.id(), "stopped; the next mount goes on"),
+            None => {
+                drop(job.step.lock().await);
+                info!(job = job.id(), "stopped; the next mount goes on");
+            }
         }
     }
 
-    async fn attempt(&self, job: &Arc<Job>, running: &Semaphore) -> Result<Uploaded> {
+    async fn attempt(self: &Arc<Self>, job: &Arc<Job>, running: &Semaphore) -> Result<Uploaded> {
         let _permit = running
             .acquire()
             .await
@@ -302,12 +309,7 @@ impl Inner {
         self.put_status(job, job.status().to_json()).await;
         let written = AtomicI64::new(job.status().begin_time.as_second());
         let attempt = Attempt { bucket, key: &request.key, file, job, metrics: &self.metrics };
-        let started = |upload: &str| {
-            let mut record = Record::new(request.clone(), job.status());
-            record.upload = Some(upload.to_owned());
-            job.set_upload(Some(upload));
-            self.journal.save(&record)
-        };
+        let start = |part_size| self.start_upload(bucket.clone(), job, part_size);
         let progress = || async {
             let now = jiff::Timestamp::now().as_second();
             if now - written.load(Ordering::Relaxed) >= STATUS_INTERVAL.as_secs() as i64 {
@@ -315,14 +317,34 @@ impl Inner {
                 self.put_status(job, job.status().to_json()).await;
             }
         };
-        let uploaded = attempt.run(started, progress).await?;
+        let uploaded = attempt.run(start, progress).await?;
         job.set_upload(None);
         self.put_checksums(bucket, job, &uploaded).await;
         Ok(uploaded)
     }
 
+    /// Starts the job's upload and records it, both or neither when the job is stopped meanwhile.
+    async fn start_upload(
+        self: &Arc<Self>,
+        bucket: Bucket,
+        job: &Arc<Job>,
+        part_size: u64,
+    ) -> Result<String> {
+        let (inner, owned) = (Arc::clone(self), Arc::clone(job));
+        let step = async move {
+            let upload = bucket.start_upload(&owned.request().key, part_size).await?;
+            owned.set_upload(Some(&upload));
+            let mut record = Record::new(owned.request().clone(), owned.status());
+            record.upload = Some(upload.clone());
+            inner.journal.save(&record)?;
+            Ok(upload)
+        };
+        job.whole_step(step).await?
+    }
+
     /// Ends a job for good: leaves nothing of a failed upload, writes record and status file, wakes who waits.
-    async fn end(&self, job: &Arc<Job>, result: Result<Uploaded>) {
+    async fn end(self: &Arc<Self>, job: &Arc<Job>, result: Result<Uploaded>) {
+        drop(job.step.lock().await);
         if result.is_err() {
             self.abort(job, job.upload().as_deref()).await;
         }
@@ -365,14 +387,16 @@ impl Inner {
 
     /// Writes the status into the bucket, for other hosts and plain clients. A failure is logged: the mount and
     /// the journal have the status all the same. Returns whether it was written.
-    async fn put_status(&self, job: &Job, json: Vec<u8>) -> bool {
-        let request = job.request();
-        let put = async {
-            let bucket = self.bucket(&request.bucket)?;
+    async fn put_status(self: &Arc<Self>, job: &Arc<Job>, json: Vec<u8>) -> bool {
+        let (inner, owned) = (Arc::clone(self), Arc::clone(job));
+        let put = async move {
+            let request = owned.request();
+            let bucket = inner.bucket(&request.bucket)?;
             bucket.put(&request.key.with_suffix(".status")?, Bytes::from(json)).await
         };
         let late = |_| Err(Error::new(ErrorKind::TimedOut, "the store did not answer in time"));
-        let result = tokio::time::timeout(STATUS_LIMIT, put).await.unwrap_or_else(late);
+        let limited = async move { tokio::time::timeout(STATUS_LIMIT, put).await.unwrap_or_else(late) };
+        let result = job.whole_step(limited).await.and_then(|result| result);
         if let Err(error) = &result {
             warn!(job = job.id(), "the status file could not be written into the bucket: {}", error.report());
         }

@@ -45,22 +45,25 @@ pub(super) struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Uploads and verifies. `started` is called with the upload's id before its first part, and records it;
-    /// `progress` is called after each part.
+    /// Uploads and verifies. `start` starts an upload with parts of a size, and records it; `progress` is called
+    /// after each part.
     ///
-    /// When this fails after `started`, the upload is left to the caller to abort.
-    pub(super) async fn run<P: Future<Output = ()>>(
+    /// When this fails after `start`, the upload is left to the caller to abort.
+    pub(super) async fn run<S, P>(
         &self,
-        started: impl FnOnce(&str) -> Result<()>,
+        start: impl FnOnce(u64) -> S,
         progress: impl Fn() -> P,
-    ) -> Result<Uploaded> {
+    ) -> Result<Uploaded>
+    where
+        S: Future<Output = Result<String>>,
+        P: Future<Output = ()>,
+    {
         let size = self.file.file_size();
         let part_size = self.bucket.part_size_for(size)?;
         if size <= part_size {
             return self.put_whole(size).await;
         }
-        let upload = self.bucket.start_upload(self.key, part_size).await?;
-        started(&upload)?;
+        let upload = start(part_size).await?;
         let (hashes, mut feed) = Hashes::start();
         let in_flight_limit =
             usize::try_from(PART_MEMORY / part_size).unwrap_or(1).clamp(1, MAX_PARTS_IN_FLIGHT);
@@ -88,6 +91,7 @@ impl Attempt<'_> {
         }
         let (sha256, md5) = hashes.finish().await?;
         let parts = parts.into_iter().map(|p| p.expect("every part was sent and finished")).collect();
+        self.job.set_publishing();
         let meta = self.bucket.complete_upload(self.key, &upload, parts, size).await?;
         Ok(Uploaded { meta, sha256, md5 })
     }
@@ -123,6 +127,7 @@ impl Attempt<'_> {
         feed.send(bytes.clone()).await?;
         drop(feed);
         let (sha256, md5) = hashes.finish().await?;
+        self.job.set_publishing();
         self.bucket.put(self.key, bytes).await?;
         let meta =
             self.bucket.head(self.key).await?.ok_or_else(|| self.wrong("is not there after its upload"))?;
