@@ -5,6 +5,7 @@ pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
+pub mod zvhd;
 
 /// A value of a header's field.
 pub(crate) trait Field: Sized {

@@ -9,14 +9,16 @@ pub mod raw;
 mod table;
 pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
+pub mod zvhd;
 
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{AllocationMap, Extent};
 use crate::format::ImageFormat;
-use crate::storage::Storage;
+use crate::storage::{Generation, Storage};
 use crate::units::VirtualOffset;
 
 /// Longest chain of backing files that is followed.
@@ -37,6 +39,9 @@ pub trait DiskImage: Send + Sync {
 
     /// Fails with [`SourceChanged`](ErrorKind::SourceChanged) when a file of the chain changed since it was opened.
     fn verify_unchanged(&self) -> Result<()>;
+
+    /// The generations of the files that the disk's bytes come from.
+    fn sources(&self) -> Vec<Generation>;
 
     /// What the file and its chain are, for people and for `image.json`.
     fn description(&self) -> ImageDescription;
@@ -71,6 +76,8 @@ pub enum ReferenceKind {
     Backing,
     /// An external data file: the clusters of this image, raw.
     DataFile,
+    /// An extent: a part of the disk that a descriptor names.
+    Extent,
 }
 
 /// A file that a gate let an image use.
@@ -108,6 +115,7 @@ pub fn denied(kind: ReferenceKind, reference: &str) -> Error {
     let what = match kind {
         ReferenceKind::Backing => "backing file",
         ReferenceKind::DataFile => "external data file",
+        ReferenceKind::Extent => "extent",
     };
     Error::new(
         ErrorKind::ReferenceDenied,
@@ -122,20 +130,25 @@ pub fn open_image(
     gate: &Arc<dyn ReferenceGate>,
     depth: usize,
 ) -> Result<Arc<dyn DiskImage>> {
-    if depth > MAX_CHAIN_DEPTH {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("the chain of backing files is longer than {MAX_CHAIN_DEPTH} or loops"),
-        )
-        .in_file(storage.name()));
-    }
+    check_depth(&*storage, depth)?;
     match format {
         ImageFormat::Raw => Ok(Arc::new(raw::RawImage::new(storage))),
-        ImageFormat::Vhd => Ok(Arc::new(vhd::VhdImage::open(storage)?)),
-        ImageFormat::Vmdk => Ok(Arc::new(vmdk::VmdkImage::open(storage)?)),
+        ImageFormat::Vhd => Ok(Arc::new(vhd::VhdImage::open(storage, gate, depth)?)),
+        ImageFormat::Vhdx => Ok(Arc::new(vhdx::VhdxImage::open(storage)?)),
+        ImageFormat::Vmdk => Ok(Arc::new(vmdk::VmdkImage::open(storage, gate)?)),
         ImageFormat::Vdi => Ok(Arc::new(vdi::VdiImage::open(storage)?)),
+        ImageFormat::Zvhd | ImageFormat::Zvhd2 => Ok(Arc::new(zvhd::ZvhdImage::open(storage)?)),
         ImageFormat::Qcow2 => Ok(Arc::new(qcow2::Qcow2Image::open(storage, gate, depth)?)),
     }
+}
+
+/// Refuses a chain that is too long.
+fn check_depth(storage: &dyn Storage, depth: usize) -> Result<()> {
+    if depth > MAX_CHAIN_DEPTH {
+        let what = format!("the chain of backing files is longer than {MAX_CHAIN_DEPTH} or loops");
+        return Err(Error::unsupported(what).in_file(storage.name()));
+    }
+    Ok(())
 }
 
 /// The map of the units of `unit_size` bytes in which `image` has data.

@@ -1,4 +1,4 @@
-//! The readers of VHD, VMDK and VDI against images made by qemu-img, by ourselves and by others.
+//! The readers of VHD, VHDX, VMDK, VDI and ZVHD against images made by qemu-img, by ourselves and by others.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
@@ -12,7 +12,9 @@ use support::images::{self, Random};
 use support::{command, fail, freightfs, qemu_compare, sh, skip, succeed};
 
 /// (qemu-img's driver, extension, options)
-const KINDS: [(&str, &str, &[&str]); 9] = [
+const KINDS: [(&str, &str, &[&str]); 11] = [
+    ("vhdx", "vhdx", &[]),
+    ("vhdx", "vhdx", &["-o", "subformat=fixed,block_size=1M"]),
     ("vpc", "vhd", &[]),
     ("vpc", "vhd", &["-o", "force_size=on"]),
     ("vpc", "vhd", &["-o", "subformat=fixed,force_size=on"]),
@@ -107,11 +109,152 @@ fn hostile_bytes_and_truncation_give_errors_or_content_and_never_panic() {
 }
 
 #[test]
+fn hostile_bytes_of_zvhd_give_errors_or_content_and_never_panic() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = images::odd(directory.path());
+    let expected = std::fs::read(&raw).unwrap();
+    for (suffix, format) in [("zvhd", ImageFormat::Zvhd), ("zvhd2", ImageFormat::Zvhd2)] {
+        let path = directory.path().join(format!("z.{suffix}"));
+        succeed(freightfs().args(["convert", "--quiet"]).arg(&raw).arg(&path));
+        let image = std::fs::read(&path).unwrap();
+        assert!(hostile::read_all(format, image.clone()).unwrap() == expected[..1 << 20]);
+        hostile::damage(format, &image, 4096 + 200);
+        // Nothing that is cut short passes for whole: the last header counts.
+        for length in (0..image.len()).step_by(image.len() / 200) {
+            assert!(hostile::read_all(format, image[..length].to_vec()).is_err(), "{suffix} cut at {length}");
+        }
+    }
+}
+
+/// Reads an image that refers to others, first without leave, then with it.
+fn check_gated(image: &Path, driver: &str, allowed: &[PathBuf], refusal: &str) {
+    let said = fail(freightfs().arg("info").arg(image));
+    assert!(said.contains(refusal) && said.contains("--allow-reference"), "{said}");
+    let output = image.with_extension("converted.raw");
+    let allow = allowed.iter().flat_map(|file| ["--allow-reference".into(), file.clone().into_os_string()]);
+    succeed(freightfs().args(["convert", "--quiet"]).args(allow).arg(image).arg(&output));
+    qemu_compare(image, driver, &output, "raw");
+    std::fs::remove_file(output).unwrap();
+}
+
+#[test]
+fn vmdk_in_several_files_is_read_through_the_gate() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = images::odd(directory.path());
+    let files = |stem: &str| -> Vec<PathBuf> {
+        let names = std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().path());
+        names.filter(|p| p.file_name().unwrap().to_string_lossy().starts_with(&format!("{stem}-"))).collect()
+    };
+    for (name, subformat) in
+        [("flat", "monolithicFlat"), ("split", "twoGbMaxExtentSparse"), ("splitflat", "twoGbMaxExtentFlat")]
+    {
+        let image = make(&raw, &format!("{name}.vmdk"), "vmdk", &["-o", &format!("subformat={subformat}")]);
+        check_gated(&image, "vmdk", &files(name), "extent");
+    }
+    // A disk of several extents: 3 GiB in two files of at most 2 GiB, data on both sides of the border.
+    let large = directory.path().join("large.raw");
+    let file = std::fs::File::create(&large).unwrap();
+    file.set_len((3 << 30) + 512).unwrap();
+    file.write_all_at(&Random(8).bytes(8 << 20), (2 << 30) - (4 << 20)).unwrap();
+    let image = make(&large, "two.vmdk", "vmdk", &["-o", "subformat=twoGbMaxExtentSparse"]);
+    assert_eq!(files("two").len(), 2);
+    check_gated(&image, "vmdk", &files("two"), "extent");
+    std::fs::OpenOptions::new().write(true).open(&files("flat")[0]).unwrap().set_len(1000).unwrap();
+    let said = fail(
+        freightfs()
+            .arg("info")
+            .arg(directory.path().join("flat.vmdk"))
+            .arg("--allow-reference")
+            .arg(&files("flat")[0]),
+    );
+    assert!(said.contains("flat-flat.vmdk") && said.contains("cut short"), "{said}");
+}
+
+/// Makes a differencing VHD out of a dynamic one, by the specification's offsets alone: every third sector of the
+/// blocks it has is its own, the others are the parent's.
+fn make_differencing(child: &Path, parent: &Path) {
+    fn seal(bytes: &mut [u8], field: usize) {
+        bytes[field..field + 4].fill(0);
+        let sum = bytes.iter().fold(0u32, |sum, &b| sum.wrapping_add(b.into()));
+        bytes[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
+    }
+    let parent_bytes = std::fs::read(parent).unwrap();
+    let mut bytes = std::fs::read(child).unwrap();
+    let blocks = u32::from_be_bytes(bytes[512 + 28..512 + 32].try_into().unwrap()) as usize;
+    for block in 0..blocks {
+        let entry = 1536 + 4 * block;
+        let sector = u32::from_be_bytes(bytes[entry..entry + 4].try_into().unwrap());
+        if sector != u32::MAX {
+            for own in 0..4096usize {
+                let byte = &mut bytes[sector as usize * 512 + own / 8];
+                let bit = 0x80 >> (own % 8);
+                *byte = if own % 3 == 0 { *byte | bit } else { *byte & !bit };
+            }
+        }
+    }
+    let name: Vec<u8> =
+        parent.file_name().unwrap().to_string_lossy().encode_utf16().flat_map(u16::to_be_bytes).collect();
+    let header = &mut bytes[512..1536];
+    header[40..56].copy_from_slice(&parent_bytes[68..84]);
+    header[64..64 + name.len()].copy_from_slice(&name);
+    seal(header, 36);
+    let last = bytes.len() - 512;
+    for footer in [0, last] {
+        bytes[footer + 60..footer + 64].copy_from_slice(&4u32.to_be_bytes());
+        seal(&mut bytes[footer..footer + 512], 64);
+    }
+    std::fs::write(child, bytes).unwrap();
+}
+
+#[test]
+fn a_differencing_vhd_is_read_over_its_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let base = images::odd(directory.path());
+    let over = directory.path().join("over.raw");
+    let (mut expected, size) = (std::fs::read(&base).unwrap(), base.metadata().unwrap().len() as usize);
+    expected.resize(size.next_multiple_of(512), 0);
+    let mut top = vec![0; expected.len()];
+    top[5 << 20..9 << 20].copy_from_slice(&Random(11).bytes(4 << 20));
+    top[size - 100..size].fill(7);
+    std::fs::write(&over, &top).unwrap();
+    let options = ["-o", "force_size=on"];
+    let parent = make(&base, "parent.vhd", "vpc", &options);
+    let child = make(&over, "child.vhd", "vpc", &options);
+    let bat = std::fs::read(&child).unwrap();
+    make_differencing(&child, &parent);
+    for sector in 0..expected.len() / 512 {
+        let entry = 1536 + 4 * (sector / 4096);
+        let there = bat[entry..entry + 4] != [0xff; 4];
+        if there && sector % 4096 % 3 == 0 {
+            expected[sector * 512..(sector + 1) * 512]
+                .copy_from_slice(&top[sector * 512..(sector + 1) * 512]);
+        }
+    }
+    let output = directory.path().join("out.raw");
+    let convert = |allowed: &Path| {
+        let mut command = freightfs();
+        command.args(["convert", "--quiet", "--allow-reference"]).arg(allowed).arg(&child).arg(&output);
+        command
+    };
+    succeed(&mut convert(&parent));
+    assert!(std::fs::read(&output).unwrap() == expected, "the parent's and the own sectors are mixed up");
+    let said = fail(freightfs().arg("info").arg(&child));
+    assert!(said.contains("parent.vhd") && said.contains("--allow-reference"), "{said}");
+    if support::has("vhdiinfo") {
+        assert!(succeed(command("vhdiinfo").arg(&child)).contains("Differential"));
+    }
+    // Another disk under the parent's name.
+    std::fs::rename(&over, directory.path().join("parent.raw")).unwrap();
+    make(&directory.path().join("parent.raw"), "parent.vhd", "vpc", &options);
+    assert!(fail(&mut convert(&parent)).contains("identity differs"));
+    std::fs::remove_file(&parent).unwrap();
+    assert!(fail(&mut convert(&parent)).contains("which is missing"));
+}
+
+#[test]
 fn what_is_not_supported_is_refused_by_name() {
     let directory = tempfile::tempdir().unwrap();
     let raw = images::odd(directory.path());
-    let flat = make(&raw, "flat.vmdk", "vmdk", &["-o", "subformat=monolithicFlat"]);
-    assert!(fail(freightfs().arg("info").arg(&flat)).contains("names other files"));
     let base = make(&raw, "base.vmdk", "vmdk", &[]);
     let child = directory.path().join("child.vmdk");
     succeed(
@@ -147,6 +290,7 @@ fn samples_of_others_have_the_size_and_content_that_qemu_gives_them() {
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!((&info["virtual_size"], &info["allocated_size"]), (&136_363_130_880u64.into(), &0.into()));
     check(&unpack("iotest-version3.vmdk"), "vmdk");
+    check(&unpack("iotest-dynamic-1G.vhdx"), "vhdx");
     let (vmdk, qcow2) = (unpack("dfvfs-ext2.vmdk"), unpack("dfvfs-ext2.qcow2"));
     check(&vmdk, "vmdk");
     qemu_compare(&vmdk, "vmdk", &qcow2, "qcow2");

@@ -14,6 +14,15 @@ pub const TYPE_FIXED: u32 = 2;
 /// Disk type: dynamic.
 pub const TYPE_DYNAMIC: u32 = 3;
 
+/// Disk type: differencing.
+pub const TYPE_DIFFERENCING: u32 = 4;
+
+/// Platform code of a parent locator: a relative Windows path in UTF-16, little-endian.
+pub const LOCATOR_RELATIVE: [u8; 4] = *b"W2ru";
+
+/// Platform code of a parent locator: an absolute Windows path in UTF-16, little-endian.
+pub const LOCATOR_ABSOLUTE: [u8; 4] = *b"W2ku";
+
 header! {
     /// The last 512 bytes of every VHD; dynamic ones have a copy at the start.
     VhdFooter, 512 bytes, big endian {
@@ -43,7 +52,7 @@ header! {
         58 heads: u8,
         /// Sectors a track of the geometry.
         59 sectors: u8,
-        /// [`TYPE_FIXED`] or [`TYPE_DYNAMIC`].
+        /// [`TYPE_FIXED`], [`TYPE_DYNAMIC`] or [`TYPE_DIFFERENCING`].
         60 disk_type: u32,
         /// One's complement of the sum of all other bytes.
         64 checksum: u32,
@@ -71,6 +80,24 @@ header! {
         32 block_size: u32,
         /// One's complement of the sum of all other bytes.
         36 checksum: u32,
+        /// Differencing: the parent's identity.
+        40 parent_unique_id: [u8; 16],
+        /// Differencing: the parent's file name, UTF-16, big-endian, ended by zeros.
+        64 parent_name: [u8; 512],
+        /// Differencing: 8 places where the parent's path stands, see [`VhdParentLocator`].
+        576 parent_locators: [u8; 192],
+    }
+}
+
+header! {
+    /// Where the parent's path stands in some platform's form ("Parent Locator Entry").
+    VhdParentLocator, 24 bytes, big endian {
+        /// Which form it has; zeros for none.
+        0 platform_code: [u8; 4],
+        /// Bytes of the path.
+        8 data_length: u32,
+        /// Where the path is.
+        16 data_offset: u64,
     }
 }
 

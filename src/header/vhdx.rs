@@ -66,6 +66,55 @@ header! {
     }
 }
 
+/// Signature of a log entry, and of what it holds (section 2.3.1).
+pub const LOG_SIGNATURE: [u8; 4] = *b"loge";
+/// See [`LOG_SIGNATURE`].
+pub const LOG_DATA_SIGNATURE: [u8; 4] = *b"desc";
+/// See [`LOG_SIGNATURE`].
+pub const LOG_ZERO_SIGNATURE: [u8; 4] = *b"zero";
+/// See [`LOG_SIGNATURE`].
+pub const LOG_SECTOR_SIGNATURE: [u8; 4] = *b"data";
+
+header! {
+    /// The start of a log entry (section 2.3.1.1).
+    VhdxLogHeader, 64 bytes, little endian {
+        /// [`LOG_SIGNATURE`].
+        0 signature: [u8; 4],
+        /// CRC-32C of the whole entry with this field zero.
+        4 checksum: u32,
+        /// Bytes of the entry, a multiple of 4 KiB.
+        8 entry_length: u32,
+        /// Where the sequence that this entry ends begins, from the log's start.
+        12 tail: u32,
+        /// One more than that of the entry before.
+        16 sequence_number: u64,
+        /// Descriptors that follow.
+        24 descriptor_count: u32,
+        /// The log's identity.
+        32 log_guid: Guid,
+        /// Bytes that the file had at least when this was written.
+        48 flushed_file_offset: u64,
+        /// Bytes that the file needs.
+        56 last_file_offset: u64,
+    }
+}
+
+header! {
+    /// A descriptor of a log entry: a sector of data, or a run of zeros (sections 2.3.1.2 and 2.3.1.3).
+    VhdxLogDescriptor, 32 bytes, little endian {
+        /// [`LOG_DATA_SIGNATURE`] or [`LOG_ZERO_SIGNATURE`].
+        0 signature: [u8; 4],
+        /// Data: the last 4 bytes of the sector.
+        4 trailing_bytes: [u8; 4],
+        /// Data: the first 8 bytes of the sector. Zeros: how many bytes.
+        8 leading_bytes_or_length: u64,
+        /// Where in the file.
+        16 file_offset: u64,
+        /// The entry's.
+        24 sequence_number: u64,
+    }
+}
+
 header! {
     /// An entry of a region table.
     VhdxRegionEntry, 32 bytes, little endian {

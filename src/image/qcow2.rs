@@ -20,7 +20,7 @@ use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
-use crate::storage::Storage;
+use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, MIB, VirtualOffset};
 use crate::vfile::readable;
 use mapping::{Mapping, TableShape};
@@ -324,6 +324,12 @@ impl DiskImage for Qcow2Image {
             self.data.verify_unchanged()?;
         }
         self.backing.as_ref().map_or(Ok(()), |backing| backing.verify_unchanged())
+    }
+
+    fn sources(&self) -> Vec<Generation> {
+        let mut sources = vec![self.storage.generation().clone(), self.data.generation().clone()];
+        sources.extend(self.backing.iter().flat_map(|backing| backing.sources()));
+        sources
     }
 
     fn description(&self) -> ImageDescription {

@@ -6,7 +6,7 @@ use super::{DiskImage, ImageDescription};
 use crate::error::Result;
 use crate::extent::Extent;
 use crate::format::ImageFormat;
-use crate::storage::Storage;
+use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, VirtualOffset};
 
 /// A raw image. Its content is never probed for another format (CVE-2026-24708).
@@ -36,6 +36,10 @@ impl DiskImage for RawImage {
 
     fn verify_unchanged(&self) -> Result<()> {
         self.storage.verify_unchanged()
+    }
+
+    fn sources(&self) -> Vec<Generation> {
+        vec![self.storage.generation().clone()]
     }
 
     fn description(&self) -> ImageDescription {

@@ -1,4 +1,4 @@
-//! Tables of 32-bit entries in an image, read page by page when they are needed.
+//! Tables of entries in an image, read page by page when they are needed.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -16,12 +16,43 @@ const PAGE: u64 = 64 * KIB;
 /// Pages that are kept: 4 MiB of table.
 const PAGES_KEPT: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not 0");
 
+/// What an entry is.
+#[derive(Clone, Copy)]
+pub(super) enum Entry {
+    /// 32 bits, little-endian.
+    U32Le,
+    /// 32 bits, big-endian.
+    U32Be,
+    /// 64 bits, little-endian.
+    U64Le,
+}
+
+impl Entry {
+    fn size(self) -> u64 {
+        match self {
+            Self::U32Le | Self::U32Be => 4,
+            Self::U64Le => 8,
+        }
+    }
+
+    /// The entry at the start of `bytes`.
+    fn read(self, bytes: &[u8]) -> u64 {
+        let mut array = [0; 8];
+        let length = self.size() as usize;
+        array[..length].copy_from_slice(&bytes[..length]);
+        match self {
+            Self::U32Le | Self::U64Le => u64::from_le_bytes(array),
+            Self::U32Be => u64::from_be_bytes(array) >> 32,
+        }
+    }
+}
+
 /// A table in a file. Memory: at most 64 pages of 64 KiB.
 pub(super) struct EntryTable {
     storage: Arc<dyn Storage>,
     start: FileOffset,
     entries: u64,
-    big_endian: bool,
+    entry: Entry,
     pages: Mutex<LruCache<u64, Arc<Vec<u8>>>>,
 }
 
@@ -31,22 +62,20 @@ impl EntryTable {
         storage: Arc<dyn Storage>,
         start: FileOffset,
         entries: u64,
-        big_endian: bool,
+        entry: Entry,
     ) -> Result<Self> {
-        let length =
-            entries.checked_mul(4).ok_or_else(|| Error::corrupt("a table is too large").at(start))?;
+        let length = entries
+            .checked_mul(entry.size())
+            .ok_or_else(|| Error::corrupt("a table is too large").at(start))?;
         crate::storage::check_range(&*storage, start, length)?;
-        Ok(Self { storage, start, entries, big_endian, pages: Mutex::new(LruCache::new(PAGES_KEPT)) })
+        Ok(Self { storage, start, entries, entry, pages: Mutex::new(LruCache::new(PAGES_KEPT)) })
     }
 
     /// The entry at `index`, which is inside the table.
-    pub(super) fn get(&self, index: u64) -> Result<u32> {
-        let place = index * 4;
+    pub(super) fn get(&self, index: u64) -> Result<u64> {
+        let place = index * self.entry.size();
         let page = self.page(place / PAGE)?;
-        let at = (place % PAGE) as usize;
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(&page[at..at + 4]);
-        Ok(if self.big_endian { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) })
+        Ok(self.entry.read(&page[(place % PAGE) as usize..]))
     }
 
     fn page(&self, page: u64) -> Result<Arc<Vec<u8>>> {
@@ -54,7 +83,7 @@ impl EntryTable {
             return Ok(Arc::clone(known));
         }
         let start = page * PAGE;
-        let mut bytes = vec![0; PAGE.min(self.entries * 4 - start) as usize];
+        let mut bytes = vec![0; PAGE.min(self.entries * self.entry.size() - start) as usize];
         self.storage.read_exact_at(self.start + start, &mut bytes)?;
         let bytes = Arc::new(bytes);
         self.pages.lock().put(page, Arc::clone(&bytes));

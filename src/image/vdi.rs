@@ -5,13 +5,13 @@
 use std::sync::Arc;
 
 use super::blocks::{Block, BlockMap};
-use super::table::EntryTable;
+use super::table::{Entry, EntryTable};
 use super::{DiskImage, ImageDescription};
 use crate::error::{Error, Result};
 use crate::extent::Extent;
 use crate::format::ImageFormat;
 use crate::header::vdi::{FREE, SIGNATURE, TYPE_DYNAMIC, VERSION, VdiHeader};
-use crate::storage::Storage;
+use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, MIB, SECTOR, VirtualOffset};
 
 /// Image type: every block is there from the start (VDICore.h).
@@ -38,7 +38,7 @@ impl VdiImage {
         let header = VdiHeader::parse(&bytes);
         check(&header).map_err(|e| e.in_file(storage.name()))?;
         let start = FileOffset(header.block_map_offset.into());
-        let map = EntryTable::new(Arc::clone(&storage), start, header.blocks.into(), false)?;
+        let map = EntryTable::new(Arc::clone(&storage), start, header.blocks.into(), Entry::U32Le)?;
         Ok(Self { storage, header, map })
     }
 }
@@ -89,7 +89,7 @@ impl BlockMap for VdiImage {
     }
 
     fn block(&self, index: u64) -> Result<Block> {
-        Ok(match self.map.get(index)? {
+        Ok(match self.map.get(index)? as u32 {
             FREE => Block::Hole,
             ZERO => Block::Zero,
             block => {
@@ -114,6 +114,10 @@ impl DiskImage for VdiImage {
 
     fn verify_unchanged(&self) -> Result<()> {
         self.storage.verify_unchanged()
+    }
+
+    fn sources(&self) -> Vec<Generation> {
+        vec![self.storage.generation().clone()]
     }
 
     fn description(&self) -> ImageDescription {

@@ -1,24 +1,25 @@
-//! VHD, fixed and dynamic.
+//! VHD, fixed, dynamic and differencing.
 //!
-//! Source: Microsoft, "Virtual Hard Disk Image Format Specification", version 1.0. Differencing disks are refused by
-//! name. Sector bitmaps are not looked at: in a dynamic disk a block that is there holds zeros where a bit is clear.
+//! Source: Microsoft, "Virtual Hard Disk Image Format Specification", version 1.0. The sector bitmaps of dynamic
+//! disks are not looked at: a block that is there holds zeros where a bit is clear. Those of differencing disks tell
+//! which sectors are the parent's.
+
+mod parent;
 
 use std::sync::Arc;
 
 use super::blocks::{Block, BlockMap};
-use super::table::EntryTable;
-use super::{DiskImage, ImageDescription};
+use super::table::{Entry, EntryTable};
+use super::{DiskImage, ImageDescription, ReferenceGate};
 use crate::error::{Error, Result};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::header::vhd::{
-    DYNAMIC_COOKIE, FOOTER_COOKIE, TYPE_DYNAMIC, TYPE_FIXED, VhdDynamicHeader, VhdFooter, checksum,
+    DYNAMIC_COOKIE, FOOTER_COOKIE, TYPE_DIFFERENCING, TYPE_DYNAMIC, TYPE_FIXED, VhdDynamicHeader, VhdFooter,
+    checksum,
 };
-use crate::storage::Storage;
+use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, SECTOR, VirtualOffset, round_up};
-
-/// Disk type: differencing.
-const TYPE_DIFFERENCING: u32 = 4;
 
 /// Largest disk (2040 GiB).
 const MAX_VIRTUAL_SIZE: u64 = 2040 << 30;
@@ -37,7 +38,10 @@ pub struct VhdImage {
     storage: Arc<dyn Storage>,
     virtual_size: u64,
     creator: [u8; 4],
+    unique_id: [u8; 16],
     body: Body,
+    /// What a differencing disk differs from.
+    parent: Option<Arc<VhdImage>>,
 }
 
 enum Body {
@@ -46,13 +50,14 @@ enum Body {
 }
 
 impl VhdImage {
-    /// Opens `storage`.
-    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+    /// Opens `storage`; `depth` counts the images above it in the chain.
+    pub fn open(storage: Arc<dyn Storage>, gate: &Arc<dyn ReferenceGate>, depth: usize) -> Result<Self> {
         let place = storage.name().to_owned();
-        Self::open_unnamed(storage).map_err(|e| e.in_file(place))
+        super::check_depth(&*storage, depth)?;
+        Self::open_unnamed(storage, gate, depth).map_err(|e| e.in_file(place))
     }
 
-    fn open_unnamed(storage: Arc<dyn Storage>) -> Result<Self> {
+    fn open_unnamed(storage: Arc<dyn Storage>, gate: &Arc<dyn ReferenceGate>, depth: usize) -> Result<Self> {
         let footer = find_footer(&*storage)?;
         let virtual_size = virtual_size(&footer);
         if virtual_size > MAX_VIRTUAL_SIZE {
@@ -60,18 +65,77 @@ impl VhdImage {
                 "a VHD has at most 2040 GiB, this one says {virtual_size} bytes"
             )));
         }
-        let body = match footer.disk_type {
+        let (body, parent) = match footer.disk_type {
             TYPE_FIXED => {
                 crate::storage::check_range(&*storage, FileOffset(0), virtual_size)?;
-                Body::Fixed
+                (Body::Fixed, None)
             }
-            TYPE_DYNAMIC => open_dynamic(&storage, &footer, virtual_size)?,
+            TYPE_DYNAMIC => (open_dynamic(&storage, &read_header(&*storage, &footer)?, virtual_size)?, None),
             TYPE_DIFFERENCING => {
-                return Err(Error::unsupported("is a differencing VHD, which needs its parent"));
+                let header = read_header(&*storage, &footer)?;
+                let parent = parent::open(&*storage, &header, gate, depth)?;
+                (open_dynamic(&storage, &header, virtual_size)?, Some(Arc::new(parent)))
             }
             other => return Err(Error::unsupported(format!("VHD disks of type {other} are not supported"))),
         };
-        Ok(Self { storage, virtual_size, creator: footer.creator_application, body })
+        let (creator, unique_id) = (footer.creator_application, footer.unique_id);
+        Ok(Self { storage, virtual_size, creator, unique_id, body, parent })
+    }
+
+    /// A run inside one block of a differencing disk: how long it is, and where its bytes are if not in the parent.
+    fn run_at(&self, at: VirtualOffset) -> Result<(u64, Option<FileOffset>)> {
+        let (index, within) = (at.bytes() / self.block_size(), at.bytes() % self.block_size());
+        let left = (self.block_size() - within).min(self.virtual_size - at.bytes());
+        let (Block::Data(data), Body::Dynamic { bitmap_size, .. }) = (self.checked_block(index)?, &self.body)
+        else {
+            return Ok((left, None));
+        };
+        let mut bitmap = vec![0; *bitmap_size as usize];
+        self.storage.read_exact_at(FileOffset(data.bytes() - bitmap_size), &mut bitmap)?;
+        // The first sector is the highest bit ("Dynamic Hard Disk Image", "Data Blocks").
+        let own = |sector: u64| bitmap[(sector / 8) as usize] >> (7 - sector % 8) & 1 == 1;
+        let first = within / SECTOR;
+        let mut end = first + 1;
+        while end * SECTOR < within + left && own(end) == own(first) {
+            end += 1;
+        }
+        let length = (end * SECTOR - within).min(left);
+        Ok((length, own(first).then(|| data + within)))
+    }
+
+    /// Reads a part of a differencing disk.
+    fn read_over(&self, parent: &VhdImage, mut at: VirtualOffset, mut buf: &mut [u8]) -> Result<()> {
+        while !buf.is_empty() {
+            let (length, own) = self.run_at(at)?;
+            let length = length.min(buf.len() as u64);
+            let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+            match own {
+                Some(host) => self.storage.read_exact_at(host, target)?,
+                None => {
+                    // A parent may be smaller.
+                    let inside = parent.virtual_size.saturating_sub(at.bytes()).min(length) as usize;
+                    target[inside..].fill(0);
+                    if inside > 0 {
+                        parent.read_at(at, &mut target[..inside])?;
+                    }
+                }
+            }
+            buf = rest;
+            at += length;
+        }
+        Ok(())
+    }
+
+    fn extent_over(&self, parent: &VhdImage, at: VirtualOffset) -> Result<Extent> {
+        let (length, own) = self.run_at(at)?;
+        if own.is_some() {
+            return Ok(Extent::new(ExtentKind::Data, length));
+        }
+        if at.bytes() >= parent.virtual_size {
+            return Ok(Extent::new(ExtentKind::Hole, length));
+        }
+        let below = parent.extent_at(at)?;
+        Ok(Extent::new(below.kind, below.length.min(length)))
     }
 }
 
@@ -104,7 +168,8 @@ fn virtual_size(footer: &VhdFooter) -> u64 {
     u64::from(footer.cylinders) * u64::from(footer.heads) * u64::from(footer.sectors) * SECTOR
 }
 
-fn open_dynamic(storage: &Arc<dyn Storage>, footer: &VhdFooter, virtual_size: u64) -> Result<Body> {
+/// The dynamic header that a footer points to.
+fn read_header(storage: &dyn Storage, footer: &VhdFooter) -> Result<VhdDynamicHeader> {
     let at = FileOffset(footer.data_offset);
     let mut bytes = [0; VhdDynamicHeader::LENGTH];
     storage.read_exact_at(at, &mut bytes)?;
@@ -119,13 +184,18 @@ fn open_dynamic(storage: &Arc<dyn Storage>, footer: &VhdFooter, virtual_size: u6
     if !block_size.is_power_of_two() || block_size < SECTOR {
         return Err(Error::corrupt(format!("blocks of {block_size} bytes are not allowed")).at(at + 32));
     }
+    Ok(header)
+}
+
+fn open_dynamic(storage: &Arc<dyn Storage>, header: &VhdDynamicHeader, virtual_size: u64) -> Result<Body> {
+    let block_size = u64::from(header.block_size);
     let blocks = virtual_size.div_ceil(block_size);
     if u64::from(header.max_table_entries) < blocks {
         let what =
             format!("the block table has {} entries, the disk needs {blocks}", header.max_table_entries);
-        return Err(Error::corrupt(what).at(at + 28));
+        return Err(Error::corrupt(what));
     }
-    let table = EntryTable::new(Arc::clone(storage), FileOffset(header.table_offset), blocks, true)?;
+    let table = EntryTable::new(Arc::clone(storage), FileOffset(header.table_offset), blocks, Entry::U32Be)?;
     let bitmap_size = round_up((block_size / SECTOR).div_ceil(8), SECTOR);
     Ok(Body::Dynamic { table, block_size, bitmap_size })
 }
@@ -151,7 +221,7 @@ impl BlockMap for VhdImage {
         let Body::Dynamic { table, bitmap_size, .. } = &self.body else {
             return Ok(Block::Data(FileOffset(0)));
         };
-        Ok(match table.get(index)? {
+        Ok(match table.get(index)? as u32 {
             FREE => Block::Hole,
             sector => Block::Data(FileOffset(u64::from(sector) * SECTOR + bitmap_size)),
         })
@@ -164,10 +234,16 @@ impl DiskImage for VhdImage {
     }
 
     fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
-        self.read_blocks(at, buf)
+        match &self.parent {
+            Some(parent) => self.read_over(parent, at, buf),
+            None => self.read_blocks(at, buf),
+        }
     }
 
     fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
+        if let Some(parent) = &self.parent {
+            return self.extent_over(parent, at);
+        }
         match self.body {
             Body::Fixed => {
                 // A sparse file of a fixed disk has holes that its format does not know.
@@ -179,12 +255,20 @@ impl DiskImage for VhdImage {
     }
 
     fn verify_unchanged(&self) -> Result<()> {
-        self.storage.verify_unchanged()
+        self.storage.verify_unchanged()?;
+        self.parent.as_ref().map_or(Ok(()), |parent| parent.verify_unchanged())
+    }
+
+    fn sources(&self) -> Vec<Generation> {
+        let mut sources = vec![self.storage.generation().clone()];
+        sources.extend(self.parent.iter().flat_map(|parent| parent.sources()));
+        sources
     }
 
     fn description(&self) -> ImageDescription {
         let (kind, cluster_size) = match self.body {
             Body::Fixed => ("fixed", None),
+            Body::Dynamic { block_size, .. } if self.parent.is_some() => ("differencing", Some(block_size)),
             Body::Dynamic { block_size, .. } => ("dynamic", Some(block_size)),
         };
         let creator: String =
@@ -199,7 +283,7 @@ impl DiskImage for VhdImage {
                 ("type".to_owned(), kind.to_owned()),
                 ("creator".to_owned(), creator.trim().to_owned()),
             ],
-            backing: None,
+            backing: self.parent.as_ref().map(|parent| Box::new(parent.description())),
         }
     }
 }

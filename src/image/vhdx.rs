@@ -1,0 +1,329 @@
+//! VHDX, fixed and dynamic.
+//!
+//! Source: [MS-VHDX]. A log that was not replayed is replayed in memory; the file stays as it is. Differencing disks
+//! are refused by name.
+
+mod log;
+
+use std::sync::Arc;
+
+use super::blocks::{Block, BlockMap};
+use super::table::{Entry, EntryTable};
+use super::{DiskImage, ImageDescription};
+use crate::error::{Error, Result};
+use crate::extent::Extent;
+use crate::format::ImageFormat;
+use crate::header::vhdx::{
+    FILE_PARAMETERS, FILE_SIGNATURE, Guid, HEADER_SIGNATURE, LOGICAL_SECTOR_SIZE, METADATA_SIGNATURE,
+    PAYLOAD_BLOCK_FULLY_PRESENT, PHYSICAL_SECTOR_SIZE, REGION_BAT, REGION_METADATA, REGION_SIGNATURE,
+    VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE, VhdxHeader, VhdxMetadataEntry, VhdxRegionEntry,
+};
+use crate::storage::{Generation, Storage, check_range};
+use crate::units::{FileOffset, KIB, MIB, TIB, VirtualOffset};
+
+/// Places that are fixed (section 2.2).
+const HEADERS: [FileOffset; 2] = [FileOffset(64 * KIB), FileOffset(128 * KIB)];
+const REGION_TABLES: [FileOffset; 2] = [FileOffset(192 * KIB), FileOffset(256 * KIB)];
+
+/// Bytes that a checksum covers: of a header, of a region table (sections 2.2.2 and 2.2.3).
+const HEADER_SIZE: usize = 4 * KIB as usize;
+const REGION_TABLE_SIZE: usize = 64 * KIB as usize;
+
+/// Entries of a region table or metadata table at most (sections 2.2.3.1 and 2.6.1.1).
+const MAX_ENTRIES: usize = 2047;
+
+/// Bytes of the metadata table at most; items follow it (section 2.6.1).
+const METADATA_TABLE_SIZE: u64 = 64 * KIB;
+
+/// Flags of a metadata entry (section 2.6.1.2): required.
+const REQUIRED: u32 = 4;
+
+/// Flag of the file parameters (section 2.6.2.1): has a parent.
+const HAS_PARENT: u32 = 2;
+
+/// Limits of sections 2.6.2.1 and 2.6.2.2.
+const BLOCK_SIZES: std::ops::RangeInclusive<u64> = MIB..=256 * MIB;
+const MAX_VIRTUAL_SIZE: u64 = 64 * TIB;
+
+/// States of a block besides fully present (section 2.5.1.1).
+const NOT_PRESENT: u64 = 0;
+const UNDEFINED: u64 = 1;
+const ZERO: u64 = 2;
+const UNMAPPED: u64 = 3;
+
+/// The parent's places, which only a differencing disk has (section 2.6.2.6).
+const PARENT_LOCATOR: Guid =
+    [0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c];
+
+/// A VHDX image.
+pub struct VhdxImage {
+    storage: Arc<dyn Storage>,
+    disk: Disk,
+    bat: EntryTable,
+    replayed: bool,
+}
+
+/// What the metadata says.
+struct Disk {
+    block_size: u64,
+    virtual_size: u64,
+    sector_size: u64,
+}
+
+impl VhdxImage {
+    /// Opens `storage`.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        let place = storage.name().to_owned();
+        Self::open_unnamed(storage).map_err(|e| e.in_file(place))
+    }
+
+    fn open_unnamed(storage: Arc<dyn Storage>) -> Result<Self> {
+        let mut signature = [0; FILE_SIGNATURE.len()];
+        storage.read_exact_at(FileOffset(0), &mut signature)?;
+        if signature != FILE_SIGNATURE {
+            return Err(Error::corrupt("is not a VHDX image: the signature is wrong").at(0u64));
+        }
+        let header = newest_header(&*storage)?;
+        let replayed = header.log_guid != [0; 16];
+        let storage = if replayed { log::replay(storage, &header)? } else { storage };
+        let [bat, metadata] = read_regions(&*storage)?;
+        let disk = read_metadata(&*storage, &metadata)?;
+        // Every group of blocks that one bitmap describes is followed by the bitmap's entry (section 2.5).
+        let chunk = disk.chunk_ratio();
+        let blocks = disk.virtual_size.div_ceil(disk.block_size);
+        let entries = blocks + blocks.saturating_sub(1) / chunk;
+        if entries * 8 > bat.length.into() {
+            let what = format!("the block table has {} bytes, the disk needs {entries} entries", bat.length);
+            return Err(Error::corrupt(what).at(bat.file_offset));
+        }
+        let bat = EntryTable::new(Arc::clone(&storage), FileOffset(bat.file_offset), entries, Entry::U64Le)?;
+        Ok(Self { storage, disk, bat, replayed })
+    }
+}
+
+impl Disk {
+    /// Blocks whose sectors one bitmap block describes.
+    fn chunk_ratio(&self) -> u64 {
+        (1 << 23) * self.sector_size / self.block_size
+    }
+}
+
+/// CRC-32C of `block` with zeros in place of the checksum at byte 4.
+fn checksum(block: &[u8]) -> u32 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    digest.update(&block[..4]);
+    digest.update(&[0; 4]);
+    digest.update(&block[8..]);
+    digest.finalize() as u32
+}
+
+/// The valid header with the larger sequence number.
+fn newest_header(storage: &dyn Storage) -> Result<VhdxHeader> {
+    let mut newest: Option<VhdxHeader> = None;
+    for at in HEADERS {
+        let mut block = vec![0; HEADER_SIZE];
+        storage.read_exact_at(at, &mut block)?;
+        let mut start = [0; VhdxHeader::LENGTH];
+        start.copy_from_slice(&block[..VhdxHeader::LENGTH]);
+        let header = VhdxHeader::parse(&start);
+        let valid = header.signature == HEADER_SIGNATURE && header.checksum == checksum(&block);
+        if valid && newest.as_ref().is_none_or(|other| other.sequence_number < header.sequence_number) {
+            newest = Some(header);
+        }
+    }
+    let header = newest.ok_or_else(|| {
+        Error::corrupt("neither of the two headers is valid: signature or checksum is wrong").at(HEADERS[0])
+    })?;
+    if header.version != 1 {
+        return Err(Error::unsupported(format!("is a VHDX of version {}", header.version)).at(HEADERS[0]));
+    }
+    Ok(header)
+}
+
+/// The regions of the block table and of the metadata.
+fn read_regions(storage: &dyn Storage) -> Result<[VhdxRegionEntry; 2]> {
+    let at = REGION_TABLES[0];
+    let mut wrong = Error::corrupt("neither of the two region tables is valid").at(at);
+    for at in REGION_TABLES {
+        let mut table = vec![0; REGION_TABLE_SIZE];
+        storage.read_exact_at(at, &mut table)?;
+        let stored = u32::from_le_bytes([table[4], table[5], table[6], table[7]]);
+        if table[..4] == REGION_SIGNATURE && stored == checksum(&table) {
+            match parse_regions(storage, &table, at) {
+                Ok(regions) => return Ok(regions),
+                Err(error) => wrong = error,
+            }
+        }
+    }
+    Err(wrong)
+}
+
+fn parse_regions(storage: &dyn Storage, table: &[u8], at: FileOffset) -> Result<[VhdxRegionEntry; 2]> {
+    let count = u32::from_le_bytes([table[8], table[9], table[10], table[11]]) as usize;
+    if count > MAX_ENTRIES {
+        return Err(Error::corrupt(format!("a region table of {count} entries is too large")).at(at + 8));
+    }
+    let mut known: [Option<VhdxRegionEntry>; 2] = [None, None];
+    let mut taken: Vec<(u64, u64)> = vec![(0, MIB)];
+    for (index, bytes) in table[16..].chunks_exact(VhdxRegionEntry::LENGTH).take(count).enumerate() {
+        let mut entry = [0; VhdxRegionEntry::LENGTH];
+        entry.copy_from_slice(bytes);
+        let entry = VhdxRegionEntry::parse(&entry);
+        let place = at + 16 + (index * VhdxRegionEntry::LENGTH) as u64;
+        check_range(storage, FileOffset(entry.file_offset), entry.length.into())?;
+        let range = (entry.file_offset, entry.file_offset + u64::from(entry.length));
+        if taken.iter().any(|(start, end)| range.0 < *end && *start < range.1) {
+            return Err(Error::corrupt("two regions overlap").at(place));
+        }
+        taken.push(range);
+        match [REGION_BAT, REGION_METADATA].iter().position(|guid| *guid == entry.guid) {
+            Some(which) if known[which].is_some() => {
+                return Err(Error::corrupt("a region is given twice").at(place));
+            }
+            Some(which) => known[which] = Some(entry),
+            None if entry.required & 1 != 0 => {
+                return Err(Error::unsupported("has a required region that is not known").at(place));
+            }
+            None => {}
+        }
+    }
+    match known {
+        [Some(bat), Some(metadata)] => Ok([bat, metadata]),
+        _ => Err(Error::corrupt("the region for block table or metadata is missing").at(at)),
+    }
+}
+
+fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk> {
+    let start = FileOffset(region.file_offset);
+    let mut table = vec![0; METADATA_TABLE_SIZE.min(region.length.into()) as usize];
+    storage.read_exact_at(start, &mut table)?;
+    if table.len() < 32 || table[..8] != METADATA_SIGNATURE {
+        return Err(Error::corrupt("the metadata table's signature is wrong").at(start));
+    }
+    let count = usize::from(u16::from_le_bytes([table[10], table[11]]));
+    if count > MAX_ENTRIES {
+        return Err(
+            Error::corrupt(format!("a metadata table of {count} entries is too large")).at(start + 10)
+        );
+    }
+    let (mut parameters, mut virtual_size, mut sector_size) = (None, None, None);
+    for (index, bytes) in table[32..].chunks_exact(VhdxMetadataEntry::LENGTH).take(count).enumerate() {
+        let mut entry = [0; VhdxMetadataEntry::LENGTH];
+        entry.copy_from_slice(bytes);
+        let entry = VhdxMetadataEntry::parse(&entry);
+        let place = start + 32 + (index * VhdxMetadataEntry::LENGTH) as u64;
+        let item = |length: usize| read_item(storage, region, &entry, length).map_err(|e| e.at(place));
+        match entry.guid {
+            FILE_PARAMETERS => parameters = Some(item(8)?),
+            VIRTUAL_DISK_SIZE => virtual_size = Some(item(8)?),
+            LOGICAL_SECTOR_SIZE => sector_size = Some(item(4)?),
+            VIRTUAL_DISK_ID | PHYSICAL_SECTOR_SIZE | PARENT_LOCATOR => {}
+            _ if entry.flags & REQUIRED != 0 => {
+                return Err(Error::unsupported("has a required metadata item that is not known").at(place));
+            }
+            _ => {}
+        }
+    }
+    let (Some(parameters), Some(virtual_size), Some(sector_size)) = (parameters, virtual_size, sector_size)
+    else {
+        return Err(Error::corrupt("block size, disk size or sector size is missing").at(start));
+    };
+    if (parameters >> 32) as u32 & HAS_PARENT != 0 {
+        return Err(Error::unsupported("is a differencing VHDX, which needs its parent").at(start));
+    }
+    let block_size = parameters & u64::from(u32::MAX);
+    if !block_size.is_power_of_two() || !BLOCK_SIZES.contains(&block_size) {
+        return Err(Error::corrupt(format!("blocks of {block_size} bytes are not allowed")).at(start));
+    }
+    if ![512, 4096].contains(&sector_size) {
+        return Err(Error::corrupt(format!("sectors of {sector_size} bytes are not allowed")).at(start));
+    }
+    if virtual_size > MAX_VIRTUAL_SIZE || virtual_size % sector_size != 0 {
+        return Err(Error::corrupt(format!("a disk of {virtual_size} bytes is not allowed")).at(start));
+    }
+    Ok(Disk { block_size, virtual_size, sector_size })
+}
+
+/// A metadata item of `length` bytes, at most 8, as a little-endian number.
+fn read_item(
+    storage: &dyn Storage,
+    region: &VhdxRegionEntry,
+    entry: &VhdxMetadataEntry,
+    length: usize,
+) -> Result<u64> {
+    let inside = u64::from(entry.offset) >= METADATA_TABLE_SIZE
+        && u64::from(entry.offset) + length as u64 <= region.length.into();
+    if !inside || entry.length as usize != length {
+        return Err(Error::corrupt("a metadata item has a wrong place or length"));
+    }
+    let mut bytes = [0; 8];
+    storage.read_exact_at(FileOffset(region.file_offset + u64::from(entry.offset)), &mut bytes[..length])?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+impl BlockMap for VhdxImage {
+    fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.disk.virtual_size
+    }
+
+    fn block_size(&self) -> u64 {
+        self.disk.block_size
+    }
+
+    fn block(&self, index: u64) -> Result<Block> {
+        let entry = self.bat.get(index + index / self.disk.chunk_ratio())?;
+        Ok(match entry & 7 {
+            NOT_PRESENT | UNDEFINED | UNMAPPED => Block::Hole,
+            ZERO => Block::Zero,
+            // Bits 20 to 63 count MiB.
+            PAYLOAD_BLOCK_FULLY_PRESENT => Block::Data(FileOffset(entry & !(MIB - 1))),
+            state => {
+                let what =
+                    format!("block {index} is in state {state}, which a disk without parent does not have");
+                return Err(Error::corrupt(what).in_file(self.storage.name()));
+            }
+        })
+    }
+}
+
+impl DiskImage for VhdxImage {
+    fn virtual_size(&self) -> u64 {
+        BlockMap::virtual_size(self)
+    }
+
+    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+        self.read_blocks(at, buf)
+    }
+
+    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
+        self.block_extent(at)
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.storage.verify_unchanged()
+    }
+
+    fn sources(&self) -> Vec<Generation> {
+        vec![self.storage.generation().clone()]
+    }
+
+    fn description(&self) -> ImageDescription {
+        let log = if self.replayed { "replayed in memory" } else { "empty" };
+        ImageDescription {
+            file: self.storage.name().to_owned(),
+            format: ImageFormat::Vhdx,
+            virtual_size: BlockMap::virtual_size(self),
+            file_size: self.storage.file_size(),
+            cluster_size: Some(self.disk.block_size),
+            properties: vec![
+                ("log".to_owned(), log.to_owned()),
+                ("sector size".to_owned(), self.disk.sector_size.to_string()),
+            ],
+            backing: None,
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The log of a VHDX: changes of metadata that were promised and may not have reached their places.
+//!
+//! Source: [MS-VHDX], section 2.3. Entries are put over what the file has, in memory, in the order of the newest
+//! valid sequence.
+
+use std::sync::Arc;
+
+use super::checksum;
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentKind};
+use crate::header::vhdx::{
+    Guid, LOG_DATA_SIGNATURE, LOG_SECTOR_SIGNATURE, LOG_SIGNATURE, LOG_ZERO_SIGNATURE, VhdxHeader,
+    VhdxLogDescriptor, VhdxLogHeader,
+};
+use crate::storage::{Generation, Storage, check_range};
+use crate::units::{FileOffset, KIB, MIB};
+
+/// Entries and data are aligned to this (section 2.3).
+const SECTOR: usize = 4 * KIB as usize;
+
+/// Largest log that is read; writers make one of 1 MiB.
+const MAX_LOG: u32 = 64 * MIB as u32;
+
+/// `storage` with the changes of its log over it.
+pub(super) fn replay(storage: Arc<dyn Storage>, header: &VhdxHeader) -> Result<Arc<dyn Storage>> {
+    let start = FileOffset(header.log_offset);
+    if header.log_length > MAX_LOG || !(header.log_length as usize).is_multiple_of(SECTOR) {
+        return Err(Error::unsupported(format!("a log of {} bytes is not supported", header.log_length)));
+    }
+    check_range(&*storage, start, header.log_length.into())?;
+    let mut log = vec![0; header.log_length as usize];
+    storage.read_exact_at(start, &mut log)?;
+    let sequence = newest_sequence(&log, &header.log_guid).ok_or_else(|| {
+        Error::corrupt("the log says that it has to be replayed, and has no valid entry").at(start)
+    })?;
+    let mut file_size = storage.file_size();
+    let mut changes = Vec::new();
+    for entry in &sequence {
+        if entry.header.flushed_file_offset > storage.file_size() {
+            let what = format!(
+                "the log expects a file of {} bytes; it is truncated",
+                entry.header.flushed_file_offset
+            );
+            return Err(Error::corrupt(what).at(start));
+        }
+        file_size = file_size.max(entry.header.last_file_offset);
+        changes.extend(entry.changes()?);
+    }
+    Ok(Arc::new(ReplayedStorage { storage, file_size, changes }))
+}
+
+/// A log entry that is whole.
+struct LogEntry {
+    header: VhdxLogHeader,
+    /// Where in the log it is.
+    at: usize,
+    bytes: Vec<u8>,
+}
+
+/// A change of the file.
+struct Change {
+    at: FileOffset,
+    length: u64,
+    /// `None` for zeros.
+    bytes: Option<Vec<u8>>,
+}
+
+/// The valid entry at `at`; the log is a ring.
+fn entry_at(log: &[u8], at: usize, guid: &Guid) -> Option<LogEntry> {
+    let mut start = [0; VhdxLogHeader::LENGTH];
+    start.copy_from_slice(&log[at..at + VhdxLogHeader::LENGTH]);
+    let header = VhdxLogHeader::parse(&start);
+    let length = header.entry_length as usize;
+    let whole = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= log.len();
+    if header.signature != LOG_SIGNATURE || header.log_guid != *guid || !whole || header.sequence_number == 0
+    {
+        return None;
+    }
+    let bytes: Vec<u8> = log[at..].iter().chain(&log[..at]).take(length).copied().collect();
+    (header.checksum == checksum(&bytes)).then_some(LogEntry { header, at, bytes })
+}
+
+/// The entries to replay, oldest first: the sequence whose last entry is the newest (section 2.3.2).
+fn newest_sequence(log: &[u8], guid: &Guid) -> Option<Vec<LogEntry>> {
+    let mut newest: Option<Vec<LogEntry>> = None;
+    let mut at = 0;
+    while at < log.len() {
+        let sequence = sequence_from(log, at, guid);
+        at += sequence.iter().map(|entry| entry.bytes.len()).sum::<usize>().max(SECTOR);
+        let Some(head) = sequence.last() else { continue };
+        // What comes before the head's tail was written to its place already.
+        let Some(tail) = sequence.iter().position(|entry| entry.at == head.header.tail as usize) else {
+            continue;
+        };
+        let number = |entries: &[LogEntry]| entries.last().map_or(0, |head| head.header.sequence_number);
+        if newest.as_ref().is_none_or(|other| number(other) < number(&sequence)) {
+            newest = Some(sequence.into_iter().skip(tail).collect());
+        }
+    }
+    newest
+}
+
+/// Consecutive valid entries from `at` on.
+fn sequence_from(log: &[u8], at: usize, guid: &Guid) -> Vec<LogEntry> {
+    let mut entries: Vec<LogEntry> = Vec::new();
+    let (mut next, mut length) = (at, 0);
+    while length < log.len() {
+        let Some(entry) = entry_at(log, next, guid) else { break };
+        let follows =
+            entries.last().is_none_or(|last| last.header.sequence_number + 1 == entry.header.sequence_number);
+        if !follows {
+            break;
+        }
+        next = (next + entry.bytes.len()) % log.len();
+        length += entry.bytes.len();
+        entries.push(entry);
+    }
+    entries
+}
+
+impl LogEntry {
+    /// What the entry changes. Descriptors come first, rounded up to sectors; then the data in their order.
+    fn changes(&self) -> Result<Vec<Change>> {
+        let damaged = |what: &str| Error::corrupt(format!("a log entry is damaged: {what}"));
+        let count = self.header.descriptor_count as usize;
+        let descriptors = VhdxLogHeader::LENGTH + count.saturating_mul(VhdxLogDescriptor::LENGTH);
+        if descriptors > self.bytes.len() {
+            return Err(damaged("it has too many descriptors"));
+        }
+        let mut data =
+            self.bytes[descriptors.next_multiple_of(SECTOR).min(self.bytes.len())..].chunks_exact(SECTOR);
+        let mut changes = Vec::with_capacity(count);
+        for bytes in self.bytes[VhdxLogHeader::LENGTH..descriptors].chunks_exact(VhdxLogDescriptor::LENGTH) {
+            let mut descriptor = [0; VhdxLogDescriptor::LENGTH];
+            descriptor.copy_from_slice(bytes);
+            let descriptor = VhdxLogDescriptor::parse(&descriptor);
+            let at = FileOffset(descriptor.file_offset);
+            if descriptor.sequence_number != self.header.sequence_number {
+                return Err(damaged("a descriptor has another sequence number"));
+            }
+            let bytes = match descriptor.signature {
+                LOG_ZERO_SIGNATURE => None,
+                LOG_DATA_SIGNATURE => {
+                    let sector = data.next().ok_or_else(|| damaged("data is missing"))?;
+                    Some(self.sector(&descriptor, sector).ok_or_else(|| damaged("a data sector is torn"))?)
+                }
+                _ => return Err(damaged("a descriptor's signature is wrong")),
+            };
+            let length = bytes.as_ref().map_or(descriptor.leading_bytes_or_length, |b| b.len() as u64);
+            if at.checked_add(length).is_none_or(|end| end.bytes() > self.header.last_file_offset) {
+                return Err(damaged("it changes what lies past the file's end"));
+            }
+            changes.push(Change { at, length, bytes });
+        }
+        Ok(changes)
+    }
+
+    /// A data sector has parts of the sequence number where the descriptor keeps its bytes (section 2.3.1.4).
+    fn sector(&self, descriptor: &VhdxLogDescriptor, sector: &[u8]) -> Option<Vec<u8>> {
+        let number = self.header.sequence_number.to_le_bytes();
+        let whole = sector[..4] == LOG_SECTOR_SIGNATURE
+            && sector[4..8] == number[4..]
+            && sector[SECTOR - 4..] == number[..4];
+        let leading = descriptor.leading_bytes_or_length.to_le_bytes();
+        whole.then(|| [&leading, &sector[8..SECTOR - 4], &descriptor.trailing_bytes[..]].concat())
+    }
+}
+
+/// A file with changes over it.
+struct ReplayedStorage {
+    storage: Arc<dyn Storage>,
+    file_size: u64,
+    changes: Vec<Change>,
+}
+
+impl Storage for ReplayedStorage {
+    fn name(&self) -> &str {
+        self.storage.name()
+    }
+
+    fn file_size(&self) -> u64 {
+        self.file_size
+    }
+
+    fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        check_range(self, at, buf.len() as u64)?;
+        // The log may have made the file larger than it is on disk.
+        let inside = self.storage.file_size().saturating_sub(at.bytes()).min(buf.len() as u64) as usize;
+        buf[inside..].fill(0);
+        if inside > 0 {
+            self.storage.read_exact_at(at, &mut buf[..inside])?;
+        }
+        let end = at + buf.len() as u64;
+        for change in &self.changes {
+            let (from, to) = (at.max(change.at), end.min(change.at + change.length));
+            if from < to {
+                let target = &mut buf[(from - at) as usize..(to - at) as usize];
+                match &change.bytes {
+                    Some(bytes) => {
+                        let start = (from - change.at) as usize;
+                        target.copy_from_slice(&bytes[start..start + target.len()]);
+                    }
+                    None => target.fill(0),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        Ok(Extent::new(ExtentKind::Data, self.file_size.saturating_sub(at.bytes()).max(1)))
+    }
+
+    fn generation(&self) -> &Generation {
+        self.storage.generation()
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.storage.verify_unchanged()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    const GUID: Guid = [7; 16];
+
+    fn seal(mut entry: Vec<u8>) -> Vec<u8> {
+        let sum = checksum(&entry);
+        entry[4..8].copy_from_slice(&sum.to_le_bytes());
+        entry
+    }
+
+    /// An entry that writes a sector and zeros a run, laid out by the specification's tables.
+    fn entry(number: u64, tail: u32, sector: (u64, u8), zeros: (u64, u64), file_size: u64) -> Vec<u8> {
+        let header = VhdxLogHeader {
+            signature: LOG_SIGNATURE,
+            checksum: 0,
+            entry_length: 8192,
+            tail,
+            sequence_number: number,
+            descriptor_count: 2,
+            log_guid: GUID,
+            flushed_file_offset: 0,
+            last_file_offset: file_size,
+        };
+        let mut bytes = header.encode().to_vec();
+        let descriptor = |signature, first: u64, file_offset| VhdxLogDescriptor {
+            signature,
+            trailing_bytes: [sector.1; 4],
+            leading_bytes_or_length: first,
+            file_offset,
+            sequence_number: number,
+        };
+        bytes.extend(descriptor(LOG_DATA_SIGNATURE, u64::from_le_bytes([sector.1; 8]), sector.0).encode());
+        bytes.extend(descriptor(LOG_ZERO_SIGNATURE, zeros.1, zeros.0).encode());
+        bytes.resize(4096, 0);
+        bytes.extend(LOG_SECTOR_SIGNATURE);
+        bytes.extend(((number >> 32) as u32).to_le_bytes());
+        bytes.resize(8192 - 4, sector.1);
+        bytes.extend((number as u32).to_le_bytes());
+        seal(bytes)
+    }
+
+    fn header() -> VhdxHeader {
+        let mut header = VhdxHeader::parse(&[0; VhdxHeader::LENGTH]);
+        (header.log_guid, header.log_offset, header.log_length) = (GUID, 0, 65536);
+        header
+    }
+
+    fn replayed(log: &[u8]) -> Result<Vec<u8>> {
+        let mut file = log.to_vec();
+        file.resize(65536, 0);
+        file.resize(65536 + 16384, 0xee);
+        let storage = replay(Arc::new(MemoryStorage::new("v", file)), &header())?;
+        let mut bytes = vec![0; storage.file_size() as usize - 65536];
+        storage.read_exact_at(FileOffset(65536), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    #[test]
+    fn the_newest_sequence_is_replayed_in_order() {
+        let large = 65536 + 20000;
+        let log = [
+            entry(5, 0, (65536, 1), (65536 + 8192, 100), large),
+            entry(6, 0, (65536, 2), (65536 + 4096, 4096), large),
+            // An older sequence behind it counts for nothing.
+            entry(2, 16384, (65536, 9), (65536, 9), large),
+        ];
+        let bytes = replayed(&log.concat()).unwrap();
+        assert_eq!(bytes.len(), 20000, "the log makes the file larger");
+        assert_eq!((&bytes[..4096], &bytes[4096..8192]), (&[2; 4096][..], &[0; 4096][..]));
+        assert_eq!((&bytes[8192..8292], bytes[8292]), (&[0; 100][..], 0xee));
+        assert_eq!((&bytes[12288..16384], &bytes[16384..]), (&[0xee; 4096][..], &[0; 20000 - 16384][..]));
+    }
+
+    #[test]
+    fn torn_and_missing_entries_end_the_sequence_or_refuse_the_file() {
+        let large = 65536 + 16384;
+        let first = entry(5, 0, (65536, 1), (65536, 0), large);
+        let mut torn = entry(6, 0, (65536, 2), (65536, 0), large);
+        torn[5000] ^= 1;
+        let bytes = replayed(&[first.clone(), torn].concat()).unwrap();
+        assert_eq!(bytes[..4096], [1; 4096]);
+        assert!(replayed(&[]).is_err());
+        // Its tail is not there.
+        assert!(replayed(&entry(7, 8192, (65536, 1), (65536, 0), large)).is_err());
+        // A change past the end that the entry itself declares.
+        assert!(replayed(&entry(7, 0, (65536, 1), (u64::MAX, 2), large)).is_err());
+    }
+}

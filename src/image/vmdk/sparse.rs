@@ -1,0 +1,227 @@
+//! A hosted sparse extent: grains found through a directory of tables, plain or compressed.
+//!
+//! Source: VMware, "Virtual Disk Format 5.0", "Hosted Sparse Extents" and "Stream-Optimized Compressed Sparse
+//! Extents".
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use super::super::blocks::{Block, BlockMap};
+use super::super::table::{Entry, EntryTable};
+use crate::codec;
+use crate::error::{Error, Result};
+use crate::header::vmdk::{MAGIC, VmdkSparseHeader};
+use crate::storage::Storage;
+use crate::units::{FileOffset, GIB, SECTOR};
+
+/// Flags of the header: grain table entries of 1 are zeros; grains are compressed.
+const FLAG_ZERO_GRAINS: u32 = 1 << 2;
+const FLAG_COMPRESSED: u32 = 1 << 16;
+
+/// A directory's offset that says: it stands in the footer.
+const DIRECTORY_AT_END: u64 = u64::MAX;
+
+/// Limits of QEMU (block/vmdk.c): entries of a grain table, bytes of a grain, entries of the directory.
+const MAX_TABLE_ENTRIES: u32 = 512;
+const MAX_GRAIN: u64 = GIB;
+const MAX_DIRECTORY: u64 = 32 << 20;
+
+/// Grain tables that are kept, of 2 KiB each.
+const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not 0");
+
+/// Bytes before a compressed grain's stream: its first sector (u64) and its length (u32).
+const GRAIN_MARKER: usize = 12;
+
+/// Bytes of grains that are kept inflated, but one grain at least.
+const GRAIN_MEMORY: u64 = 8 << 20;
+
+/// Bytes that one byte of a deflate stream becomes at most (258 from 2 bits, RFC 1951, section 3.2.5).
+const MAX_RATIO: u64 = 1032;
+
+/// A sparse extent.
+pub(super) struct SparseExtent {
+    storage: Arc<dyn Storage>,
+    header: VmdkSparseHeader,
+    directory: EntryTable,
+    tables: Mutex<LruCache<u32, Arc<Vec<u8>>>>,
+    grains: Mutex<LruCache<FileOffset, Arc<Vec<u8>>>>,
+}
+
+impl SparseExtent {
+    /// Opens the extent that `storage` is.
+    pub(super) fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        let mut header = read_header(&*storage, FileOffset(0))?;
+        if header.directory_offset == DIRECTORY_AT_END {
+            // The footer is a header before the end-of-stream marker's sector.
+            let at = storage.file_size().checked_sub(2 * SECTOR);
+            let at =
+                at.ok_or_else(|| Error::corrupt("the file is too short for a footer; it is truncated"))?;
+            header = read_header(&*storage, FileOffset(at))?;
+        }
+        check(&header)?;
+        let covered = header.grain_size * u64::from(header.grain_table_entries);
+        let tables = header.capacity.div_ceil(covered);
+        if tables > MAX_DIRECTORY {
+            return Err(
+                Error::corrupt(format!("a grain directory of {tables} entries is too large")).at(12u64)
+            );
+        }
+        let start = header.directory_offset.checked_mul(SECTOR);
+        let start = start.ok_or_else(|| Error::corrupt("the grain directory's offset is wrong").at(56u64))?;
+        let directory = EntryTable::new(Arc::clone(&storage), FileOffset(start), tables, Entry::U32Le)?;
+        let kept = (GRAIN_MEMORY / (header.grain_size * SECTOR)).max(1) as usize;
+        Ok(Self {
+            storage,
+            directory,
+            tables: Mutex::new(LruCache::new(TABLES_KEPT)),
+            grains: Mutex::new(LruCache::new(NonZeroUsize::new(kept).unwrap_or(NonZeroUsize::MIN))),
+            header,
+        })
+    }
+
+    /// The file that the extent is in.
+    pub(super) fn shared_storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// The descriptor's place in the file and its bytes, if there is one.
+    pub(super) fn descriptor(&self) -> Option<(FileOffset, u64)> {
+        let at = self.header.descriptor_offset.checked_mul(SECTOR).filter(|at| *at > 0)?;
+        Some((FileOffset(at), self.header.descriptor_size.saturating_mul(SECTOR)))
+    }
+
+    fn compressed(&self) -> bool {
+        self.header.flags & FLAG_COMPRESSED != 0
+    }
+
+    /// The grain's entry in its table; 0 when there is no table.
+    fn entry(&self, grain: u64) -> Result<u32> {
+        let per_table = u64::from(self.header.grain_table_entries);
+        let table = self.directory.get(grain / per_table)? as u32;
+        if table == 0 {
+            return Ok(0);
+        }
+        let entries = self.table(table)?;
+        let at = 4 * (grain % per_table) as usize;
+        Ok(u32::from_le_bytes([entries[at], entries[at + 1], entries[at + 2], entries[at + 3]]))
+    }
+
+    /// The grain table at that sector.
+    fn table(&self, sector: u32) -> Result<Arc<Vec<u8>>> {
+        if let Some(known) = self.tables.lock().get(&sector) {
+            return Ok(Arc::clone(known));
+        }
+        let mut entries = vec![0; 4 * self.header.grain_table_entries as usize];
+        self.storage.read_exact_at(FileOffset(u64::from(sector) * SECTOR), &mut entries)?;
+        let entries = Arc::new(entries);
+        self.tables.lock().put(sector, Arc::clone(&entries));
+        Ok(entries)
+    }
+
+    /// A grain, inflated: the last one of a disk may be shorter than the others.
+    fn inflate(&self, host: FileOffset) -> Result<Vec<u8>> {
+        let mut marker = [0; GRAIN_MARKER];
+        self.storage.read_exact_at(host, &mut marker)?;
+        let length = u64::from(u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]));
+        let grain = BlockMap::block_size(self);
+        // Deflate adds little to what it cannot compress; more than twice the grain is no grain.
+        if length > 2 * grain + SECTOR {
+            let what = format!("a compressed grain of {length} bytes is too large");
+            return Err(Error::corrupt(what).in_file(self.storage.name()).at(host));
+        }
+        crate::storage::check_range(&*self.storage, host + GRAIN_MARKER as u64, length)?;
+        let mut input = vec![0; length as usize];
+        self.storage.read_exact_at(host + GRAIN_MARKER as u64, &mut input)?;
+        // Grains of up to 1 GiB are allowed: no more is allocated than the stream can fill.
+        let mut output = vec![0; grain.min(length.saturating_mul(MAX_RATIO)) as usize];
+        let damaged = |e| {
+            Error::corrupt("a compressed grain is damaged").in_file(self.storage.name()).at(host).because(e)
+        };
+        let written = codec::inflate_zlib(&input, &mut output).map_err(damaged)?;
+        output.truncate(written);
+        Ok(output)
+    }
+}
+
+fn read_header(storage: &dyn Storage, at: FileOffset) -> Result<VmdkSparseHeader> {
+    let mut bytes = [0; VmdkSparseHeader::LENGTH];
+    storage.read_exact_at(at, &mut bytes)?;
+    let header = VmdkSparseHeader::parse(&bytes);
+    if header.magic == MAGIC {
+        return Ok(header);
+    }
+    Err(Error::corrupt("is not a sparse VMDK: the magic is wrong").at(at))
+}
+
+fn check(header: &VmdkSparseHeader) -> Result<()> {
+    if !(1..=3).contains(&header.version) {
+        return Err(Error::unsupported(format!("is a VMDK of version {}", header.version)).at(4u64));
+    }
+    let grain = header.grain_size.saturating_mul(SECTOR);
+    if !grain.is_power_of_two() || grain > MAX_GRAIN {
+        return Err(
+            Error::corrupt(format!("grains of {} sectors are not allowed", header.grain_size)).at(20u64)
+        );
+    }
+    if header.grain_table_entries == 0 || header.grain_table_entries > MAX_TABLE_ENTRIES {
+        let what = format!("grain tables of {} entries are not allowed", header.grain_table_entries);
+        return Err(Error::corrupt(what).at(44u64));
+    }
+    if header.capacity > i64::MAX as u64 / SECTOR {
+        return Err(Error::corrupt("the capacity is too large").at(12u64));
+    }
+    if header.flags & FLAG_COMPRESSED != 0 && header.compression != 1 {
+        let what = format!("compression algorithm {} is not supported", header.compression);
+        return Err(Error::unsupported(what).at(77u64));
+    }
+    Ok(())
+}
+
+impl BlockMap for SparseExtent {
+    fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.header.capacity * SECTOR
+    }
+
+    fn block_size(&self) -> u64 {
+        self.header.grain_size * SECTOR
+    }
+
+    fn block(&self, index: u64) -> Result<Block> {
+        let zero_grains = self.header.flags & FLAG_ZERO_GRAINS != 0;
+        Ok(match self.entry(index)? {
+            0 => Block::Hole,
+            1 if zero_grains => Block::Zero,
+            sector if self.compressed() => Block::Compressed(FileOffset(u64::from(sector) * SECTOR)),
+            sector => Block::Data(FileOffset(u64::from(sector) * SECTOR)),
+        })
+    }
+
+    fn read_compressed(&self, host: FileOffset, within: u64, target: &mut [u8]) -> Result<()> {
+        let known = self.grains.lock().get(&host).cloned();
+        let grain = match known {
+            Some(grain) => grain,
+            None => {
+                let grain = Arc::new(self.inflate(host)?);
+                // Who reads a whole grain has no use for it a second time.
+                if (target.len() as u64) < BlockMap::block_size(self) {
+                    self.grains.lock().put(host, Arc::clone(&grain));
+                }
+                grain
+            }
+        };
+        let from = within as usize;
+        let bytes = grain.get(from..from + target.len()).ok_or_else(|| {
+            let what = format!("a compressed grain holds {} bytes only", grain.len());
+            Error::corrupt(what).in_file(self.storage.name()).at(host)
+        })?;
+        target.copy_from_slice(bytes);
+        Ok(())
+    }
+}
