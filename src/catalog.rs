@@ -15,12 +15,14 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 use parking_lot::Mutex;
 
-pub use disk::OpenDisk;
+pub use disk::{FormatFile, OpenDisk};
 pub use gate::AllowedFiles;
 pub use sidecar::{ImageKind, ImageOrigin, Sidecar};
 
+use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
+use crate::layout::LayoutOptions;
 use crate::storage::{FileStorage, Generation};
 
 /// Disks that stay opened, with their tables and maps, when nobody uses them.
@@ -69,6 +71,7 @@ pub struct Catalog {
     root: PathBuf,
     listed: Mutex<Option<Listed>>,
     open: Mutex<LruCache<PathBuf, OpenedEntry>>,
+    workspace: Arc<Workspace>,
 }
 
 /// A listing and when it was made.
@@ -83,7 +86,7 @@ struct OpenedEntry {
 }
 
 impl Catalog {
-    /// The catalog of the directory `root`.
+    /// The catalog of the directory `root`. Compressed files keep what they computed in memory.
     pub fn open(root: &Path) -> Result<Self> {
         let place = || root.display().to_string();
         let root =
@@ -95,7 +98,17 @@ impl Catalog {
         }
         std::fs::read_dir(&root)
             .map_err(|e| Error::from_io("cannot list the catalog", e).in_file(place()))?;
-        Ok(Self { root, listed: Mutex::default(), open: Mutex::new(LruCache::new(OPEN_DISKS)) })
+        Ok(Self {
+            root,
+            listed: Mutex::default(),
+            open: Mutex::new(LruCache::new(OPEN_DISKS)),
+            workspace: Workspace::in_memory(),
+        })
+    }
+
+    /// The same catalog, whose compressed files keep what they computed in `workspace`.
+    pub fn with_workspace(self, workspace: Arc<Workspace>) -> Self {
+        Self { workspace, ..self }
     }
 
     /// The directory.
@@ -144,7 +157,8 @@ impl Catalog {
                 return entry.result.clone();
             }
         }
-        let result = OpenDisk::open(disk).map(Arc::new);
+        let workspace = Arc::clone(&self.workspace);
+        let result = OpenDisk::open(disk, LayoutOptions::default(), workspace).map(Arc::new);
         let entry = OpenedEntry { generation, disk: disk.clone(), result: result.clone() };
         self.open.lock().put(disk.path.clone(), entry);
         result

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::error::Error;
 use crate::format::ImageFormat;
+use crate::units::{GIB, KIB, MIB, TIB};
 
 /// Exit code when everything succeeded.
 const OK: u8 = 0;
@@ -51,6 +52,9 @@ struct MountArguments {
     /// Formats that image directories list, separated by colons
     #[arg(long, value_name = "FORMAT:…")]
     formats: Option<String>,
+    /// Programs that read to the end, so that compressed files open for them before their size is known
+    #[arg(long, value_name = "PROGRAM:…")]
+    read_to_end: Option<String>,
     /// Closing a copy waits until its export has ended, and fails if it failed
     #[arg(long)]
     wait: bool,
@@ -85,13 +89,22 @@ struct MountArguments {
 struct ConvertArguments {
     /// Image file
     input: PathBuf,
-    /// File to write; its suffix chooses the format
+    /// File to write, whose suffix chooses the format; - for standard output
     output: PathBuf,
     /// Format of the output, when its suffix does not tell it
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
     #[command(flatten)]
     source: SourceArguments,
+    /// Compression level: 1 to 12 for zlib, 1 to 9 for zvhd, 1 to 19 for zstd
+    #[arg(long, value_name = "LEVEL")]
+    level: Option<u8>,
+    /// Bytes of a qcow2 cluster, as 65536 or 64K
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    cluster_size: Option<u64>,
+    /// Compress qcow2's zlib clusters with the window of 4 KiB that its readers may insist on; 7 % larger
+    #[arg(long)]
+    small_window: bool,
     /// Threads; as many as cores by default
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -139,6 +152,21 @@ struct WaitArguments {
 
 fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
     ImageFormat::from_name(name).ok_or_else(|| "known formats: raw, qcow2, vhd, vmdk, vdi".to_owned())
+}
+
+/// A number of bytes, with one of qemu-img's suffixes or none.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" => KIB,
+        "m" => MIB,
+        "g" => GIB,
+        "t" => TIB,
+        other => return Err(format!("unknown unit {other:?}; known ones: K, M, G, T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a number of bytes"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
 }
 
 /// Runs the program with the process's arguments.

@@ -1,16 +1,19 @@
 //! The conversion: an image seen through a layout is a [`VirtualFile`], computed where it is read.
 
+mod compressed;
+mod workspace;
 mod write;
 
 use std::sync::Arc;
 
+pub use compressed::CompressedFile;
+pub use workspace::Workspace;
 pub use write::write_file;
 
 use crate::error::Result;
-use crate::extent::{AllocationMap, Extent, ExtentKind};
-use crate::format::OutputFormat;
-use crate::image::{self, DiskImage};
-use crate::layout::{self, Layout, LayoutInput, RegionSource};
+use crate::extent::{Extent, ExtentKind};
+use crate::image::DiskImage;
+use crate::layout::{Layout, RegionSource};
 use crate::units::{FileOffset, VirtualOffset};
 use crate::vfile::{VirtualFile, readable};
 
@@ -23,31 +26,17 @@ pub struct ConvertedFile {
 }
 
 impl ConvertedFile {
-    /// Lays `image` out as `format`. Reads the image's tables, never its data.
-    pub fn new(image: Arc<dyn DiskImage>, format: OutputFormat, input: &LayoutInput) -> Result<Self> {
-        let map = match layout::unit_size(format) {
-            Some(unit) => image::allocation_map(&*image, unit)?,
-            None => AllocationMap::builder(0, 1).finish(),
-        };
-        Self::with_map(image, format, input, Arc::new(map))
+    /// Lays `image` out. Reads nothing.
+    pub fn new(image: Arc<dyn DiskImage>, layout: Box<dyn Layout>) -> Self {
+        Self { image, layout }
     }
+}
 
-    /// The same with an allocation map that is known already and has the units of the format.
-    pub fn with_map(
-        image: Arc<dyn DiskImage>,
-        format: OutputFormat,
-        input: &LayoutInput,
-        map: Arc<AllocationMap>,
-    ) -> Result<Self> {
-        Ok(Self { layout: layout::build(format, input, map)?, image })
-    }
-
-    /// Fills `buf` with guest bytes from `at`; what lies past the disk's end is zeros.
-    fn read_guest(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
-        let inside = readable(self.image.virtual_size(), FileOffset(at.bytes()), buf.len());
-        buf[inside..].fill(0);
-        if inside > 0 { self.image.read_at(at, &mut buf[..inside]) } else { Ok(()) }
-    }
+/// Fills `buf` with guest bytes from `at`; what lies past the disk's end is zeros.
+fn read_guest(image: &dyn DiskImage, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+    let inside = readable(image.virtual_size(), FileOffset(at.bytes()), buf.len());
+    buf[inside..].fill(0);
+    if inside > 0 { image.read_at(at, &mut buf[..inside]) } else { Ok(()) }
 }
 
 impl VirtualFile for ConvertedFile {
@@ -65,7 +54,7 @@ impl VirtualFile for ConvertedFile {
             let target = &mut buf[done..done + piece];
             match region.source {
                 RegionSource::Metadata => self.layout.metadata(here, target),
-                RegionSource::Guest(from) => self.read_guest(from, target)?,
+                RegionSource::Guest(from) => read_guest(&*self.image, from, target)?,
                 RegionSource::Zero => target.fill(0),
             }
             done += piece;

@@ -12,10 +12,16 @@ pub enum ImageFormat {
     Qcow2,
     /// VHD, fixed or dynamic.
     Vhd,
-    /// VMDK in one sparse file.
+    /// VHDX, fixed or dynamic.
+    Vhdx,
+    /// VMDK, in one file or several.
     Vmdk,
     /// VDI, dynamic or fixed.
     Vdi,
+    /// ZVHD. Either name reads both, which the file's own cookie tells apart.
+    Zvhd,
+    /// ZVHD2.
+    Zvhd2,
 }
 
 impl ImageFormat {
@@ -25,8 +31,11 @@ impl ImageFormat {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
             Self::Vmdk => "vmdk",
             Self::Vdi => "vdi",
+            Self::Zvhd => "zvhd",
+            Self::Zvhd2 => "zvhd2",
         }
     }
 
@@ -37,8 +46,11 @@ impl ImageFormat {
             "qcow2" => Some(Self::Qcow2),
             // qemu-img calls it by the program that it comes from.
             "vhd" | "vpc" => Some(Self::Vhd),
+            "vhdx" => Some(Self::Vhdx),
             "vmdk" => Some(Self::Vmdk),
             "vdi" => Some(Self::Vdi),
+            "zvhd" => Some(Self::Zvhd),
+            "zvhd2" => Some(Self::Zvhd2),
             _ => None,
         }
     }
@@ -49,8 +61,11 @@ impl ImageFormat {
             "raw" | "img" => Some(Self::Raw),
             "qcow2" => Some(Self::Qcow2),
             "vhd" => Some(Self::Vhd),
+            "vhdx" => Some(Self::Vhdx),
             "vmdk" => Some(Self::Vmdk),
             "vdi" => Some(Self::Vdi),
+            "zvhd" => Some(Self::Zvhd),
+            "zvhd2" => Some(Self::Zvhd2),
             _ => None,
         }
     }
@@ -73,12 +88,39 @@ pub enum OutputFormat {
     Vhdx,
     /// `.vdi`: dynamic VDI.
     Vdi,
+    /// `.zlib.qcow2`: version 3, clusters compressed with zlib.
+    ZlibQcow2,
+    /// `.zstd.qcow2`: version 3, clusters compressed with zstd.
+    ZstdQcow2,
+    /// `.stream.vmdk`: streamOptimized VMDK.
+    StreamVmdk,
+    /// `.zvhd`: what Huawei Cloud and Open Telekom Cloud import and export.
+    Zvhd,
+    /// `.zvhd2`: the same for fast export and import of large images.
+    Zvhd2,
 }
 
 impl OutputFormat {
     /// Every format, in the order in which directories list them.
-    pub const ALL: [Self; 7] =
-        [Self::Raw, Self::Qcow2, Self::Vhd, Self::FixedVhd, Self::Vmdk, Self::Vhdx, Self::Vdi];
+    pub const ALL: [Self; 12] = [
+        Self::Raw,
+        Self::Qcow2,
+        Self::Vhd,
+        Self::FixedVhd,
+        Self::Vmdk,
+        Self::Vhdx,
+        Self::Vdi,
+        Self::ZlibQcow2,
+        Self::ZstdQcow2,
+        Self::StreamVmdk,
+        Self::Zvhd,
+        Self::Zvhd2,
+    ];
+
+    /// Whether the file's size is known only after its data has been compressed once.
+    pub fn is_compressed(self) -> bool {
+        matches!(self, Self::ZlibQcow2 | Self::ZstdQcow2 | Self::StreamVmdk | Self::Zvhd | Self::Zvhd2)
+    }
 
     /// The suffix without its leading dot; also the format's name in options and documents.
     pub fn suffix(self) -> &'static str {
@@ -90,19 +132,25 @@ impl OutputFormat {
             Self::Vmdk => "vmdk",
             Self::Vhdx => "vhdx",
             Self::Vdi => "vdi",
+            Self::ZlibQcow2 => "zlib.qcow2",
+            Self::ZstdQcow2 => "zstd.qcow2",
+            Self::StreamVmdk => "stream.vmdk",
+            Self::Zvhd => "zvhd",
+            Self::Zvhd2 => "zvhd2",
         }
     }
 
-    /// The driver name with which qemu-img reads a file of this format.
-    pub fn qemu_name(self) -> &'static str {
-        match self {
+    /// The driver name with which qemu-img reads a file of this format, if it has one.
+    pub fn qemu_name(self) -> Option<&'static str> {
+        Some(match self {
             Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
+            Self::Qcow2 | Self::ZlibQcow2 | Self::ZstdQcow2 => "qcow2",
             Self::Vhd | Self::FixedVhd => "vpc",
-            Self::Vmdk => "vmdk",
+            Self::Vmdk | Self::StreamVmdk => "vmdk",
             Self::Vhdx => "vhdx",
             Self::Vdi => "vdi",
-        }
+            Self::Zvhd | Self::Zvhd2 => return None,
+        })
     }
 
     /// The format whose name this is.

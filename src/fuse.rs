@@ -221,6 +221,7 @@ fn open_options(flags: i32) -> OpenOptions {
         write: flags & libc::O_ACCMODE != libc::O_RDONLY,
         truncate: flags & libc::O_TRUNC != 0,
         exclusive: flags & libc::O_EXCL != 0,
+        opener: None,
     }
 }
 
@@ -353,8 +354,8 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn open(&self, _req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let options = open_options(flags.0);
+    fn open(&self, req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let options = OpenOptions { opener: Some(req.pid()), ..open_options(flags.0) };
         self.work(Op::Open, move |vfs| match vfs.open(ino(node), options) {
             Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO),
             Err(e) => reply.error(errno("open", &e)),
@@ -395,7 +396,7 @@ impl Filesystem for FuseAdapter {
         reply: ReplyData,
     ) {
         match self.vfs.read_path(handle(fh)) {
-            ReadPath::Store => self.work(Op::Read, move |vfs| read_and_reply(vfs, fh, offset, size, reply)),
+            ReadPath::Slow => self.work(Op::Read, move |vfs| read_and_reply(vfs, fh, offset, size, reply)),
             ReadPath::Document => read_and_reply(&self.vfs, fh, offset, size, reply),
             ReadPath::Image => {
                 self.vfs.metrics().count(Op::Read);

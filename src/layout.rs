@@ -4,17 +4,23 @@
 //! and, for any place in it, the [`Region`] there: bytes that the layout itself makes up, bytes of the guest's
 //! disk, or zeros. [`crate::convert`] joins it with an image.
 
+pub mod compressed;
+pub mod compressed_qcow2;
 pub mod qcow2;
 pub mod raw;
+pub mod stream_vmdk;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
+pub mod zvhd;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::Result;
+pub use compressed::CompressedLayout;
+
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::units::{FileOffset, VirtualOffset};
@@ -60,15 +66,39 @@ pub struct LayoutInput {
     pub seed: [u8; 16],
     /// The computed file's own name without directories, for formats that store it.
     pub file_name: String,
+    /// What users may choose.
+    pub options: LayoutOptions,
+}
+
+/// What users may choose of a file besides its format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LayoutOptions {
+    /// Bytes of a qcow2 cluster, a power of two from 512 to 2 MiB; 64 KiB when not given.
+    pub cluster_size: Option<u64>,
+    /// Level of the compressor; its default when not given.
+    pub level: Option<u8>,
+    /// Whether zlib clusters of qcow2 refer back less than 4 KiB, the window that QEMU opens them with.
+    pub small_window: bool,
+}
+
+/// A layout of either sort.
+pub enum AnyLayout {
+    /// Every place is known at once.
+    Plain(Box<dyn Layout>),
+    /// Places depend on what was compressed before.
+    Compressed(Box<dyn CompressedLayout>),
 }
 
 /// How a format cuts a disk: bytes in a cluster, grain or block; `None` where allocation does not matter.
-pub fn unit_size(format: OutputFormat) -> Option<u64> {
+pub fn unit_size(format: OutputFormat, options: &LayoutOptions) -> Option<u64> {
     match format {
         OutputFormat::Raw | OutputFormat::FixedVhd => None,
-        OutputFormat::Qcow2 => Some(1 << qcow2::DEFAULT_CLUSTER_BITS),
+        OutputFormat::Qcow2 | OutputFormat::ZlibQcow2 | OutputFormat::ZstdQcow2 => {
+            Some(options.cluster_size.unwrap_or(1 << qcow2::DEFAULT_CLUSTER_BITS))
+        }
         OutputFormat::Vhd => Some(vhd::BLOCK_SIZE),
-        OutputFormat::Vmdk => Some(vmdk::GRAIN_SIZE),
+        OutputFormat::Vmdk | OutputFormat::StreamVmdk => Some(vmdk::GRAIN_SIZE),
+        OutputFormat::Zvhd | OutputFormat::Zvhd2 => Some(crate::header::zvhd::BLOCK_SIZE),
         OutputFormat::Vhdx => Some(vhdx::BLOCK_SIZE),
         OutputFormat::Vdi => Some(vdi::BLOCK_SIZE),
     }
@@ -78,8 +108,8 @@ pub fn unit_size(format: OutputFormat) -> Option<u64> {
 ///
 /// # Errors
 /// [`TooLarge`](crate::error::ErrorKind::TooLarge) when the disk does not fit the format.
-pub fn build(format: OutputFormat, input: &LayoutInput, map: Arc<AllocationMap>) -> Result<Box<dyn Layout>> {
-    Ok(match format {
+pub fn build(format: OutputFormat, input: &LayoutInput, map: Arc<AllocationMap>) -> Result<AnyLayout> {
+    let plain: Box<dyn Layout> = match format {
         OutputFormat::Raw => Box::new(raw::RawLayout::new(input.virtual_size)),
         OutputFormat::Qcow2 => Box::new(qcow2::Qcow2Layout::new(input.virtual_size, map)?),
         OutputFormat::Vhd => Box::new(vhd::VhdLayout::new(input, map)?),
@@ -87,6 +117,26 @@ pub fn build(format: OutputFormat, input: &LayoutInput, map: Arc<AllocationMap>)
         OutputFormat::Vmdk => Box::new(vmdk::VmdkLayout::new(input, map)?),
         OutputFormat::Vhdx => Box::new(vhdx::VhdxLayout::new(input, map)?),
         OutputFormat::Vdi => Box::new(vdi::VdiLayout::new(input, map)?),
+        compressed => return build_compressed(compressed, input, map).map(AnyLayout::Compressed),
+    };
+    Ok(AnyLayout::Plain(plain))
+}
+
+fn build_compressed(
+    format: OutputFormat,
+    input: &LayoutInput,
+    map: Arc<AllocationMap>,
+) -> Result<Box<dyn CompressedLayout>> {
+    use compressed_qcow2::CompressedQcow2Layout;
+    Ok(match format {
+        OutputFormat::ZlibQcow2 => Box::new(CompressedQcow2Layout::zlib(input, map)?),
+        OutputFormat::ZstdQcow2 => Box::new(CompressedQcow2Layout::zstd(input, map)?),
+        OutputFormat::StreamVmdk => Box::new(stream_vmdk::StreamVmdkLayout::new(input, map)?),
+        OutputFormat::Zvhd => Box::new(zvhd::ZvhdLayout::zvhd(input, map)?),
+        OutputFormat::Zvhd2 => Box::new(zvhd::ZvhdLayout::zvhd2(input, map)?),
+        plain => {
+            return Err(Error::new(ErrorKind::Internal, format!(".{} is not compressed", plain.suffix())));
+        }
     })
 }
 
@@ -140,12 +190,20 @@ pub(crate) mod tests {
     }
 
     fn input(virtual_size: u64) -> LayoutInput {
-        LayoutInput { virtual_size, seed: [7; 16], file_name: "disk.vmdk".into() }
+        LayoutInput {
+            virtual_size,
+            seed: [7; 16],
+            file_name: "disk.vmdk".into(),
+            options: LayoutOptions::default(),
+        }
     }
 
     fn layout(format: OutputFormat, virtual_size: u64, marks: &[(u64, u64)]) -> Result<Box<dyn Layout>> {
-        let map = map(virtual_size, unit_size(format).unwrap_or(virtual_size.max(1)), marks);
-        build(format, &input(virtual_size), map)
+        let unit = unit_size(format, &LayoutOptions::default()).unwrap_or(virtual_size.max(1));
+        match build(format, &input(virtual_size), map(virtual_size, unit, marks))? {
+            AnyLayout::Plain(layout) => Ok(layout),
+            AnyLayout::Compressed(_) => Err(Error::unsupported("not a plain layout")),
+        }
     }
 
     /// Walks the regions: they tile the file, and guest regions show every allocated byte exactly once, in order.
@@ -174,7 +232,7 @@ pub(crate) mod tests {
             at += region.length;
         }
         prop_assert_eq!(at.bytes(), layout.file_size());
-        if let Some(unit) = unit_size(format) {
+        if let Some(unit) = unit_size(format, &LayoutOptions::default()) {
             let allocated = map(virtual_size, unit, marks).allocated();
             prop_assert_eq!(guest_bytes, allocated * unit);
         }
@@ -217,7 +275,7 @@ pub(crate) mod tests {
     }
 
     fn formats() -> impl Strategy<Value = OutputFormat> {
-        prop::sample::select(OutputFormat::ALL.to_vec())
+        prop::sample::select(OutputFormat::ALL.into_iter().filter(|f| !f.is_compressed()).collect::<Vec<_>>())
     }
 
     proptest! {

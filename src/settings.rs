@@ -19,8 +19,10 @@ pub struct BucketSetting {
 pub struct MountSettings {
     /// `bucket=NAME=URL`, any number.
     pub buckets: Vec<BucketSetting>,
-    /// `formats=A:B:…`; all when it is not given.
+    /// `formats=A:B:…`; all but `zstd.qcow2` when it is not given.
     pub formats: Option<Vec<OutputFormat>>,
+    /// `read_to_end=A:B:…`, names of programs; [`READ_TO_END`] when it is not given.
+    pub read_to_end: Option<Vec<String>>,
     /// `wait`: closing a copy waits for its export.
     pub wait: bool,
     /// `state=DIR`.
@@ -62,6 +64,9 @@ const IGNORED: &[&str] = &[
     "sync",
 ];
 
+/// Programs that read on to the end of a file and do not trust the size that stat shows, as the kernel names them.
+pub const READ_TO_END: [&str; 7] = ["cp", "install", "cat", "dd", "sha256sum", "md5sum", "cmp"];
+
 impl MountSettings {
     /// Takes the options of one `-o`: words separated by commas; `\,` is a comma within a word.
     pub fn apply_options(&mut self, options: &str) -> Result<()> {
@@ -79,6 +84,9 @@ impl MountSettings {
         match (word, value) {
             ("bucket", Some(value)) => self.add_bucket(value)?,
             ("formats", Some(value)) => self.formats = Some(parse_formats(value)?),
+            ("read_to_end", Some(value)) => {
+                self.read_to_end = Some(value.split(':').map(str::to_owned).collect());
+            }
             ("wait", None) => self.wait = true,
             ("state", Some(value)) if !value.is_empty() => self.state = Some(PathBuf::from(value)),
             ("allow_other", None) => self.allow_other = true,
@@ -91,7 +99,7 @@ impl MountSettings {
             }
             ("" | "x", _) => {}
             (word, _) if IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-") => {}
-            ("bucket" | "formats" | "state" | "uid" | "gid" | "umask", _) => {
+            ("bucket" | "formats" | "read_to_end" | "state" | "uid" | "gid" | "umask", _) => {
                 return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} needs a value")));
             }
             ("wait" | "allow_other", Some(_)) => {
@@ -122,7 +130,13 @@ impl MountSettings {
 
     /// The formats that directories list.
     pub fn formats(&self) -> Vec<OutputFormat> {
-        self.formats.clone().unwrap_or_else(|| OutputFormat::ALL.to_vec())
+        let usual = || OutputFormat::ALL.into_iter().filter(|&f| f != OutputFormat::ZstdQcow2).collect();
+        self.formats.clone().unwrap_or_else(usual)
+    }
+
+    /// The programs that read a file to its end, whatever size it has.
+    pub fn read_to_end(&self) -> Vec<String> {
+        self.read_to_end.clone().unwrap_or_else(|| READ_TO_END.map(str::to_owned).to_vec())
     }
 
     /// The settings as a user may see them, one option a line. URLs hold no secrets: those that do are refused.
@@ -134,6 +148,8 @@ impl MountSettings {
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
         ];
+        let programs: Vec<_> = self.read_to_end().iter().map(|p| format!("{p:?}")).collect();
+        lines.push(format!("read_to_end = [{}]", programs.join(", ")));
         let formats: Vec<_> = self.formats().iter().map(|f| format!("{:?}", f.suffix())).collect();
         lines.push(format!("formats = [{}]", formats.join(", ")));
         lines.push("\n[bucket]".to_owned());

@@ -4,12 +4,22 @@ use crate::error::Result;
 use crate::extent::Extent;
 use crate::units::FileOffset;
 
-/// A file of known size whose bytes can be read anywhere, from many threads at once.
+/// A file whose bytes can be read anywhere, from many threads at once.
 ///
 /// Any split of reads gives the same bytes as one whole read.
 pub trait VirtualFile: Send + Sync {
-    /// Bytes in the file.
+    /// Bytes in the file; while they are not known, the most that it can have.
     fn file_size(&self) -> u64;
+
+    /// Bytes in the file, if they are known. Only those of a compressed file may not be.
+    fn known_size(&self) -> Option<u64> {
+        Some(self.file_size())
+    }
+
+    /// Bytes in the file. Where they are not known, this takes a pass over the source.
+    fn exact_size(&self) -> Result<u64> {
+        Ok(self.file_size())
+    }
 
     /// Reads up to `buf.len()` bytes at `at` and says how many: fewer only at the end of the file, 0 past it.
     ///

@@ -38,6 +38,8 @@ use inode::InodeTable;
 pub struct VfsSettings {
     /// The formats that image directories list.
     pub formats: Vec<OutputFormat>,
+    /// Programs that read a file to its end, so that they may open a compressed one whose size is not known yet.
+    pub read_to_end: Vec<String>,
     /// Whether closing a copy waits until its job has ended.
     pub wait: bool,
     /// How long fsync and `wait` wait before they give up; the job goes on.

@@ -8,13 +8,14 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
 use super::{AllowedFiles, CatalogDisk};
-use crate::convert::ConvertedFile;
+use crate::convert::{CompressedFile, ConvertedFile, Workspace};
 use crate::error::{Error, Result};
 use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::image::{self, DiskImage, ReferenceGate};
-use crate::layout::{self, LayoutInput};
+use crate::layout::{self, AnyLayout, LayoutInput, LayoutOptions};
 use crate::storage::{FileStorage, Generation, Storage};
+use crate::vfile::VirtualFile;
 
 /// One generation of a disk, opened. Files of all formats share its reader and its maps.
 pub struct OpenDisk {
@@ -24,12 +25,34 @@ pub struct OpenDisk {
     modified: SystemTime,
     seed: [u8; 16],
     maps: Mutex<HashMap<u64, Arc<AllocationMap>>>,
-    files: Mutex<HashMap<OutputFormat, Arc<ConvertedFile>>>,
+    files: Mutex<HashMap<OutputFormat, FormatFile>>,
+    options: LayoutOptions,
+    workspace: Arc<Workspace>,
+}
+
+/// A disk's file in one format.
+#[derive(Clone)]
+pub enum FormatFile {
+    /// Its size is known.
+    Plain(Arc<ConvertedFile>),
+    /// Its size is known after its data was compressed once.
+    Compressed(Arc<CompressedFile>),
+}
+
+impl FormatFile {
+    /// The file, whichever it is.
+    pub fn virtual_file(&self) -> Arc<dyn VirtualFile> {
+        match self {
+            Self::Plain(file) => Arc::clone(file) as Arc<dyn VirtualFile>,
+            Self::Compressed(file) => Arc::clone(file) as Arc<dyn VirtualFile>,
+        }
+    }
 }
 
 impl OpenDisk {
-    /// Opens the disk's image file and what it refers to. Reads headers only.
-    pub fn open(disk: &CatalogDisk) -> Result<Self> {
+    /// Opens the disk's image file and what it refers to. Reads headers only. Compressed files keep what they
+    /// computed in `workspace`.
+    pub fn open(disk: &CatalogDisk, options: LayoutOptions, workspace: Arc<Workspace>) -> Result<Self> {
         let storage = FileStorage::open(&disk.path)?;
         let modified = storage.modified();
         let generation = storage.generation().clone();
@@ -46,6 +69,8 @@ impl OpenDisk {
             seed,
             maps: Mutex::default(),
             files: Mutex::default(),
+            options,
+            workspace,
         })
     }
 
@@ -80,24 +105,39 @@ impl OpenDisk {
     }
 
     /// The disk's file in `format`. The first call for a unit size walks the image's tables, later ones share.
-    pub fn file(&self, format: OutputFormat) -> Result<Arc<ConvertedFile>> {
+    pub fn file(&self, format: OutputFormat) -> Result<FormatFile> {
         // The lock is held while a map is made, so that ten openers walk the tables once.
         let mut files = self.files.lock();
         if let Some(file) = files.get(&format) {
-            return Ok(Arc::clone(file));
+            return Ok(file.clone());
         }
         let input = LayoutInput {
             virtual_size: self.image.virtual_size(),
             seed: self.seed,
             file_name: self.file_name(format),
+            options: self.options,
         };
-        let map = match layout::unit_size(format) {
+        let map = match layout::unit_size(format, &self.options) {
             Some(unit) => self.map(unit)?,
             None => Arc::new(AllocationMap::builder(0, 1).finish()),
         };
-        let file = Arc::new(ConvertedFile::with_map(Arc::clone(&self.image), format, &input, map)?);
-        files.insert(format, Arc::clone(&file));
+        let image = Arc::clone(&self.image);
+        let file = match layout::build(format, &input, Arc::clone(&map))? {
+            AnyLayout::Plain(layout) => FormatFile::Plain(Arc::new(ConvertedFile::new(image, layout))),
+            AnyLayout::Compressed(layout) => {
+                let (source, workspace) = (self.source_key(format), Arc::clone(&self.workspace));
+                let file = CompressedFile::new(image, layout, map, &source, workspace)?;
+                FormatFile::Compressed(Arc::new(file))
+            }
+        };
+        files.insert(format, file.clone());
         Ok(file)
+    }
+
+    /// What the bytes of a compressed file depend on besides its compressor.
+    fn source_key(&self, format: OutputFormat) -> String {
+        let sources: Vec<_> = self.image.sources().into_iter().map(|generation| generation.0).collect();
+        format!("{}\n{:?}\n{}\n{}", format.suffix(), self.options, self.name, sources.join("\n"))
     }
 
     fn map(&self, unit: u64) -> Result<Arc<AllocationMap>> {

@@ -1,19 +1,30 @@
 //! `freightfs convert`: one image file into another, as the mount would show it.
 
+use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{ConvertArguments, OK, SourceArguments, cores};
-use crate::catalog::{CatalogDisk, OpenDisk};
-use crate::convert::write_file;
+use crate::catalog::{CatalogDisk, FormatFile, OpenDisk};
+use crate::convert::{Workspace, write_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{ImageFormat, OutputFormat};
+use crate::layout::LayoutOptions;
+use crate::units::{FileOffset, MIB};
 use crate::vfile::VirtualFile;
 
+/// The output's name that means standard output.
+const STANDARD_OUTPUT: &str = "-";
+
+/// Bytes of a write to standard output.
+const STREAM_BUFFER: usize = 4 * MIB as usize;
+
+/// Sizes of qcow2 clusters (QEMU, docs/interop/qcow2.rst, "Header": cluster_bits; limited by qemu to 2 MiB).
+const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 * MIB;
+
 /// Opens an image file that was named on the command line.
-pub(super) fn open_source(path: &Path, source: &SourceArguments) -> Result<OpenDisk> {
+pub(super) fn open_source(path: &Path, source: &SourceArguments, options: LayoutOptions) -> Result<OpenDisk> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let format = source.input_format.or_else(|| ImageFormat::from_file_name(&name)).ok_or_else(|| {
         Error::new(
@@ -25,7 +36,7 @@ pub(super) fn open_source(path: &Path, source: &SourceArguments) -> Result<OpenD
     let stem = name.rsplit_once('.').map_or(name.as_str(), |(stem, _)| stem);
     let disk =
         CatalogDisk { name: stem.to_owned(), path: path.to_owned(), format, allowed: source.allowed.clone() };
-    let opened = OpenDisk::open(&disk);
+    let opened = OpenDisk::open(&disk, options, Workspace::in_memory());
     opened.map_err(|error| match error.kind() {
         ErrorKind::ReferenceDenied => {
             let what = format!("{}; --allow-reference FILE allows it", error.what());
@@ -38,17 +49,16 @@ pub(super) fn open_source(path: &Path, source: &SourceArguments) -> Result<OpenD
 pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
     let output = &arguments.output;
     let place = output.display().to_string();
-    let name = output.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let format = match &arguments.format {
-        Some(suffix) => OutputFormat::from_suffix(suffix)?,
-        None => OutputFormat::split_file_name(&name).map(|(_, format)| format).ok_or_else(|| {
-            let known: Vec<_> = OutputFormat::ALL.iter().map(|f| format!(".{}", f.suffix())).collect();
-            let what = format!("the suffix tells no known format ({}); give --format", known.join(" "));
-            Error::new(ErrorKind::Malformed, what).in_file(&place)
-        })?,
-    };
-    let disk = open_source(&arguments.input, &arguments.source)?;
+    let format = output_format(arguments)?;
+    let options = layout_options(arguments, format)?;
+    let disk = open_source(&arguments.input, &arguments.source, options)?;
     let file = disk.file(format)?;
+    let threads = arguments.threads.unwrap_or_else(cores).max(1);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = pool.map_err(|e| Error::new(ErrorKind::Internal, "cannot start threads").because(e))?;
+    if place == STANDARD_OUTPUT {
+        return pool.install(|| stream(&file, arguments.quiet)).map(|()| OK);
+    }
     let same = std::fs::canonicalize(output).ok().zip(std::fs::canonicalize(&arguments.input).ok());
     if same.is_some_and(|(output, input)| output == input) {
         return Err(Error::new(ErrorKind::Malformed, "input and output are the same file").in_file(place));
@@ -57,18 +67,103 @@ pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
     let failed = |e| Error::from_io("cannot create the output", e).in_file(&place);
     // The output appears under its name only when it is whole: a failure leaves what was there before.
     let target = tempfile::Builder::new().prefix(".freightfs-").tempfile_in(directory).map_err(failed)?;
-    let bar = progress_bar(file.file_size(), arguments.quiet);
-    let threads = arguments.threads.unwrap_or_else(cores).max(1);
-    let source: Arc<dyn VirtualFile> = file;
-    write_file(&*source, target.as_file(), threads, &|bytes| bar.inc(bytes))
-        .map_err(|e| e.in_file(&place))?;
-    bar.finish_and_clear();
+    let written = match &file {
+        FormatFile::Plain(file) => {
+            let bar = progress_bar(file.file_size(), arguments.quiet);
+            write_file(&**file, target.as_file(), threads, &|bytes| bar.inc(bytes))
+                .inspect(|()| bar.finish_and_clear())
+        }
+        FormatFile::Compressed(file) => {
+            let bar = progress_bar(file.units() * file.unit_size(), arguments.quiet);
+            pool.install(|| file.write_to(target.as_file(), &|units| bar.inc(units * file.unit_size())))
+                .inspect(|()| bar.finish_and_clear())
+        }
+    };
+    written.map_err(|e| e.in_file(&place))?;
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666 & !current_umask());
     target.as_file().set_permissions(mode).map_err(failed)?;
     target
         .persist(output)
         .map_err(|e| Error::from_io("cannot put the output in place", e.error).in_file(&place))?;
     Ok(OK)
+}
+
+/// The format that `--format` or the output's suffix names.
+fn output_format(arguments: &ConvertArguments) -> Result<OutputFormat> {
+    if let Some(suffix) = &arguments.format {
+        return OutputFormat::from_suffix(suffix);
+    }
+    let place = arguments.output.display().to_string();
+    if place == STANDARD_OUTPUT {
+        let what = "standard output has no suffix that tells the format; give --format";
+        return Err(Error::new(ErrorKind::Malformed, what));
+    }
+    let name = arguments.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    OutputFormat::split_file_name(&name).map(|(_, format)| format).ok_or_else(|| {
+        let known: Vec<_> = OutputFormat::ALL.iter().map(|f| format!(".{}", f.suffix())).collect();
+        let what = format!("the suffix tells no known format ({}); give --format", known.join(" "));
+        Error::new(ErrorKind::Malformed, what).in_file(place)
+    })
+}
+
+/// Options that the format has; others are refused, because they would be ignored.
+fn layout_options(arguments: &ConvertArguments, format: OutputFormat) -> Result<LayoutOptions> {
+    let refused = |option: &str| {
+        Err(Error::new(ErrorKind::Malformed, format!("--{option} means nothing for .{}", format.suffix())))
+    };
+    let qcow2 = format.qemu_name() == Some("qcow2");
+    if arguments.level.is_some() && !format.is_compressed() {
+        return refused("level");
+    }
+    if arguments.small_window && format != OutputFormat::ZlibQcow2 {
+        return refused("small-window");
+    }
+    match arguments.cluster_size {
+        Some(_) if !qcow2 => return refused("cluster-size"),
+        Some(size) if !size.is_power_of_two() || !CLUSTER_SIZES.contains(&size) => {
+            let what = format!("a cluster of {size} bytes is not a power of two from 512 to 2097152");
+            return Err(Error::new(ErrorKind::Malformed, what));
+        }
+        _ => {}
+    }
+    Ok(LayoutOptions {
+        cluster_size: arguments.cluster_size,
+        level: arguments.level,
+        small_window: arguments.small_window,
+    })
+}
+
+/// Writes the file to standard output, from its start.
+fn stream(file: &FormatFile, quiet: bool) -> Result<()> {
+    let failed = |e| Error::from_io("cannot write to standard output", e);
+    let mut output = std::io::stdout().lock();
+    if output.is_terminal() {
+        return Err(Error::new(ErrorKind::Malformed, "will not write an image to a terminal"));
+    }
+    if let FormatFile::Compressed(file) = file
+        && !file.is_streamable()
+    {
+        let what = "a compressed qcow2 cannot be written to standard output, because its header tells where its \
+                    tables are, which is known at its end; write it to a file";
+        return Err(Error::unsupported(what));
+    }
+    let file = file.virtual_file();
+    let bar = progress_bar(file.file_size(), quiet);
+    let mut buffer = vec![0; STREAM_BUFFER];
+    let mut at = FileOffset(0);
+    loop {
+        match file.read_at(at, &mut buffer)? {
+            0 => break,
+            read => {
+                output.write_all(&buffer[..read]).map_err(failed)?;
+                at += read as u64;
+                bar.inc(read as u64);
+            }
+        }
+    }
+    output.flush().map_err(failed)?;
+    bar.finish_and_clear();
+    Ok(())
 }
 
 /// The process's umask, for a file that was made private first.

@@ -10,8 +10,8 @@ use crate::catalog::OpenDisk;
 use crate::error::Result;
 use crate::format::OutputFormat;
 use crate::image::{ImageDescription, allocation_map};
+use crate::layout::LayoutOptions;
 use crate::units::{KIB, human_bytes};
-use crate::vfile::VirtualFile;
 
 /// The granularity at which allocation is counted: the smallest that a guest's filesystem usually has.
 const ALLOCATION_UNIT: u64 = 64 * KIB;
@@ -29,13 +29,17 @@ struct Info {
 #[derive(Serialize)]
 struct Output {
     format: &'static str,
+    /// Bytes of the file, when they are known without compressing it.
     size: Option<u64>,
+    /// Bytes that a compressed file has at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    largest_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     refused: Option<String>,
 }
 
 pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
-    let disk = open_source(&arguments.image, &arguments.source)?;
+    let disk = open_source(&arguments.image, &arguments.source, LayoutOptions::default())?;
     let info = Info {
         description: disk.image().description(),
         allocated_size: allocated_size(&disk)?,
@@ -55,10 +59,15 @@ fn allocated_size(disk: &OpenDisk) -> Result<u64> {
 }
 
 fn output(disk: &OpenDisk, format: OutputFormat) -> Output {
-    match disk.file(format) {
-        Ok(file) => Output { format: format.suffix(), size: Some(file.file_size()), refused: None },
-        Err(error) => Output { format: format.suffix(), size: None, refused: Some(error.report()) },
+    let mut output = Output { format: format.suffix(), size: None, largest_size: None, refused: None };
+    match disk.file(format).map(|file| file.virtual_file()) {
+        Ok(file) => {
+            output.size = file.known_size();
+            output.largest_size = output.size.is_none().then(|| file.file_size());
+        }
+        Err(error) => output.refused = Some(error.report()),
     }
+    output
 }
 
 fn text(info: &Info) -> String {
@@ -67,9 +76,11 @@ fn text(info: &Info) -> String {
     let _ = writeln!(text, "allocated:      {}", sized(info.allocated_size));
     let _ = writeln!(text, "\nas a file of the mount:");
     for output in &info.outputs {
-        let value = output
-            .size
-            .map_or_else(|| format!("refused: {}", output.refused.as_deref().unwrap_or("")), sized);
+        let value = match (output.size, output.largest_size, &output.refused) {
+            (Some(size), ..) => sized(size),
+            (_, Some(largest), _) => format!("compressed, at most {}", human_bytes(largest)),
+            (.., refused) => format!("refused: {}", refused.as_deref().unwrap_or("")),
+        };
         let _ = writeln!(text, "  .{:<13} {value}", output.format);
     }
     text

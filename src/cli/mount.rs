@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use super::{FAILED, MountArguments, OK, cores};
 use crate::bucket::Bucket;
 use crate::catalog::Catalog;
+use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
 use crate::format::OutputFormat;
@@ -55,6 +56,7 @@ fn settings(arguments: &MountArguments) -> Result<MountSettings> {
     }
     let flags = [
         ("formats", &arguments.formats),
+        ("read_to_end", &arguments.read_to_end),
         ("state", &arguments.state),
         ("uid", &arguments.uid),
         ("gid", &arguments.gid),
@@ -134,6 +136,7 @@ impl Mounted {
             None => default_state(&state_base()?, &mountpoint),
         };
         let state = StateDir::open(&state_path)?;
+        let catalog = catalog.with_workspace(Workspace::in_directory(&state.lengths()));
         if arguments.report_ready {
             // The daemon's own session: signals of the terminal do not reach it.
             nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
@@ -160,6 +163,7 @@ impl Mounted {
         );
         let vfs_settings = VfsSettings {
             formats: settings.formats(),
+            read_to_end: settings.read_to_end(),
             wait: settings.wait,
             wait_limit: WAIT_LIMIT,
             uid: settings.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),

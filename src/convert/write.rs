@@ -95,7 +95,7 @@ fn write_nonzero(target: &File, at: FileOffset, bytes: &[u8]) -> Result<()> {
 }
 
 /// Whether all bytes are zero; the common data block is told by its first words.
-fn is_zero(block: &[u8]) -> bool {
+pub(super) fn is_zero(block: &[u8]) -> bool {
     // Folding with `or` inside a chunk has no branch, so that the compiler vectorises it.
     let mut chunks = block.chunks_exact(64);
     chunks.all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)

@@ -72,7 +72,7 @@ pub struct Job {
 impl Job {
     /// A job that is about to be recorded.
     pub(super) fn new(request: JobRequest, url: String, file: Option<Arc<dyn VirtualFile>>) -> Self {
-        let size = file.as_ref().map(|f| f.file_size());
+        let size = file.as_ref().and_then(|f| f.known_size());
         let status = Status {
             version: STATUS_VERSION,
             job_id: new_job_id(),
@@ -191,22 +191,23 @@ impl Job {
     /// Begins an attempt.
     pub(super) fn start(&self, file: Arc<dyn VirtualFile>) {
         *self.started.lock() = Some(Instant::now());
-        let size = file.file_size();
+        let size = file.known_size();
         *self.file.lock() = Some(file);
         self.update(|s| {
             s.status = JobState::Running;
             s.attempt += 1;
-            s.size = Some(size);
+            s.size = size;
             (s.bytes_done, s.bytes_uploaded, s.progress) = (0, 0, 0);
         });
     }
 
-    /// Counts bytes that the store confirmed.
-    pub(super) fn uploaded(&self, bytes: u64) {
+    /// Counts bytes that the store confirmed, of at most `largest_size`.
+    pub(super) fn uploaded(&self, bytes: u64, largest_size: u64) {
         self.update(|s| {
             s.bytes_uploaded += bytes;
             // 100 is for SUCCESS alone.
-            let percent = s.bytes_uploaded.saturating_mul(100).checked_div(s.size.unwrap_or(0)).unwrap_or(0);
+            let size = s.size.unwrap_or(largest_size);
+            let percent = s.bytes_uploaded.saturating_mul(100).checked_div(size).unwrap_or(0);
             s.progress = percent.min(99) as u8;
         });
     }

@@ -62,7 +62,7 @@ impl StateDir {
     /// [`Busy`](ErrorKind::Busy) with the holder's process id when another daemon holds it.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |what: &str, e| Error::from_io(what, e).in_file(path.display().to_string());
-        for dir in [path.to_owned(), path.join("jobs"), path.join("staging")] {
+        for dir in [path.to_owned(), path.join("jobs"), path.join("staging"), path.join("lengths")] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -91,6 +91,11 @@ impl StateDir {
             .and_then(|()| writeln!(lock, "{}", std::process::id()));
         written.map_err(|e| failed("cannot write the state directory's lock", e))?;
         Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Where compressed files keep what they computed.
+    pub fn lengths(&self) -> PathBuf {
+        self.path.join("lengths")
     }
 
     /// Where writers' files are staged.

@@ -58,31 +58,35 @@ impl Attempt<'_> {
         S: Future<Output = Result<String>>,
         P: Future<Output = ()>,
     {
-        let size = self.file.file_size();
-        let part_size = self.bucket.part_size_for(size)?;
-        if size <= part_size {
-            return self.put_whole(size).await;
+        // The size of a compressed file is known when its last part has been read.
+        let part_size = self.bucket.part_size_for(self.file.file_size())?;
+        let first = joined(read_part(&self.file, 0, part_size).await)??;
+        if (first.len() as u64) < part_size || self.file.known_size() == Some(part_size) {
+            return self.put_whole(first).await;
         }
         let upload = start(part_size).await?;
         let (hashes, mut feed) = Hashes::start();
         let in_flight_limit =
             usize::try_from(PART_MEMORY / part_size).unwrap_or(1).clamp(1, MAX_PARTS_IN_FLIGHT);
-        let count = usize::try_from(size.div_ceil(part_size)).unwrap_or(usize::MAX);
-        let mut parts = vec![None; count];
+        let mut parts = Vec::new();
         let mut in_flight = FuturesUnordered::new();
-        let mut next = read_part(&self.file, 0, part_size);
-        for index in 0..count {
-            let part = joined(next.await)??;
+        let (mut part, mut size) = (first, 0);
+        while !part.is_empty() {
+            size += part.len() as u64;
             // The next part is read while this one is hashed and sent.
-            let following = (index as u64 + 1) * part_size;
-            next = read_part(&self.file, following, part_size.min(size.saturating_sub(following)));
-            self.job.update(|s| s.bytes_done += part.len() as u64);
+            let next = read_part(&self.file, size, part_size);
+            self.job.update(|s| {
+                s.bytes_done += part.len() as u64;
+                s.size = s.size.or(self.file.known_size());
+            });
             feed.send(part.clone()).await?;
             while in_flight.len() >= in_flight_limit {
                 self.finish_one(&mut in_flight, &mut parts).await?;
                 progress().await;
             }
-            in_flight.push(self.put_part(&upload, index, part));
+            in_flight.push(self.put_part(&upload, parts.len(), part));
+            parts.push(None);
+            part = joined(next.await)??;
         }
         drop(feed);
         while !in_flight.is_empty() {
@@ -91,9 +95,19 @@ impl Attempt<'_> {
         }
         let (sha256, md5) = hashes.finish().await?;
         let parts = parts.into_iter().map(|p| p.expect("every part was sent and finished")).collect();
+        self.check_size(size)?;
         self.job.set_publishing();
         let meta = self.bucket.complete_upload(self.key, &upload, parts, size).await?;
         Ok(Uploaded { meta, sha256, md5 })
+    }
+
+    /// All bytes have been read; the file must agree.
+    fn check_size(&self, read: u64) -> Result<()> {
+        if self.file.known_size() == Some(read) {
+            self.job.update(|s| s.size = Some(read));
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(read))
     }
 
     async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<(usize, u64, String)> {
@@ -113,15 +127,16 @@ impl Attempt<'_> {
         if let Some(finished) = in_flight.next().await {
             let (index, length, id) = finished?;
             parts[index] = Some(id);
-            self.job.uploaded(length);
+            self.job.uploaded(length, self.file.file_size());
             self.metrics.uploaded_bytes.add(length);
         }
         Ok(())
     }
 
     /// What fits into one part needs no multipart upload.
-    async fn put_whole(&self, size: u64) -> Result<Uploaded> {
-        let bytes = if size == 0 { Bytes::new() } else { joined(read_part(&self.file, 0, size).await)?? };
+    async fn put_whole(&self, bytes: Bytes) -> Result<Uploaded> {
+        let size = bytes.len() as u64;
+        self.check_size(size)?;
         self.job.update(|s| s.bytes_done = size);
         let (hashes, mut feed) = Hashes::start();
         feed.send(bytes.clone()).await?;
@@ -134,7 +149,7 @@ impl Attempt<'_> {
         if meta.object_size != size {
             return Err(self.wrong(&format!("has {} bytes after its upload, not {size}", meta.object_size)));
         }
-        self.job.uploaded(size);
+        self.job.uploaded(size, size);
         self.metrics.uploaded_bytes.add(size);
         Ok(Uploaded { meta, sha256, md5 })
     }
@@ -145,21 +160,20 @@ impl Attempt<'_> {
     }
 }
 
-/// Reads `length` bytes at `at` on a blocking thread.
+/// Reads `length` bytes at `at` on a blocking thread; fewer only at the end of the file.
 fn read_part(file: &Arc<dyn VirtualFile>, at: u64, length: u64) -> JoinHandle<Result<Bytes>> {
     let file = Arc::clone(file);
     tokio::task::spawn_blocking(move || {
+        let length = file.known_size().map_or(length, |size| length.min(size.saturating_sub(at)));
         let mut part = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
         let mut done = 0;
         while done < part.len() {
             match file.read_at(FileOffset(at + done as u64), &mut part[done..])? {
-                0 => {
-                    return Err(Error::new(ErrorKind::SourceChanged, "the source became shorter")
-                        .at(at + done as u64));
-                }
+                0 => break,
                 read => done += read,
             }
         }
+        part.truncate(done);
         Ok(Bytes::from(part))
     })
 }

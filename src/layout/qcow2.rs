@@ -18,10 +18,10 @@ use crate::units::{FileOffset, MIB, SECTOR, VirtualOffset, round_up};
 pub const DEFAULT_CLUSTER_BITS: u32 = 16;
 
 /// Largest L1 table in bytes that QEMU opens (block/qcow2.h, QCOW_MAX_L1_SIZE).
-const MAX_L1: u64 = 32 * MIB;
+pub(super) const MAX_L1: u64 = 32 * MIB;
 
 /// Bit 63 of L1 and L2 entries: the cluster's refcount is exactly 1 (qcow2.rst, "Cluster mapping").
-const COPIED: u64 = 1 << 63;
+pub(super) const COPIED: u64 = 1 << 63;
 
 /// Clusters in a run that one region covers at most, which bounds the search for its end.
 const MAX_RUN: u64 = 1 << 14;
@@ -137,7 +137,7 @@ impl Qcow2Layout {
 }
 
 /// Refcount blocks and refcount table clusters for `others` other clusters: the least fixpoint.
-fn refcount_clusters(others: u64, cluster_size: u64) -> (u64, u64) {
+pub(super) fn refcount_clusters(others: u64, cluster_size: u64) -> (u64, u64) {
     let (mut blocks, mut table) = (0, 0);
     loop {
         // A refcount has 16 bits.

@@ -96,12 +96,18 @@ impl Layout for VdiLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LayoutOptions;
     use super::super::tests::map;
     use super::*;
 
     #[test]
     fn sizes_follow_the_formula() {
-        let input = LayoutInput { virtual_size: 10 << 30, seed: [0; 16], file_name: String::new() };
+        let input = LayoutInput {
+            virtual_size: 10 << 30,
+            seed: [0; 16],
+            file_name: String::new(),
+            options: LayoutOptions::default(),
+        };
         let layout =
             VdiLayout::new(&input, map(10 << 30, BLOCK_SIZE, &[(0, 1), (5 << 30, 3 * MIB)])).unwrap();
         assert_eq!(layout.file_size(), MIB + 4 * MIB);

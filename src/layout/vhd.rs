@@ -57,6 +57,9 @@ impl VhdLayout {
             max_table_entries: map.units() as u32,
             block_size: BLOCK_SIZE as u32,
             checksum: 0,
+            parent_unique_id: [0; 16],
+            parent_name: [0; 512],
+            parent_locators: [0; 192],
         };
         header.checksum = checksum(&header.encode(), 36);
         let blocks = TABLE_OFFSET + round_up(4 * map.units(), SECTOR);
@@ -169,11 +172,17 @@ impl Layout for FixedVhdLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LayoutOptions;
     use super::super::tests::map;
     use super::*;
 
     fn input(virtual_size: u64) -> LayoutInput {
-        LayoutInput { virtual_size, seed: [3; 16], file_name: String::new() }
+        LayoutInput {
+            virtual_size,
+            seed: [3; 16],
+            file_name: String::new(),
+            options: LayoutOptions::default(),
+        }
     }
 
     #[test]

@@ -202,11 +202,17 @@ impl Layout for VhdxLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LayoutOptions;
     use super::super::tests::map;
     use super::*;
 
     fn layout(size: u64, marks: &[(u64, u64)]) -> VhdxLayout {
-        let input = LayoutInput { virtual_size: size, seed: [9; 16], file_name: String::new() };
+        let input = LayoutInput {
+            virtual_size: size,
+            seed: [9; 16],
+            file_name: String::new(),
+            options: LayoutOptions::default(),
+        };
         VhdxLayout::new(&input, map(size, BLOCK_SIZE, marks)).unwrap()
     }
 

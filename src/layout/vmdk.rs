@@ -15,15 +15,15 @@ use crate::units::{FileOffset, KIB, SECTOR, VirtualOffset, round_up};
 /// Bytes of a grain (the specification's default, 128 sectors).
 pub const GRAIN_SIZE: u64 = 64 * KIB;
 
-const GRAIN_SECTORS: u64 = GRAIN_SIZE / SECTOR;
+pub(super) const GRAIN_SECTORS: u64 = GRAIN_SIZE / SECTOR;
 
 /// Entries of a grain table (fixed by the specification), which so takes 4 sectors.
-const TABLE_ENTRIES: u64 = 512;
+pub(super) const TABLE_ENTRIES: u64 = 512;
 const TABLE_SECTORS: u64 = 4;
 
 /// The descriptor's place and length in sectors.
-const DESCRIPTOR_OFFSET: u64 = 1;
-const DESCRIPTOR_SIZE: u64 = 20;
+pub(super) const DESCRIPTOR_OFFSET: u64 = 1;
+pub(super) const DESCRIPTOR_SIZE: u64 = 20;
 
 /// Grains in a run that one region covers at most, which bounds the search for its end.
 const MAX_RUN: u64 = 1 << 14;
@@ -82,7 +82,7 @@ impl VmdkLayout {
         };
         Ok(Self {
             header: header.encode(),
-            descriptor: descriptor(input, capacity),
+            descriptor: descriptor(input, capacity, "monolithicSparse"),
             map,
             tables,
             directory_sectors,
@@ -107,7 +107,8 @@ impl VmdkLayout {
     }
 }
 
-fn descriptor(input: &LayoutInput, capacity: u64) -> Vec<u8> {
+/// The descriptor of a disk of `capacity` sectors.
+pub(super) fn descriptor(input: &LayoutInput, capacity: u64, create_type: &str) -> Vec<u8> {
     let mut content_id = [0; 4];
     content_id.copy_from_slice(&input.seed[..4]);
     // All ones mean "no parent" and cannot be an id.
@@ -116,7 +117,7 @@ fn descriptor(input: &LayoutInput, capacity: u64) -> Vec<u8> {
     let name = extent_name(&input.file_name);
     format!(
         "# Disk DescriptorFile\nversion=1\nCID={content_id:08x}\nparentCID=ffffffff\n\
-         createType=\"monolithicSparse\"\n\n# Extent description\nRW {capacity} SPARSE \"{name}\"\n\n\
+         createType=\"{create_type}\"\n\n# Extent description\nRW {capacity} SPARSE \"{name}\"\n\n\
          # The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"4\"\nddb.geometry.cylinders = \"{cylinders}\"\n\
          ddb.geometry.heads = \"255\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"lsilogic\"\n"
     )
@@ -164,12 +165,18 @@ impl Layout for VmdkLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LayoutOptions;
     use super::super::tests::map;
     use super::*;
     use crate::units::TIB;
 
     fn input(virtual_size: u64, file_name: &str) -> LayoutInput {
-        LayoutInput { virtual_size, seed: [0xff; 16], file_name: file_name.to_owned() }
+        LayoutInput {
+            virtual_size,
+            seed: [0xff; 16],
+            file_name: file_name.to_owned(),
+            options: LayoutOptions::default(),
+        }
     }
 
     #[test]

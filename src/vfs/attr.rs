@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::inode::Ino;
 use super::{ObjectName, Vfs};
+use crate::vfile::VirtualFile;
 use crate::vfs::inode::Node;
 
 /// How long the kernel may keep names and attributes that change rarely.
@@ -67,6 +68,18 @@ impl Vfs {
     /// Attributes of a file whose content only changes under another modification time.
     pub(super) fn file_attr(&self, node: &Node, file_size: u64, mode: u16, modified: SystemTime) -> Attr {
         self.attr(node, NodeKind::File, file_size, mode, modified, TTL)
+    }
+
+    /// Attributes of a computed file. As long as its size is not known, the largest one is shown and must not be
+    /// kept.
+    pub(super) fn virtual_file_attr(
+        &self,
+        node: &Node,
+        file: &dyn VirtualFile,
+        modified: SystemTime,
+    ) -> Attr {
+        let ttl = if file.known_size().is_some() { TTL } else { Duration::ZERO };
+        self.attr(node, NodeKind::File, file.file_size(), 0o644, modified, ttl)
     }
 
     /// Attributes of a file that is made anew at each open, and so must not be kept.

@@ -8,7 +8,6 @@ use crate::error::Result;
 use crate::export::StatusError;
 use crate::format::OutputFormat;
 use crate::image::ImageDescription;
-use crate::vfile::VirtualFile;
 
 #[derive(Serialize)]
 struct ImageDocument<'a> {
@@ -42,7 +41,11 @@ struct DiskDocument {
 struct FormatDocument {
     format: &'static str,
     file: String,
+    /// Bytes, when they are known without compressing the disk.
     size: Option<u64>,
+    /// Bytes that a compressed file has at most, until its size is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    largest_size: Option<u64>,
     exportable: bool,
     error: Option<StatusError>,
 }
@@ -95,11 +98,13 @@ fn format_document(
     format: OutputFormat,
     open: &Result<std::sync::Arc<OpenDisk>>,
 ) -> FormatDocument {
-    let file = open.clone().and_then(|o| o.file(format));
+    let file = open.clone().and_then(|o| Ok(o.file(format)?.virtual_file()));
+    let size = file.as_ref().ok().and_then(|f| f.known_size());
     FormatDocument {
         format: format.suffix(),
         file: format!("{disk}.{}", format.suffix()),
-        size: file.as_ref().ok().map(|f| f.file_size()),
+        size,
+        largest_size: file.as_ref().ok().filter(|_| size.is_none()).map(|f| f.file_size()),
         exportable: file.is_ok(),
         error: file.err().as_ref().map(StatusError::from),
     }

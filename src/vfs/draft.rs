@@ -29,6 +29,8 @@ const COPY_BUFFER: usize = 1 << 20;
 #[derive(Clone)]
 pub(super) struct RangeSource {
     pub(super) file: Arc<dyn VirtualFile>,
+    /// The size that was shown when it was opened: that of a compressed file may be larger than the true one.
+    pub(super) shown_size: u64,
     pub(super) image: StatusImage,
     pub(super) format: OutputFormat,
 }
@@ -159,7 +161,7 @@ impl Draft {
     ) -> Result<u64> {
         self.change(|state| {
             state.check()?;
-            let length = length.min(source.file.file_size().saturating_sub(from.bytes()));
+            let length = length.min(source.whole_size().saturating_sub(from.bytes()));
             if length == 0 {
                 return Ok(0);
             }
@@ -177,9 +179,12 @@ impl Draft {
                 }
                 return state.touched(Ok(length));
             }
-            let staged = self.staged(vfs, state);
-            let result = staged.and_then(|staged| staged.copy(&*source.file, from, at, length));
-            state.touched(result.map(|()| length))
+            let result = source.file.exact_size().and_then(|exact| {
+                let length = length.min(exact.saturating_sub(from.bytes()));
+                self.staged(vfs, state)?.copy(&*source.file, from, at, length)?;
+                Ok(length)
+            });
+            state.touched(result)
         })
     }
 
@@ -212,7 +217,7 @@ impl Draft {
             state.check()?;
             match &mut state.content {
                 Content::Published { file_size, .. } if *file_size == size => return Ok(()),
-                Content::Ranges { source, file_size, .. } if source.file.file_size() == size => {
+                Content::Ranges { source, file_size, .. } if source.whole_size() == size => {
                     *file_size = size;
                     return state.touched(Ok(()));
                 }
@@ -282,7 +287,7 @@ impl Draft {
     /// close(2) can report; that of a recorded image only with the `wait` option.
     fn publish(&self, vfs: &Vfs, state: &mut State) -> Result<Option<Arc<Job>>> {
         let (job, wait) = match &state.content {
-            Content::Ranges { source, ranges, file_size } if ranges.cover(&*source.file, *file_size)? => {
+            Content::Ranges { source, ranges, file_size } if ranges.cover(source, *file_size)? => {
                 let file = Arc::clone(&source.file);
                 (self.submit(vfs, JobSource::Image(source.image.clone()), file)?, vfs.settings.wait)
             }
@@ -293,7 +298,7 @@ impl Draft {
                 (self.submit_staged(vfs, state)?, wait)
             }
         };
-        let file_size = job.status().size.unwrap_or(0);
+        let file_size = job.file().map_or_else(|| job.status().size.unwrap_or(0), |file| file.file_size());
         state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
         state.dirty = false;
         Ok(wait.then_some(job))
@@ -331,10 +336,14 @@ impl Draft {
             let mut staged = Staged::new(&vfs.settings.staging)?;
             match &state.content {
                 Content::Ranges { source, ranges, file_size } => {
-                    for (start, end) in ranges.iter() {
-                        staged.copy(&*source.file, FileOffset(start), FileOffset(start), end - start)?;
+                    let exact = source.file.exact_size()?;
+                    for (start, end) in ranges.iter().filter(|(start, _)| *start < exact) {
+                        let length = end.min(exact) - start;
+                        staged.copy(&*source.file, FileOffset(start), FileOffset(start), length)?;
                     }
-                    staged.set_size(*file_size)?;
+                    // Up to the size that was shown, what was copied went on to the true end.
+                    let end = if *file_size <= source.shown_size { exact } else { *file_size };
+                    staged.set_size(end.min(*file_size))?;
                 }
                 Content::Published { job, .. } => {
                     let file = self.published_file(vfs, job.as_deref())?;
@@ -360,6 +369,13 @@ impl Draft {
         let gone =
             || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(&self.object.1));
         Ok(Arc::new(ObjectFile::new(bucket.clone(), meta.ok_or_else(gone)?, vfs.runtime.clone())))
+    }
+}
+
+impl RangeSource {
+    /// Bytes that are the whole file: the true size once it is known, until then the one that was shown.
+    fn whole_size(&self) -> u64 {
+        self.file.known_size().unwrap_or(self.shown_size)
     }
 }
 
@@ -487,14 +503,15 @@ impl Ranges {
 
     /// Whether the ranges, in a file of `file_size` bytes, are the whole of `source`: what they leave out must
     /// be holes there, as cp leaves them out of sparse files and then sets the size.
-    fn cover(&self, source: &dyn VirtualFile, file_size: u64) -> Result<bool> {
-        if file_size != source.file_size() {
+    fn cover(&self, source: &RangeSource, file_size: u64) -> Result<bool> {
+        let whole = source.whole_size();
+        if file_size != whole && file_size != source.shown_size {
             return Ok(false);
         }
         let mut at = 0;
-        for (start, end) in self.iter().chain([(file_size, file_size)]) {
-            while at < start {
-                let extent = source.extent_at(FileOffset(at))?;
+        for (start, end) in self.iter().chain([(whole, whole)]) {
+            while at < start.min(whole) {
+                let extent = source.file.extent_at(FileOffset(at))?;
                 if extent.kind.is_data() {
                     return Ok(false);
                 }

@@ -60,7 +60,7 @@ impl Vfs {
         if let Some(file) =
             self.jobs.active(&name.0, &name.1).and_then(|job| Some((job.file()?, status_time(&job))))
         {
-            let attr = self.file_attr(&node, file.0.file_size(), 0o644, file.1);
+            let attr = self.virtual_file_attr(&node, &*file.0, file.1);
             return Ok((node, self.overridden(&name, attr)));
         }
         let (object, listing) = self

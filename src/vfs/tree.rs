@@ -7,7 +7,6 @@ use super::attr::{Attr, NodeKind};
 use super::inode::{ControlFile, Ino, Node};
 use super::{AttrChange, Vfs};
 use crate::catalog::CatalogImage;
-use crate::convert::ConvertedFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Job, StatusImage};
 use crate::format::OutputFormat;
@@ -198,7 +197,7 @@ impl Vfs {
             None => self.catalog.open_disk(disk).and_then(|open| Ok((open.modified(), open.file(format)?))),
         };
         Ok(match file {
-            Ok((modified, file)) => self.file_attr(node, file.file_size(), 0o644, modified),
+            Ok((modified, file)) => self.virtual_file_attr(node, &*file.virtual_file(), modified),
             Err(_) => self.file_attr(node, 0, 0o444, self.image_modified(&image)),
         })
     }
@@ -209,7 +208,7 @@ impl Vfs {
         id: &str,
         disk: &str,
         format: OutputFormat,
-    ) -> Result<(Arc<ConvertedFile>, StatusImage)> {
+    ) -> Result<(Arc<dyn VirtualFile>, StatusImage)> {
         let image = self.catalog.image(id)?;
         if let Some(error) = image.error {
             return Err(error);
@@ -222,7 +221,7 @@ impl Vfs {
             format: format.suffix().to_owned(),
             generation: open.generation().0.clone(),
         };
-        Ok((open.file(format)?, name))
+        Ok((open.file(format)?.virtual_file(), name))
     }
 
     /// The file that a recorded job exports, if its source still is of the recorded generation.

@@ -1,6 +1,7 @@
 //! What the integration tests share: programs run under a time-out, images, mounts that end with their test.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses another part")]
 
+pub mod check;
 pub mod faulty;
 pub mod hostile;
 pub mod images;
@@ -99,11 +100,6 @@ pub fn sha256(path: &Path) -> String {
 /// Fails unless two files are equal.
 pub fn assert_same(a: &Path, b: &Path) {
     succeed(command("cmp").arg(a).arg(b));
-}
-
-/// The driver name by which qemu-img reads a file of that suffix.
-pub fn qemu_format(suffix: &str) -> &'static str {
-    freightfs::format::OutputFormat::from_suffix(suffix).unwrap().qemu_name()
 }
 
 /// Fails unless qemu-img finds the same disk in both.

@@ -1,0 +1,296 @@
+//! What compressed files keep of their work: records in memory, whole bodies and indices on disk.
+//!
+//! All of it can be computed again; nothing is lost when it is gone, damaged or full.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
+use tracing::{debug, warn};
+
+use crate::error::{Error, Result};
+use crate::units::{FileOffset, GIB, MIB};
+
+/// Bytes of records that are kept in memory, over all files.
+const RECORD_MEMORY: usize = 128 * MIB as usize;
+
+/// Bytes of indices that are kept on disk; the oldest go first.
+const INDEX_SPACE: u64 = 256 * MIB;
+
+/// Space that bodies kept on disk leave free: this much, and a tenth of the filesystem.
+const FREE_SPACE: u64 = GIB;
+
+/// First bytes of an index file; the number is the version.
+const INDEX_MAGIC: &[u8] = b"freightfs lengths 1\n";
+
+/// Bytes of the SHA-256 at the end of an index file.
+const DIGEST: usize = 32;
+
+/// A file's id in this process, and a unit of it.
+type RecordName = (u64, u64);
+
+/// Where compressed files keep what they computed.
+pub struct Workspace {
+    directory: Option<PathBuf>,
+    records: Mutex<Records>,
+    next_file: AtomicU64,
+}
+
+struct Records {
+    by_name: LruCache<RecordName, Arc<Vec<u8>>>,
+    bytes: usize,
+}
+
+impl Workspace {
+    /// Keeps records in memory only.
+    pub fn in_memory() -> Arc<Self> {
+        Self::new(None)
+    }
+
+    /// Keeps indices and bodies in `directory` too, which exists.
+    pub fn in_directory(directory: &Path) -> Arc<Self> {
+        Self::new(Some(directory.to_owned()))
+    }
+
+    fn new(directory: Option<PathBuf>) -> Arc<Self> {
+        let records = Records { by_name: LruCache::unbounded(), bytes: 0 };
+        Arc::new(Self { directory, records: Mutex::new(records), next_file: AtomicU64::new(0) })
+    }
+
+    /// A name for a file's records.
+    pub(super) fn next_file(&self) -> u64 {
+        self.next_file.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn record(&self, name: RecordName) -> Option<Arc<Vec<u8>>> {
+        self.records.lock().by_name.get(&name).cloned()
+    }
+
+    pub(super) fn keep_record(&self, name: RecordName, record: Arc<Vec<u8>>) {
+        let mut records = self.records.lock();
+        records.bytes += record.len();
+        if let Some(old) = records.by_name.put(name, record) {
+            records.bytes -= old.len();
+        }
+        while records.bytes > RECORD_MEMORY {
+            let Some((_, old)) = records.by_name.pop_lru() else { break };
+            records.bytes -= old.len();
+        }
+    }
+
+    /// A place on disk for a file's body, while there is room.
+    pub(super) fn body(&self) -> Option<Body> {
+        let directory = self.directory.as_ref()?;
+        if !has_room(directory) {
+            return None;
+        }
+        match tempfile::tempfile_in(directory) {
+            Ok(file) => Some(Body::new(file, Some(directory.clone()))),
+            Err(error) => {
+                debug!("compressed bytes are not kept on disk: {error}");
+                None
+            }
+        }
+    }
+
+    fn index_path(&self, key: &str) -> Option<PathBuf> {
+        let name = hex::encode(Sha256::digest(key.as_bytes()));
+        Some(self.directory.as_ref()?.join(format!("{name}.lengths")))
+    }
+
+    /// The lengths that an earlier pass under the same key kept. A damaged file is removed.
+    pub(super) fn load_index(&self, key: &str, count: u64) -> Option<Vec<u32>> {
+        let path = self.index_path(key)?;
+        let bytes = std::fs::read(&path).ok()?;
+        let lengths = parse_index(&bytes, key, count);
+        if lengths.is_none() {
+            warn!(path = %path.display(), "an index of compressed lengths is damaged; it is made again");
+            let _ = std::fs::remove_file(&path);
+        }
+        lengths
+    }
+
+    /// Keeps the lengths of a finished pass.
+    pub(super) fn save_index(&self, key: &str, lengths: &[u32]) {
+        let Some(path) = self.index_path(key) else { return };
+        if let Err(error) = write_index(&path, key, lengths) {
+            warn!(path = %path.display(), "an index of compressed lengths could not be kept: {error}");
+        }
+        if let Some(directory) = &self.directory {
+            drop_oldest(directory);
+        }
+    }
+}
+
+/// Whether the filesystem of `directory` has room for more than others need.
+fn has_room(directory: &Path) -> bool {
+    nix::sys::statvfs::statvfs(directory).is_ok_and(|fs| {
+        let free = fs.blocks_available().saturating_mul(fs.fragment_size());
+        let all = fs.blocks().saturating_mul(fs.fragment_size());
+        free > FREE_SPACE.max(all / 10)
+    })
+}
+
+/// Key, number of lengths, lengths, digest of all before.
+fn encode_index(key: &str, lengths: &[u32]) -> Vec<u8> {
+    let mut bytes = INDEX_MAGIC.to_vec();
+    bytes.extend((key.len() as u64).to_le_bytes());
+    bytes.extend(key.as_bytes());
+    bytes.extend((lengths.len() as u64).to_le_bytes());
+    bytes.extend(lengths.iter().flat_map(|length| length.to_le_bytes()));
+    let digest = Sha256::digest(&bytes);
+    bytes.extend(digest);
+    bytes
+}
+
+fn parse_index(bytes: &[u8], key: &str, count: u64) -> Option<Vec<u32>> {
+    let (content, digest) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST)?)?;
+    if Sha256::digest(content).as_slice() != digest {
+        return None;
+    }
+    let rest = content.strip_prefix(INDEX_MAGIC)?;
+    let rest = rest.strip_prefix(&(key.len() as u64).to_le_bytes())?.strip_prefix(key.as_bytes())?;
+    let lengths = rest.strip_prefix(&count.to_le_bytes())?;
+    if lengths.len() as u64 != count.checked_mul(4)? {
+        return None;
+    }
+    Some(lengths.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+}
+
+fn write_index(path: &Path, key: &str, lengths: &[u32]) -> std::io::Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    file.write_all(&encode_index(key, lengths))?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// Removes the oldest indices while all of them take too much space.
+fn drop_oldest(directory: &Path) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    let mut indices: Vec<_> = entries
+        .flatten()
+        .filter(|entry| entry.path().extension().is_some_and(|e| e == "lengths"))
+        .filter_map(|entry| {
+            let metadata = entry.metadata().ok()?;
+            Some((metadata.modified().ok()?, metadata.len(), entry.path()))
+        })
+        .collect();
+    indices.sort();
+    let mut space: u64 = indices.iter().map(|(_, length, _)| length).sum();
+    for (_, length, path) in indices {
+        if space <= INDEX_SPACE {
+            break;
+        }
+        space -= length;
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// The bytes of a compressed file between head and tail, each at its own place, as far as they were computed.
+pub(super) struct Body {
+    file: File,
+    /// Where room is looked for; `None` for a file that has to take everything.
+    directory: Option<PathBuf>,
+    /// Everything after the head and before this place is in the file.
+    written: AtomicU64,
+}
+
+impl Body {
+    pub(super) fn new(file: File, directory: Option<PathBuf>) -> Self {
+        Self { file, directory, written: AtomicU64::new(0) }
+    }
+
+    /// Whether more may be written.
+    pub(super) fn has_room(&self) -> bool {
+        self.directory.as_deref().is_none_or(has_room)
+    }
+
+    /// Whether the file is the conversion's target, so that a failure to write is the conversion's.
+    pub(super) fn is_target(&self) -> bool {
+        self.directory.is_none()
+    }
+
+    pub(super) fn write(&self, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(bytes, at.bytes())
+            .map_err(|e| Error::from_io("cannot write the compressed bytes", e).at(at))
+    }
+
+    /// All before `end` is written.
+    pub(super) fn set_written(&self, end: FileOffset) {
+        self.written.store(end.bytes(), Ordering::Release);
+    }
+
+    /// Bytes from `at` on that can be read.
+    pub(super) fn available(&self, at: FileOffset) -> u64 {
+        self.written.load(Ordering::Acquire).saturating_sub(at.bytes())
+    }
+
+    /// Fills `buf`; gaps that were never written, at the end too, are zeros.
+    pub(super) fn read(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let read = self.file.read_at(&mut buf[done..], at.bytes() + done as u64);
+            match read.map_err(|e| Error::from_io("cannot read the compressed bytes", e).at(at))? {
+                0 => {
+                    buf[done..].fill(0);
+                    break;
+                }
+                read => done += read,
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_file_size(&self, file_size: u64) -> Result<()> {
+        self.file.set_len(file_size).map_err(|e| Error::from_io("cannot size the output", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_is_kept_and_a_damaged_one_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let workspace = Workspace::in_directory(directory.path());
+        let lengths = [7, 0, 65536, u32::MAX];
+        workspace.save_index("key", &lengths);
+        assert_eq!(workspace.load_index("key", 4).unwrap(), lengths);
+        assert_eq!(workspace.load_index("other", 4), None);
+        let path = workspace.index_path("key").unwrap();
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            assert_eq!(parse_index(&bad, "key", 4), None, "byte {at}");
+            assert_eq!(parse_index(&good[..at], "key", 4), None, "length {at}");
+        }
+        assert_eq!(parse_index(&good, "key", 5), None);
+        std::fs::write(&path, &good[1..]).unwrap();
+        assert_eq!(workspace.load_index("key", 4), None);
+        assert!(!path.exists(), "a damaged index stays");
+    }
+
+    #[test]
+    fn records_are_kept_within_their_memory() {
+        let workspace = Workspace::in_memory();
+        let record = Arc::new(vec![1; RECORD_MEMORY / 10]);
+        for unit in 0..25 {
+            workspace.keep_record((0, unit), Arc::clone(&record));
+        }
+        assert!(workspace.record((0, 24)).is_some() && workspace.record((0, 0)).is_none());
+        assert!(workspace.records.lock().bytes <= RECORD_MEMORY);
+        workspace.keep_record((0, 24), Arc::new(vec![1]));
+        let records = workspace.records.lock();
+        assert_eq!(records.bytes, records.by_name.iter().map(|(_, r)| r.len()).sum::<usize>());
+    }
+}
