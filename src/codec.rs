@@ -44,8 +44,10 @@ impl Compressor {
     /// A compressor; without a level, the one that was measured to be worth its time.
     pub fn new(compression: Compression, level: Option<u8>) -> Result<Self> {
         let (default, highest) = match compression {
-            Compression::Deflate | Compression::Zlib => (6, 12),
-            Compression::DeflateSmallWindow | Compression::DeflateFlushed => (6, 9),
+            // On a Debian root filesystem, level 6 is 0.5 % smaller and takes 13 % more time.
+            Compression::Deflate | Compression::Zlib => (5, 12),
+            Compression::DeflateFlushed => (5, 9),
+            Compression::DeflateSmallWindow => (9, 9),
             Compression::Zstd => (3, 19),
         };
         let level = level.unwrap_or(default);
