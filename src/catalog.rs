@@ -7,7 +7,7 @@ mod disk;
 mod gate;
 mod sidecar;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -169,14 +169,20 @@ impl Catalog {
         let place = self.root.display().to_string();
         let entries = std::fs::read_dir(&self.root)
             .map_err(|e| Error::from_io("cannot list the catalog", e).in_file(&place))?;
-        let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
+        let mut names: BTreeMap<String, PathBuf> = BTreeMap::new();
         for entry in entries {
             let entry = entry.map_err(|e| Error::from_io("cannot list the catalog", e).in_file(&place))?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if name.starts_with('.') || name.chars().any(char::is_control) {
+            if !name.starts_with('.') && !name.chars().any(char::is_control) {
+                names.insert(name, entry.path());
+            }
+        }
+        let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
+        for (name, path) in &names {
+            if extent_of(name).is_some_and(|whole| names.contains_key(&whole)) {
                 continue;
             }
-            let path = entry.path();
+            let (name, path) = (name.clone(), path.clone());
             if path.is_dir() {
                 found.entry(name.clone()).or_insert_with(|| Candidate::new(&name)).directory = Some(path);
             } else if let Some((stem, extension)) = name.rsplit_once('.') {
@@ -243,6 +249,12 @@ impl Candidate {
                 !name.starts_with('.') && ImageFormat::from_file_name(&name).is_some() && p.is_file()
             })
             .collect();
+        let names: HashSet<_> =
+            files.iter().filter_map(|p| p.file_name()?.to_str().map(str::to_owned)).collect();
+        let is_extent = |p: &PathBuf| {
+            p.file_name().and_then(|n| extent_of(n.to_str()?)).is_some_and(|whole| names.contains(&whole))
+        };
+        files.retain(|p| !is_extent(p));
         files.sort();
         files
     }
@@ -304,6 +316,16 @@ impl Candidate {
     }
 }
 
+/// The descriptor whose extent a file of that name is by VMware's custom: `NAME-flat.vmdk`, `NAME-s001.vmdk` and
+/// `NAME-f001.vmdk` belong to `NAME.vmdk`.
+fn extent_of(name: &str) -> Option<String> {
+    let (whole, part) = name.strip_suffix(".vmdk")?.rsplit_once('-')?;
+    let numbered = part
+        .strip_prefix(['s', 'f'])
+        .is_some_and(|digits| digits.len() >= 3 && digits.bytes().all(|digit| digit.is_ascii_digit()));
+    (part == "flat" || numbered).then(|| format!("{whole}.vmdk"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,12 +354,18 @@ mod tests {
             ("listed.toml", "id = 'img-1'\n[[disks]]\nfile = 'blob.bin'\nformat = 'raw'\n"),
             ("blob.bin", ""),
             ("notes.txt", ""),
+            ("split.vmdk", ""),
+            ("split-s001.vmdk", ""),
+            ("split-flat.vmdk", ""),
+            ("alone-flat.vmdk", ""),
+            ("dir/root.vmdk", ""),
+            ("dir/root-f002.vmdk", ""),
             (".hidden.raw", ""),
             ("empty/readme", ""),
         ]);
         let images = catalog.images().unwrap();
         let ids: Vec<_> = images.keys().map(String::as_str).collect();
-        assert_eq!(ids, ["db", "img-1", "same.qcow2", "same.raw", "web"]);
+        assert_eq!(ids, ["alone-flat", "db", "dir", "img-1", "same.qcow2", "same.raw", "split", "web"]);
         assert_eq!(images["web"].sidecar.name.as_deref(), Some("Web"));
         assert_eq!(images["web"].sidecar.origin, ImageOrigin::Public);
         let names: Vec<_> = images["db"].disks.iter().map(|d| d.name.as_str()).collect();
@@ -345,6 +373,7 @@ mod tests {
         assert!(images["db"].disks[0].path.ends_with("db/db.qcow2"));
         assert!(images["db"].disks[0].allowed[0].ends_with("db/base.qcow2"));
         assert_eq!(images["img-1"].disks[0].format, ImageFormat::Raw);
+        assert_eq!(images["dir"].disks.len(), 1);
     }
 
     #[test]

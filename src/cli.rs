@@ -102,7 +102,7 @@ struct ConvertArguments {
     /// Bytes of a qcow2 cluster, as 65536 or 64K
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     cluster_size: Option<u64>,
-    /// Compress qcow2's zlib clusters with the window of 4 KiB that its readers may insist on; 7 % larger
+    /// Compress qcow2's zlib clusters with the window of 4 KiB that its readers may insist on; 6 % larger
     #[arg(long)]
     small_window: bool,
     /// Threads; as many as cores by default
@@ -128,10 +128,11 @@ struct InfoArguments {
 /// How an image file on the command line is read.
 #[derive(Debug, Args)]
 struct SourceArguments {
-    /// Format of the input, when its extension does not tell it: raw, qcow2, vhd, vmdk or vdi
+    /// Format of the input, when its extension does not tell it: raw, qcow2, vhd, vhdx, vmdk, vdi,
+    /// zvhd or zvhd2
     #[arg(long, value_name = "FORMAT", value_parser = parse_image_format)]
     input_format: Option<ImageFormat>,
-    /// A file that the image may use as its backing or data file; may be repeated
+    /// A file that the image may use: backing file, data file, extent or parent; may be repeated
     #[arg(long = "allow-reference", value_name = "FILE")]
     allowed: Vec<PathBuf>,
 }
@@ -151,7 +152,8 @@ struct WaitArguments {
 }
 
 fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
-    ImageFormat::from_name(name).ok_or_else(|| "known formats: raw, qcow2, vhd, vmdk, vdi".to_owned())
+    ImageFormat::from_name(name)
+        .ok_or_else(|| "known formats: raw, qcow2, vhd, vhdx, vmdk, vdi, zvhd, zvhd2".to_owned())
 }
 
 /// A number of bytes, with one of qemu-img's suffixes or none.

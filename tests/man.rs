@@ -59,11 +59,25 @@ fn every_option_of_every_command_is_in_the_manual() {
 }
 
 #[test]
+fn every_format_is_in_the_manual() {
+    let (formats, program) = (page("freightfs-formats.7"), page("freightfs.1"));
+    for format in freightfs::format::OutputFormat::ALL {
+        let row = format!(".TP\n.B .{}\n", format.suffix());
+        assert!(formats.contains(&row), "{row:?} is not on the formats page");
+        assert!(program.contains(format.suffix()), "{} is not on the program's page", format.suffix());
+    }
+    for name in ["raw", "qcow2", "vhd", "vhdx", "vmdk", "vdi"] {
+        assert!(freightfs::format::ImageFormat::from_name(name).is_some());
+        assert!(formats.contains(&format!(".TP\n.B {name}\n")), "{name} is not on the formats page");
+    }
+}
+
+#[test]
 fn the_pages_are_read_without_warnings() {
     if !has("man") {
         return skip("reading the manual pages with man, which is missing");
     }
-    for name in ["freightfs.1", "freightfs-status.5", "freightfs-semantics.7"] {
+    for name in ["freightfs.1", "freightfs-status.5", "freightfs-semantics.7", "freightfs-formats.7"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name);
         let mut man = command("man");
         man.args(["--warnings", "-E", "UTF-8", "-l"]).arg(path).env("MANWIDTH", "80").env("MANPAGER", "cat");

@@ -23,6 +23,7 @@ pub struct VmdkImage {
     /// The file that was opened: the only one, or the descriptor.
     storage: Arc<dyn Storage>,
     create_type: String,
+    content_id: String,
     /// In the order of the disk.
     extents: Vec<VmdkExtent>,
     virtual_size: u64,
@@ -66,7 +67,13 @@ impl VmdkImage {
         }
         let length = extent.virtual_size();
         let extent = VmdkExtent { start: VirtualOffset(0), length, content: Content::Sparse(extent) };
-        Ok(Self { storage, create_type: descriptor.create_type, extents: vec![extent], virtual_size: length })
+        Ok(Self {
+            storage,
+            create_type: descriptor.create_type,
+            content_id: descriptor.content_id,
+            extents: vec![extent],
+            virtual_size: length,
+        })
     }
 
     /// Opens the extents that a descriptor names.
@@ -89,7 +96,13 @@ impl VmdkImage {
         if extents.is_empty() {
             return Err(Error::corrupt("the descriptor names no extent"));
         }
-        Ok(Self { storage, create_type: descriptor.create_type, extents, virtual_size: end.bytes() })
+        Ok(Self {
+            storage,
+            create_type: descriptor.create_type,
+            content_id: descriptor.content_id,
+            extents,
+            virtual_size: end.bytes(),
+        })
     }
 
     /// The extent that `at`, which lies inside the disk, is in.
@@ -202,7 +215,10 @@ impl DiskImage for VmdkImage {
             Content::Sparse(sparse) => Some(sparse.block_size()),
             _ => None,
         });
-        let mut properties = vec![("create type".to_owned(), self.create_type.clone())];
+        let mut properties = vec![
+            ("cid".to_owned(), self.content_id.clone()),
+            ("create type".to_owned(), self.create_type.clone()),
+        ];
         if self.extents.len() > 1 {
             properties.push(("extents".to_owned(), self.extents.len().to_string()));
         }

@@ -19,6 +19,7 @@ const MAX_EXTENTS: usize = 4096;
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Descriptor {
     pub(super) create_type: String,
+    pub(super) content_id: String,
     pub(super) has_parent: bool,
     pub(super) extents: Vec<ExtentLine>,
 }
@@ -68,6 +69,7 @@ impl Descriptor {
             } else if let Some((name, value)) = line.split_once('=') {
                 let value = value.trim().trim_matches('"');
                 match name.trim() {
+                    "CID" => descriptor.content_id = value.to_owned(),
                     "createType" => descriptor.create_type = value.to_owned(),
                     "parentCID" => descriptor.has_parent = !value.eq_ignore_ascii_case("ffffffff"),
                     _ => {}
