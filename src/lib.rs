@@ -8,9 +8,9 @@
 //! | level | modules | what they own |
 //! |---|---|---|
 //! | 0 | [`error`], [`units`], [`format`](mod@format) | the one error type; offsets and sizes as types; the names of the formats |
-//! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`] | bytes by position; data, zeros, holes and allocation maps; decompression; on-disk headers; the trait of computed files; mount options; counters |
+//! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`] | bytes by position; data, zeros, holes and allocation maps; compressors; on-disk headers; the trait of computed files; mount options; counters |
 //! | 2 | [`image`], [`layout`] | readers: a file as the disk its guest sees; layouts: where each byte of a file of some format comes from |
-//! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout = a file; which images there are; objects and uploads |
+//! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout (× compressor) = a file; which images there are; objects and uploads |
 //! | 5 | [`export`] | jobs, their journal, their status |
 //! | 6 | [`vfs`] | names, handles, and what a copy means; knows nothing of FUSE |
 //! | 7 | [`fuse`] | the kernel's protocol; the only user of fuser |
@@ -35,6 +35,14 @@
 //! Listing needs the exact size of each file, and so the allocation map: one walk over the image's tables at its
 //! first look-up, shared by all formats with the same unit. No image data is read before somebody reads it.
 //!
+//! In a compressed file every place depends on how long all units before it became. A
+//! [`convert::CompressedFile`] compresses units in order, in parallel, only as far as somebody reads, and keeps their
+//! lengths, a [`layout::compressed::LengthIndex`]: with it any byte that was passed once can be had again by
+//! compressing one unit. Formats whose head is fixed stream from their start; a compressed qcow2 needs one pass
+//! first. A [`convert::Workspace`] keeps what was computed: records in bounded memory, bodies on disk while there
+//! is room, and finished indices across mounts, under the generations of all files of the source and what the
+//! compressor makes of a fixed text.
+//!
 //! Everything that other programs make random, identifiers and times, is derived from the source, so two
 //! conversions of one source are byte-identical.
 //!
@@ -47,7 +55,7 @@
 //! because a writer of plain bytes expects close to tell.
 //!
 //! A job waits for a place among those that run, opens a multipart upload, records its id, and then reads the
-//! converted file part by part; each part is uploaded while two threads hash it and the next one is read. At most
+//! converted file part by part to its end, which of a compressed file is known only then; each part is uploaded while two threads hash it and the next one is read. At most
 //! 10 parts of one job are in memory. When the store has put the parts together, the object's size is asked back and compared;
 //! then `KEY.sha256`, `KEY.md5` and at last `KEY.status` are written. Before that nothing is visible in the bucket
 //! but the status; in the mount the key already has its final size and reads through the converter. A job that

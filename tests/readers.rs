@@ -294,5 +294,8 @@ fn samples_of_others_have_the_size_and_content_that_qemu_gives_them() {
     let (vmdk, qcow2) = (unpack("dfvfs-ext2.vmdk"), unpack("dfvfs-ext2.qcow2"));
     check(&vmdk, "vmdk");
     qemu_compare(&vmdk, "vmdk", &qcow2, "qcow2");
-    fail(freightfs().args(["info", "--input-format", "vhd"]).arg(unpack("afl5.img")));
+    let said = fail(freightfs().args(["info", "--input-format", "vhd"]).arg(unpack("afl5.img")));
+    assert!(said.contains("a block table of 1073741825 entries is larger than allowed"), "{said}");
+    let said = fail(freightfs().arg("info").arg(unpack("cirros-snapshot1.qcow2")));
+    assert!(said.contains("backing file") && said.contains("cirros.raw"), "{said}");
 }

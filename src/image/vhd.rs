@@ -24,6 +24,9 @@ use crate::units::{FileOffset, SECTOR, VirtualOffset, round_up};
 /// Largest disk (2040 GiB).
 const MAX_VIRTUAL_SIZE: u64 = 2040 << 30;
 
+/// Most entries of a block table: its bytes are counted in 31 bits (QEMU, block/vpc.c).
+const MAX_TABLE_ENTRIES: u32 = i32::MAX as u32 / 4;
+
 /// A table's entry without a block.
 const FREE: u32 = u32::MAX;
 
@@ -172,11 +175,18 @@ fn virtual_size(footer: &VhdFooter) -> u64 {
 fn read_header(storage: &dyn Storage, footer: &VhdFooter) -> Result<VhdDynamicHeader> {
     let at = FileOffset(footer.data_offset);
     let mut bytes = [0; VhdDynamicHeader::LENGTH];
-    storage.read_exact_at(at, &mut bytes)?;
+    // A header that is cut short is refused for what it says, if that is wrong, and then for its length.
+    let there = storage.file_size().saturating_sub(at.bytes()).min(bytes.len() as u64);
+    storage.read_exact_at(at, &mut bytes[..there as usize])?;
     let header = VhdDynamicHeader::parse(&bytes);
     if header.cookie != DYNAMIC_COOKIE {
         return Err(Error::corrupt("the dynamic header's cookie is wrong").at(at));
     }
+    if header.max_table_entries > MAX_TABLE_ENTRIES {
+        let what = format!("a block table of {} entries is larger than allowed", header.max_table_entries);
+        return Err(Error::corrupt(what).at(at + 28));
+    }
+    crate::storage::check_range(storage, at, bytes.len() as u64)?;
     if header.checksum != checksum(&bytes, 36) {
         return Err(Error::corrupt("the dynamic header's checksum is wrong").at(at + 36));
     }
