@@ -4,43 +4,10 @@
 mod support;
 
 use std::path::Path;
-use std::process::Command;
 
 use support::images::{self, Random};
-use support::mount::World;
-use support::{assert_same, can_mount, command, fail, sha256, skip, succeed};
-
-/// The server's URL.
-fn endpoint() -> Option<String> {
-    let endpoint = std::env::var("FREIGHTFS_TEST_S3").ok();
-    if endpoint.is_none() {
-        skip("tests against S3: FREIGHTFS_TEST_S3 is not set; scripts/test starts a server");
-    }
-    endpoint
-}
-
-fn aws(endpoint: &str, arguments: &[&str]) -> Command {
-    let mut aws = command("aws");
-    aws.args(["--endpoint-url", endpoint]).args(arguments);
-    aws
-}
-
-/// A world whose bucket `b` is a new S3 bucket of that name.
-fn world(endpoint: &str, bucket: &str) -> World {
-    succeed(&mut aws(endpoint, &["s3api", "create-bucket", "--bucket", bucket]));
-    let mut world = World::new();
-    for (name, value) in [("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true")] {
-        world.environment.push((name.to_owned(), value.to_owned()));
-    }
-    world
-}
-
-fn uploads(endpoint: &str, bucket: &str) -> String {
-    succeed(&mut aws(
-        endpoint,
-        &["s3api", "list-multipart-uploads", "--bucket", bucket, "--query", "Uploads", "--output", "text"],
-    ))
-}
+use support::s3::{aws, endpoint, uploads, world};
+use support::{assert_same, can_mount, fail, sha256, succeed};
 
 #[test]
 fn an_export_to_s3_is_byte_identical_by_the_real_client() {

@@ -1,0 +1,274 @@
+//! A bucket's directory, used by the programs that people use: the same body against a local bucket and against S3.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use support::images::Random;
+use support::mount::{Mount, World};
+use support::{assert_same, can_mount, command, run, s3, sh, text};
+
+/// A bucket to test against.
+struct Target {
+    name: &'static str,
+    world: World,
+    arguments: Vec<String>,
+}
+
+impl Target {
+    fn mount(&self) -> Mount {
+        self.world.mount_exactly(&self.arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+}
+
+/// The local bucket, and the one on S3 where a server runs.
+fn targets(test: &str) -> Vec<Target> {
+    let local = World::new();
+    let bucket = format!("b=file://{}", local.bucket().display());
+    let mut targets =
+        vec![Target { name: "local", world: local, arguments: vec!["--bucket".into(), bucket] }];
+    if let Some(endpoint) = s3::endpoint() {
+        let bucket = format!("{test}-{}", std::process::id());
+        let world = s3::world(&endpoint, &bucket);
+        let arguments = vec!["--bucket".into(), format!("b=s3://{bucket}/pre fix")];
+        targets.push(Target { name: "s3", world, arguments });
+    }
+    targets
+}
+
+/// A file outside the mount: 20 MiB and a bit, with a hole, older than now, with a mode of its own.
+fn source(world: &World) -> PathBuf {
+    let path = world.out("source.bin");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len((20 << 20) + 777).unwrap();
+    file.write_all_at(&Random(1).bytes(9 << 20), 100).unwrap();
+    file.write_all_at(&Random(2).bytes(1 << 20), 18 << 20).unwrap();
+    sh(&format!("touch -d '2021-03-04 05:06:07.5' {0}; chmod 640 {0}", path.display()));
+    path
+}
+
+/// What is kept of the source besides its bytes.
+#[derive(Clone, Copy, PartialEq)]
+enum Kept {
+    Content,
+    TimeAndMode,
+}
+
+/// (name, line of shell with S for the source and D for the destination, what must be kept)
+const COPIES: &[(&str, &str, Kept)] = &[
+    ("cp", "cp S D", Kept::Content),
+    ("cp-a", "cp -a S D", Kept::TimeAndMode),
+    ("cp-p", "cp -p S D", Kept::TimeAndMode),
+    ("cp-sparse-always", "cp --sparse=always S D", Kept::Content),
+    ("cp-sparse-never", "cp --sparse=never S D", Kept::Content),
+    ("install", "install -m 640 S D", Kept::Content),
+    ("cat", "cat S > D", Kept::Content),
+    ("dd-512", "head -c 300000 S > T; dd if=T of=D bs=512 status=none; cp T S2", Kept::Content),
+    ("dd-64k", "dd if=S of=D bs=64K status=none", Kept::Content),
+    ("dd-1m", "dd if=S of=D bs=1M status=none conv=fsync", Kept::Content),
+    ("dd-4m", "dd if=S of=D bs=4M status=none oflag=direct", Kept::Content),
+    ("tee", "tee D < S > /dev/null", Kept::Content),
+    (
+        "tar",
+        "tar c -C $(dirname S) $(basename S) | tar x -C $(dirname D) --transform s/source.bin/$(basename D)/",
+        Kept::TimeAndMode,
+    ),
+    ("rsync-a", "rsync -a S D", Kept::TimeAndMode),
+    ("rsync-inplace", "rsync -a --inplace S D", Kept::TimeAndMode),
+    ("rsync-sparse", "rsync -a --sparse S D", Kept::TimeAndMode),
+    ("rsync-append", "head -c 5000000 S > D; rsync -a --append-verify S D", Kept::TimeAndMode),
+    ("rsync-partial", "rsync -a --partial S D", Kept::TimeAndMode),
+    ("rsync-delta", "head -c 19000000 S > D; rsync -a --no-whole-file S D", Kept::TimeAndMode),
+    ("shutil", "python3 -c \"import shutil; shutil.copy2('S', 'D')\"", Kept::TimeAndMode),
+    ("mv", "cp -p S D.old; mv D.old D", Kept::TimeAndMode),
+    ("append", "head -c 10000000 S > D; tail -c +10000001 S >> D", Kept::Content),
+    ("overwrite", "echo old > D; cp S D", Kept::Content),
+    ("truncate", "cp S D; truncate -s 25M D; truncate -s $(stat -c %s S) D", Kept::Content),
+];
+
+#[test]
+fn every_program_copies_into_a_bucket() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("tools") {
+        let source = source(&target.world);
+        let mount = target.mount();
+        let mut failures = Vec::new();
+        for (name, line, kept) in COPIES {
+            let to = mount.key(&format!("{name}.bin"));
+            let small = target.world.out("small");
+            let line = line
+                .replace("S2", &small.display().to_string())
+                .replace('S', &source.display().to_string())
+                .replace('D', &to.display().to_string())
+                .replace("T;", &format!("{};", target.world.out("part").display()))
+                .replace("T ", &format!("{} ", target.world.out("part").display()));
+            let output = run(command("bash").args(["-euo", "pipefail", "-c", &line]));
+            let expected = if line.contains(&small.display().to_string()) { &small } else { &source };
+            if let Err(why) = check(&output, expected, &to, *kept) {
+                failures.push(format!("{} {name}: {why}", target.name));
+            }
+        }
+        // What is kept, is kept over mounts.
+        mount.unmount();
+        let mount = target.mount();
+        for (name, _, kept) in COPIES.iter().filter(|(.., kept)| *kept != Kept::Content) {
+            if let Err(why) = same_attributes(&source, &mount.key(&format!("{name}.bin")), *kept) {
+                failures.push(format!("{} {name} after another mount: {why}", target.name));
+            }
+        }
+        mount.unmount();
+        assert!(failures.is_empty(), "{}", failures.join("\n"));
+    }
+}
+
+fn check(output: &std::process::Output, source: &Path, to: &Path, kept: Kept) -> Result<(), String> {
+    if !output.status.success() {
+        return Err(format!("{} {}", output.status, text(output)));
+    }
+    let compared = run(command("cmp").arg(source).arg(to));
+    if !compared.status.success() {
+        return Err(text(&compared));
+    }
+    same_attributes(source, to, kept)
+}
+
+fn same_attributes(source: &Path, to: &Path, kept: Kept) -> Result<(), String> {
+    let (a, b) = (source.metadata().unwrap(), to.metadata().map_err(|e| e.to_string())?);
+    if a.len() != b.len() {
+        return Err(format!("{} bytes instead of {}", b.len(), a.len()));
+    }
+    let seen = |m: &std::fs::Metadata| (m.mtime(), m.mtime_nsec(), m.mode() & 0o7777);
+    if kept == Kept::TimeAndMode && seen(&a) != seen(&b) {
+        return Err(format!("time and mode {:?} instead of {:?}", seen(&b), seen(&a)));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_second_rsync_transfers_nothing_and_the_way_out_is_the_same() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("rsync") {
+        let tree = target.world.out("tree");
+        std::fs::create_dir_all(tree.join("sub/deeper")).unwrap();
+        for (index, name) in ["a", "sub/b", "sub/deeper/c d", "sub/.hidden", "sub/empty"].iter().enumerate() {
+            std::fs::write(tree.join(name), Random(index as u64).bytes(if index == 4 { 0 } else { 100_000 }))
+                .unwrap();
+        }
+        sh(&format!("touch -d '2020-01-02 03:04:05' {0}/a {0}/sub/b", tree.display()));
+        let mount = target.mount();
+        let to = mount.key("copy");
+        let exclude = "--exclude=*.status --exclude=*.sha256 --exclude=*.md5";
+        sh(&format!("rsync -a {exclude} {}/ {}/", tree.display(), to.display()));
+        let again = format!("rsync -a -i {exclude} {}/ {}/", tree.display(), to.display());
+        let listed = |out: &str| -> Vec<String> {
+            out.lines().filter(|l| l.starts_with(">f") || l.starts_with(".f")).map(str::to_owned).collect()
+        };
+        assert_eq!(listed(&sh(&again)), Vec::<String>::new(), "{}: a second rsync", target.name);
+        mount.unmount();
+        let mount = target.mount();
+        assert_eq!(listed(&sh(&again)), Vec::<String>::new(), "{}: after another mount", target.name);
+        let back = target.world.out("back");
+        sh(&format!("rsync -a {exclude} {}/ {}/", to.display(), back.display()));
+        sh(&format!("diff -r {} {}", tree.display(), back.display()));
+        let times = |root: &Path| {
+            sh(&format!("cd {} && find . -type f -printf '%p %T@ %m\\n' | sort", root.display()))
+        };
+        assert_eq!(times(&tree), times(&back), "{}", target.name);
+        // --delete takes away what is gone at the source, and nothing else; the excluded sidecars stay.
+        std::fs::remove_file(tree.join("sub/b")).unwrap();
+        sh(&format!("rsync -a --delete {exclude} {}/ {}/", tree.display(), to.display()));
+        assert!(!to.join("sub/b").exists() && to.join("a").exists());
+        let leftovers = sh(&format!("find {} -name '.*.??????*'", to.display()));
+        assert_eq!(leftovers, "", "{}: files under rsync's temporary names", target.name);
+        assert_same(&to.join("a"), &tree.join("a"));
+        mount.unmount();
+    }
+}
+
+#[test]
+fn what_people_look_with_works() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("looks") {
+        let source = source(&target.world);
+        let mount = target.mount();
+        let directory = mount.key("dir");
+        std::fs::create_dir(&directory).unwrap();
+        sh(&format!("cp {} {}/x.bin; echo two > {1}/y", source.display(), directory.display()));
+        mount.wait("dir/x.bin");
+        sh(&format!("cd {} && sha256sum -c x.bin.sha256 && md5sum -c x.bin.md5", directory.display()));
+        let found = sh(&format!(
+            "cd {} && find . -type f ! -name '*.status' ! -name '*.md5' ! -name '*.sha256' | sort",
+            directory.display()
+        ));
+        assert_eq!(found, "./x.bin\n./y\n");
+        assert!(sh(&format!("ls -la {}", directory.display())).contains(&format!(" {} ", (20 << 20) + 777)));
+        assert!(
+            sh(&format!("du -s --apparent-size -B1 {}/x.bin", directory.display())).starts_with("20972297")
+        );
+        let numbers = || sh(&format!("ls -i {} | sort", directory.display()));
+        assert_eq!(numbers(), numbers(), "inode numbers are stable");
+        mount.unmount();
+    }
+}
+
+#[test]
+fn qemu_img_writes_into_a_bucket() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("qemu") {
+        let source = source(&target.world);
+        let mount = target.mount();
+        for (format, name) in [("qcow2", "q.qcow2"), ("vmdk", "q.vmdk"), ("vpc", "q.vhd"), ("raw", "q.raw")] {
+            let to = mount.key(name);
+            sh(&format!("qemu-img convert -f raw -O {format} {} {}", source.display(), to.display()));
+            sh(&format!("qemu-img compare -f raw -F {format} {} {}", source.display(), to.display()));
+        }
+        mount.unmount();
+    }
+}
+
+#[test]
+fn extended_attributes_are_kept_with_the_object() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("xattrs") {
+        let source = source(&target.world);
+        if !run(command("setfattr").args(["-n", "user.owner", "-v", "me"]).arg(&source)).status.success() {
+            return support::skip("extended attributes: the filesystem of temporary files has none");
+        }
+        let mount = target.mount();
+        for line in ["rsync -aX S D", "cp -a S D", "cp S D; setfattr -n user.owner -v me D"] {
+            let to = mount.key("x.bin");
+            sh(&line.replace('S', &source.display().to_string()).replace('D', &to.display().to_string()));
+            assert_eq!(
+                sh(&format!("getfattr -n user.owner --only-values {}", to.display())),
+                "me",
+                "{} {line}",
+                target.name
+            );
+            assert!(sh(&format!("getfattr -d {}", to.display())).contains("user.owner"));
+            sh(&format!("setfattr -x user.owner {0}; setfattr -n user.colour -v red {0}", to.display()));
+            assert!(!sh(&format!("getfattr -d {}", to.display())).contains("user.owner"));
+        }
+        mount.unmount();
+        let mount = target.mount();
+        let to = mount.key("x.bin");
+        assert_eq!(
+            sh(&format!("getfattr -n user.colour --only-values {}", to.display())),
+            "red",
+            "{}",
+            target.name
+        );
+        mount.unmount();
+    }
+}
