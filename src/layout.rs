@@ -77,8 +77,8 @@ pub struct LayoutOptions {
     pub cluster_size: Option<u64>,
     /// Level of the compressor; its default when not given.
     pub level: Option<u8>,
-    /// Whether zlib clusters of qcow2 refer back less than 4 KiB, the window that QEMU opens them with.
-    pub small_window: bool,
+    /// Whether zlib clusters of qcow2 refer back up to 32 KiB and not only 4 KiB, the window that QEMU writes.
+    pub large_window: bool,
 }
 
 /// A layout of either sort.

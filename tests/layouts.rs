@@ -287,7 +287,7 @@ proptest! {
             // Small clusters of a large disk would need too large an L1 table, which is refused.
             cluster_size: qcow2.then_some(1 << cluster_bits),
             level: format.is_compressed().then_some(1),
-            small_window: false,
+            large_window: virtual_size.is_multiple_of(2),
         };
         match check_reads(format, &disk, options) {
             Ok(()) => {}

@@ -115,8 +115,8 @@ fn layout_options(arguments: &ConvertArguments, format: OutputFormat) -> Result<
     if arguments.level.is_some() && !format.is_compressed() {
         return refused("level");
     }
-    if arguments.small_window && format != OutputFormat::ZlibQcow2 {
-        return refused("small-window");
+    if arguments.large_window && format != OutputFormat::ZlibQcow2 {
+        return refused("large-window");
     }
     match arguments.cluster_size {
         Some(_) if !qcow2 => return refused("cluster-size"),
@@ -129,7 +129,7 @@ fn layout_options(arguments: &ConvertArguments, format: OutputFormat) -> Result<
     Ok(LayoutOptions {
         cluster_size: arguments.cluster_size,
         level: arguments.level,
-        small_window: arguments.small_window,
+        large_window: arguments.large_window,
     })
 }
 

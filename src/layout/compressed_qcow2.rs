@@ -39,7 +39,7 @@ impl CompressedQcow2Layout {
     /// Clusters compressed with raw deflate, which the format calls zlib. The map's units are the clusters.
     pub fn zlib(input: &LayoutInput, map: Arc<AllocationMap>) -> Result<Self> {
         let compression =
-            if input.options.small_window { Compression::DeflateSmallWindow } else { Compression::Deflate };
+            if input.options.large_window { Compression::Deflate } else { Compression::DeflateSmallWindow };
         Self::new(input, map, Compressor::new(compression, input.options.level)?, 0)
     }
 
