@@ -216,6 +216,26 @@ impl Bucket {
         .map_err(|e| self.named(e, key))
     }
 
+    /// Reads one of our own files, by its name below [`CONTROL_PREFIX`]; `None` when it is not there.
+    pub async fn read_control(&self, name: &str) -> Result<Option<Bytes>> {
+        let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"));
+        match self.head(&key).await? {
+            Some(meta) if meta.object_size == 0 => Ok(Some(Bytes::new())),
+            Some(meta) => self.read(&key, 0..meta.object_size, meta.etag.as_deref()).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Writes one of our own files.
+    pub async fn put_control(&self, name: &str, bytes: Bytes) -> Result<()> {
+        self.put(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}")), bytes).await
+    }
+
+    /// Removes one of our own files.
+    pub async fn delete_control(&self, name: &str) -> Result<()> {
+        self.delete(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"))).await
+    }
+
     /// Removes an object; one that is not there is no failure.
     pub async fn delete(&self, key: &ObjectKey) -> Result<()> {
         match &self.inner.backend {

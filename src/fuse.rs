@@ -232,6 +232,23 @@ fn reply_empty(op: &str, result: Result<()>, reply: ReplyEmpty) {
     }
 }
 
+/// A value or list of extended attributes; with a size of 0 only its length is asked for.
+fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    match size {
+        0 => reply.size(value.len() as u32),
+        _ if value.len() > size as usize => reply.error(Errno::ERANGE),
+        _ => reply.data(value),
+    }
+}
+
+fn reply_xattr_change(op: &str, changed: Result<bool>, reply: ReplyEmpty) {
+    match changed {
+        Ok(true) => reply.ok(),
+        Ok(false) => reply.error(Errno::ENODATA),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
 fn reply_entry(op: &str, result: Result<Attr>, reply: ReplyEntry) {
     match result {
         Ok(attr) => reply.entry(&attr.ttl, &file_attr(&attr), Generation(0)),
@@ -502,36 +519,65 @@ impl Filesystem for FuseAdapter {
     fn setxattr(
         &self,
         _req: &Request,
-        _node: INodeNo,
-        _name: &OsStr,
-        _value: &[u8],
-        _flags: i32,
+        node: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.vfs.metrics().count(Op::Xattr);
-        reply.error(Errno::EOPNOTSUPP);
+        let exists = match flags {
+            libc::XATTR_CREATE => Some(false),
+            libc::XATTR_REPLACE => Some(true),
+            _ => None,
+        };
+        let (name, value) = (name.to_owned(), value.to_vec());
+        self.work(Op::Xattr, move |vfs| {
+            let change = |name: &str| vfs.change_xattr(ino(node), name, Some(&value), exists);
+            reply_xattr_change("setxattr", utf8(&name).and_then(change), reply);
+        });
+    }
+
+    fn removexattr(&self, _req: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_owned();
+        self.work(Op::Xattr, move |vfs| {
+            let change = |name: &str| vfs.change_xattr(ino(node), name, None, Some(true));
+            reply_xattr_change("removexattr", utf8(&name).and_then(change), reply);
+        });
     }
 
     fn getxattr(&self, _req: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         if name.to_str().is_some_and(|name| name.starts_with("system.posix_acl")) {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        if name != ERROR_XATTR {
+        // The kernel asks for security.capability and others often; there are none.
+        let Some(name) = name.to_str().filter(|name| name.starts_with("user.")).map(str::to_owned) else {
             self.vfs.metrics().count(Op::Xattr);
             return reply.error(Errno::ENODATA);
-        }
-        self.work(Op::Xattr, move |vfs| match vfs.error_text(ino(node)) {
-            None => reply.error(Errno::ENODATA),
-            Some(text) if size == 0 => reply.size(text.len() as u32),
-            Some(text) if text.len() > size as usize => reply.error(Errno::ERANGE),
-            Some(text) => reply.data(text.as_bytes()),
+        };
+        self.work(Op::Xattr, move |vfs| {
+            let value = match name.as_str() {
+                ERROR_XATTR => Ok(vfs.error_text(ino(node)).map(String::into_bytes)),
+                other => vfs.xattr(ino(node), other),
+            };
+            match value {
+                Ok(Some(value)) => reply_xattr(&value, size, reply),
+                Ok(None) => reply.error(Errno::ENODATA),
+                Err(e) => reply.error(errno("getxattr", &e)),
+            }
         });
     }
 
     /// Ours are answered but not listed: programs copy what is listed.
-    fn listxattr(&self, _req: &Request, _node: INodeNo, size: u32, reply: ReplyXattr) {
-        if size == 0 { reply.size(0) } else { reply.data(&[]) }
+    fn listxattr(&self, _req: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        self.work(Op::Xattr, move |vfs| match vfs.xattr_names(ino(node)) {
+            Ok(names) => {
+                let list: Vec<u8> =
+                    names.into_iter().flat_map(|name| [name.as_bytes(), &[0]].concat()).collect();
+                reply_xattr(&list, size, reply);
+            }
+            Err(e) => reply.error(errno("listxattr", &e)),
+        });
     }
 
     fn lseek(

@@ -4,6 +4,7 @@
 //! an [`Error`](crate::error::Error) whose errno the program gets.
 
 mod attr;
+mod attributes;
 mod document;
 mod draft;
 mod handle;
@@ -28,7 +29,7 @@ use crate::catalog::Catalog;
 use crate::export::JobQueue;
 use crate::format::OutputFormat;
 use crate::metrics::Metrics;
-use attr::Overrides;
+use attributes::Attributes;
 use draft::Draft;
 use handle::Handle;
 use inode::InodeTable;
@@ -74,7 +75,7 @@ pub struct Vfs {
     drafts: Mutex<HashMap<ObjectName, Arc<Draft>>>,
     /// Directories that were made and may have no object in them yet.
     made_directories: Mutex<HashSet<ObjectName>>,
-    overrides: Mutex<Overrides>,
+    attributes: Attributes,
 }
 
 impl Vfs {
@@ -100,7 +101,7 @@ impl Vfs {
             next_handle: std::sync::atomic::AtomicU64::new(1),
             drafts: Mutex::default(),
             made_directories: Mutex::default(),
-            overrides: Mutex::default(),
+            attributes: Attributes::default(),
         }
     }
 

@@ -191,6 +191,8 @@ impl Mounted {
         let signalled = Arc::new(AtomicBool::new(false));
         let unmounter = self.session.unmounter();
         let ended = self.runtime.spawn(on_signal(unmounter, self.mountpoint.clone(), Arc::clone(&signalled)));
+        let saver = Arc::clone(&vfs);
+        let saving = self.runtime.spawn(async move { saver.keep_saving_attributes().await });
         let result = self.session.run();
         if !signalled.load(Ordering::SeqCst) {
             let left = self.jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
@@ -205,6 +207,8 @@ impl Mounted {
             });
         }
         self.runtime.block_on(self.jobs.stop());
+        saving.abort();
+        self.runtime.block_on(vfs.save_attributes());
         info!("ended");
         self.runtime.shutdown_timeout(Duration::from_secs(1));
         result

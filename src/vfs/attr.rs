@@ -1,10 +1,9 @@
 //! Attributes of files and directories.
 
-use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
+use super::Vfs;
 use super::inode::Ino;
-use super::{ObjectName, Vfs};
 use crate::vfile::VirtualFile;
 use crate::vfs::inode::Node;
 
@@ -56,9 +55,6 @@ pub struct AttrChange {
     pub modified: Option<SystemTime>,
 }
 
-/// Attributes that were set on objects, kept while the mount lives.
-pub(super) type Overrides = HashMap<ObjectName, AttrChange>;
-
 impl Vfs {
     /// Attributes of a directory that changed at `modified`.
     pub(super) fn directory_attr(&self, node: &Node, modified: SystemTime) -> Attr {
@@ -107,26 +103,5 @@ impl Vfs {
             modified,
             ttl,
         }
-    }
-
-    /// Puts what was set on the object over `attr`.
-    pub(super) fn overridden(&self, object: &ObjectName, mut attr: Attr) -> Attr {
-        if let Some(change) = self.overrides.lock().get(object) {
-            attr.mode = change.mode.unwrap_or(attr.mode);
-            attr.uid = change.uid.unwrap_or(attr.uid);
-            attr.gid = change.gid.unwrap_or(attr.gid);
-            attr.modified = change.modified.unwrap_or(attr.modified);
-        }
-        attr
-    }
-
-    /// Remembers what was set on an object.
-    pub(super) fn remember(&self, object: &ObjectName, change: &AttrChange) {
-        let mut overrides = self.overrides.lock();
-        let kept = overrides.entry(object.clone()).or_default();
-        kept.mode = change.mode.or(kept.mode);
-        kept.uid = change.uid.or(kept.uid);
-        kept.gid = change.gid.or(kept.gid);
-        kept.modified = change.modified.or(kept.modified);
     }
 }

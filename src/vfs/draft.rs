@@ -143,6 +143,7 @@ impl Draft {
 
     /// Writes bytes from anywhere.
     pub(super) fn write(&self, vfs: &Vfs, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        vfs.written_after(&self.object);
         self.change(|state| {
             state.check()?;
             let result = self.staged(vfs, state).and_then(|staged| staged.write(at, bytes));
@@ -159,6 +160,7 @@ impl Draft {
         at: FileOffset,
         length: u64,
     ) -> Result<u64> {
+        vfs.written_after(&self.object);
         self.change(|state| {
             state.check()?;
             let length = length.min(source.whole_size().saturating_sub(from.bytes()));
@@ -207,6 +209,7 @@ impl Draft {
 
     /// Cuts or extends the file. A cut to nothing also clears a refusal.
     pub(super) fn truncate(&self, vfs: &Vfs, size: u64) -> Result<()> {
+        vfs.written_after(&self.object);
         self.change(|state| {
             if size == 0 {
                 state.content = Content::Empty;
@@ -299,6 +302,7 @@ impl Draft {
             }
         };
         let file_size = job.file().map_or_else(|| job.status().size.unwrap_or(0), |file| file.file_size());
+        vfs.republished(&self.object);
         state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
         state.dirty = false;
         Ok(wait.then_some(job))

@@ -308,6 +308,47 @@ impl Vfs {
         }
     }
 
+    /// The object or directory of a bucket that an inode is, on which extended attributes can be set.
+    fn xattr_place(&self, ino: Ino) -> Result<Option<(ObjectName, bool)>> {
+        Ok(match self.inodes.node(ino)? {
+            Node::Object { bucket, key } => Some(((bucket, key), false)),
+            Node::Directory { bucket, prefix: Some(prefix) } => Some(((bucket, prefix), true)),
+            _ => None,
+        })
+    }
+
+    /// The value of an extended attribute, if it is set.
+    pub fn xattr(&self, ino: Ino, name: &str) -> Result<Option<Vec<u8>>> {
+        match self.xattr_place(ino)? {
+            Some((object, is_directory)) => self.user_xattr(&object, is_directory, name),
+            None => Ok(None),
+        }
+    }
+
+    /// The names of the extended attributes that were set.
+    pub fn xattr_names(&self, ino: Ino) -> Result<Vec<String>> {
+        match self.xattr_place(ino)? {
+            Some((object, is_directory)) => self.user_xattr_names(&object, is_directory),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Sets or, without a value, removes an extended attribute; see [`Vfs::change_user_xattr`].
+    pub fn change_xattr(
+        &self,
+        ino: Ino,
+        name: &str,
+        value: Option<&[u8]>,
+        exists: Option<bool>,
+    ) -> Result<bool> {
+        match self.xattr_place(ino)? {
+            Some((object, is_directory)) => {
+                self.change_user_xattr(&object, is_directory, name, value, exists)
+            }
+            None => Err(read_only(&self.inodes.node(ino)?)),
+        }
+    }
+
     fn writer(&self, id: HandleId) -> Result<Arc<Draft>> {
         match &*self.handle(id)? {
             Handle::Draft(draft) => Ok(Arc::clone(draft)),

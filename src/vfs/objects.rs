@@ -67,12 +67,12 @@ impl Vfs {
             .runtime
             .block_on(async { tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1)) })?;
         if listing || self.made_directories.lock().contains(&name) {
-            let node = Node::Directory { bucket: name.0, prefix: Some(name.1) };
-            let attr = self.directory_attr(&node, self.mounted);
+            let node = Node::Directory { bucket: name.0.clone(), prefix: Some(name.1.clone()) };
+            let attr = self.overridden_directory(&name, self.directory_attr(&node, self.mounted));
             return Ok((node, attr));
         }
         let object = object.ok_or_else(|| no_entry(name.1.as_str()))?;
-        let attr = self.overridden(&name, self.object_attr(&node, &object));
+        let attr = self.overridden_object(&name, object.etag.as_deref(), self.object_attr(&node, &object));
         Ok((node, attr))
     }
 
@@ -150,8 +150,7 @@ impl Vfs {
                 None => self.truncate_closed(object, file_size)?,
             }
         }
-        self.remember(object, &AttrChange { file_size: None, ..*change });
-        Ok(())
+        self.remember(object, false, change)
     }
 
     /// truncate(2) of an object that nobody has open: opened, cut, and published again.
@@ -187,7 +186,9 @@ impl Vfs {
             return Err(Error::new(ErrorKind::NotEmpty, format!("{key} is not empty")));
         }
         self.runtime.block_on(self.bucket(&bucket)?.remove_directory(&key))?;
-        self.made_directories.lock().remove(&(bucket, key));
+        let directory = (bucket, key);
+        self.forget_attributes(&directory, true);
+        self.made_directories.lock().remove(&directory);
         Ok(())
     }
 
@@ -219,7 +220,7 @@ impl Vfs {
                 None => Err(no_entry(key.as_str())),
             }
         })?;
-        self.overrides.lock().remove(&object);
+        self.forget_attributes(&object, false);
         if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
             && let Ok(base) = ObjectKey::parse(base)
         {
@@ -277,10 +278,7 @@ impl Vfs {
             store.copy(&from.1, &to.1).await?;
             store.delete(&from.1).await
         })?;
-        let kept = self.overrides.lock().remove(&from);
-        if let Some(change) = kept {
-            self.remember(&to, &change);
-        }
+        self.move_attributes(&from, &to)?;
         let node = |(bucket, key): ObjectName| Node::Object { bucket, key };
         self.inodes.rename(&node(from), &node(to));
         Ok(())

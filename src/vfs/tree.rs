@@ -62,8 +62,11 @@ impl Vfs {
     pub fn setattr(&self, ino: Ino, change: &AttrChange) -> Result<Attr> {
         match self.inodes.node(ino)? {
             Node::Object { bucket, key } => self.set_object_attr(&(bucket, key), change)?,
-            // A directory in a bucket is only a common prefix: modes and times are taken and not kept.
-            Node::Directory { prefix: Some(_), .. } if change.file_size.is_none() => {}
+            Node::Directory { bucket, prefix: Some(prefix) } if change.file_size.is_none() => {
+                self.remember(&(bucket, prefix), true, change)?;
+            }
+            // A bucket's top belongs to nobody: what rsync -a sets on it is taken and not kept.
+            Node::Directory { prefix: None, .. } if change.file_size.is_none() => {}
             node => return Err(read_only(&node)),
         }
         self.getattr(ino)

@@ -62,9 +62,10 @@ pub fn independent_readers(format: OutputFormat, image: &Path, raw: &Path) {
 }
 
 fn has_python_readers() -> bool {
-    run(command("python3").args(["-c", "import dissect.hypervisor, oslo_utils, zstandard, cryptography"]))
-        .status
-        .success()
+    run(command("python3")
+        .args(["-c", "import dissect.hypervisor, oslo_utils, cryptography, backports.zstd"]))
+    .status
+    .success()
 }
 
 /// Two conversions of one source are the same bytes.
