@@ -153,6 +153,20 @@ impl OutputFormat {
         })
     }
 
+    /// The reader of a file of this format.
+    pub fn image_format(self) -> ImageFormat {
+        match self {
+            Self::Raw => ImageFormat::Raw,
+            Self::Qcow2 | Self::ZlibQcow2 | Self::ZstdQcow2 => ImageFormat::Qcow2,
+            Self::Vhd | Self::FixedVhd => ImageFormat::Vhd,
+            Self::Vmdk | Self::StreamVmdk => ImageFormat::Vmdk,
+            Self::Vhdx => ImageFormat::Vhdx,
+            Self::Vdi => ImageFormat::Vdi,
+            Self::Zvhd => ImageFormat::Zvhd,
+            Self::Zvhd2 => ImageFormat::Zvhd2,
+        }
+    }
+
     /// The format whose name this is.
     pub fn from_suffix(suffix: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|f| f.suffix() == suffix).ok_or_else(|| {

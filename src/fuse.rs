@@ -381,7 +381,7 @@ impl Filesystem for FuseAdapter {
 
     fn create(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         _mode: u32,
@@ -389,7 +389,8 @@ impl Filesystem for FuseAdapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let (name, options) = (name.to_owned(), open_options(flags));
+        let name = name.to_owned();
+        let options = OpenOptions { opener: Some(req.pid()), ..open_options(flags) };
         self.work(Op::Create, move |vfs| {
             match utf8(&name).and_then(|name| vfs.create(ino(parent), name, options)) {
                 Ok((attr, id)) => {

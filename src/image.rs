@@ -17,9 +17,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{AllocationMap, Extent};
-use crate::format::ImageFormat;
+use crate::format::{ImageFormat, OutputFormat};
 use crate::storage::{Generation, Storage};
-use crate::units::VirtualOffset;
+use crate::units::{FileOffset, VirtualOffset};
 
 /// Longest chain of backing files that is followed.
 pub const MAX_CHAIN_DEPTH: usize = 10;
@@ -149,6 +149,56 @@ fn check_depth(storage: &dyn Storage, depth: usize) -> Result<()> {
         return Err(Error::unsupported(what).in_file(storage.name()));
     }
     Ok(())
+}
+
+/// Whether a file that is said to be an image of `format` is cut short or damaged: its beginning is that format's,
+/// and something that it says it has is not there. What cannot be told for other reasons is not called incomplete.
+pub fn check_complete(output: OutputFormat, storage: Arc<dyn Storage>) -> Result<()> {
+    let format = output.image_format();
+    let (at, signature): (u64, &[u8]) = match format {
+        ImageFormat::Raw => return Ok(()),
+        ImageFormat::Qcow2 => (0, b"QFI\xfb"),
+        // A fixed disk has its only footer at the end; a dynamic one has a copy of it at the start.
+        ImageFormat::Vhd if output == OutputFormat::FixedVhd => (0, &[]),
+        ImageFormat::Vhd => (0, &crate::header::vhd::FOOTER_COOKIE),
+        ImageFormat::Vhdx => (0, &crate::header::vhdx::FILE_SIGNATURE),
+        ImageFormat::Vmdk => (0, &crate::header::vmdk::MAGIC),
+        ImageFormat::Vdi => (64, &crate::header::vdi::SIGNATURE_BYTES),
+        ImageFormat::Zvhd => (0, &crate::header::zvhd::ZVHD_COOKIE),
+        ImageFormat::Zvhd2 => (0, &crate::header::zvhd::ZVHD2_COOKIE),
+    };
+    let mut start = vec![0; signature.len()];
+    if storage.file_size() < at + signature.len() as u64 {
+        return Ok(());
+    }
+    storage.read_exact_at(FileOffset(at), &mut start)?;
+    if start != signature {
+        return Ok(());
+    }
+    let incomplete = || {
+        let what = format!("this is a {} that is cut short or damaged", format.name());
+        Error::new(ErrorKind::Incomplete, what).in_file(storage.name())
+    };
+    if format == ImageFormat::Vhd {
+        // The reader makes do with the copy at the start.
+        let mut end = [0; 8];
+        let last = storage.file_size().checked_sub(crate::units::SECTOR);
+        if let Some(last) = last {
+            storage.read_exact_at(FileOffset(last), &mut end)?;
+        }
+        if end != crate::header::vhd::FOOTER_COOKIE {
+            return Err(incomplete());
+        }
+    }
+    let gate: Arc<dyn ReferenceGate> = Arc::new(ClosedGate);
+    let walked = open_image(format, Arc::clone(&storage), &gate, 0).and_then(|image| {
+        let unit = image.virtual_size().div_ceil(1024).max(1);
+        allocation_map(&*image, unit).map(drop)
+    });
+    match walked {
+        Err(error) if error.kind() == ErrorKind::CorruptImage => Err(incomplete().because(error)),
+        _ => Ok(()),
+    }
 }
 
 /// The map of the units of `unit_size` bytes in which `image` has data.

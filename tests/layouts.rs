@@ -9,7 +9,7 @@ use std::sync::Arc;
 use freightfs::convert::{CompressedFile, ConvertedFile, Workspace};
 use freightfs::error::Result;
 use freightfs::extent::{AllocationMap, Extent, ExtentKind};
-use freightfs::format::{ImageFormat, OutputFormat};
+use freightfs::format::OutputFormat;
 use freightfs::image::{DiskImage, ImageDescription, allocation_map};
 use freightfs::layout::{self, AnyLayout, LayoutInput, LayoutOptions};
 use freightfs::storage::{Generation, Storage};
@@ -165,20 +165,6 @@ fn file(
     })
 }
 
-/// The reader of a format's files.
-fn reader(format: OutputFormat) -> ImageFormat {
-    match format {
-        OutputFormat::Raw => ImageFormat::Raw,
-        OutputFormat::Qcow2 | OutputFormat::ZlibQcow2 | OutputFormat::ZstdQcow2 => ImageFormat::Qcow2,
-        OutputFormat::Vhd | OutputFormat::FixedVhd => ImageFormat::Vhd,
-        OutputFormat::Vmdk | OutputFormat::StreamVmdk => ImageFormat::Vmdk,
-        OutputFormat::Vhdx => ImageFormat::Vhdx,
-        OutputFormat::Vdi => ImageFormat::Vdi,
-        OutputFormat::Zvhd => ImageFormat::Zvhd,
-        OutputFormat::Zvhd2 => ImageFormat::Zvhd2,
-    }
-}
-
 /// Bytes of a file that is read as a whole.
 const WHOLE: u64 = 24 << 20;
 
@@ -228,7 +214,7 @@ fn check_parsed(
     size: u64,
 ) -> Result<()> {
     let storage = Arc::new(Computed(file, size, Generation("computed".into())));
-    let image = hostile::open(reader(format), storage)?;
+    let image = hostile::open(format.image_format(), storage)?;
     let rounded = match format {
         OutputFormat::Raw | OutputFormat::Zvhd | OutputFormat::Zvhd2 => disk.virtual_size,
         OutputFormat::Vhdx => disk.virtual_size.next_multiple_of(1 << 20),

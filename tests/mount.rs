@@ -158,8 +158,8 @@ fn other_writers_publish_their_bytes_too() {
     let expected = world.out("expected.vmdk");
     std::fs::copy(&image, &expected).unwrap();
     // A part of an image, ranges out of place, and a mix of ranges and writes: right, whatever way they take.
-    support::sh(&format!("dd if={image} of={b}/part.vmdk bs=1M count=1 status=none"));
-    assert_same(&world.bucket().join("part.vmdk"), &cut(&expected, 0, 1 << 20, &world.out("part")));
+    support::sh(&format!("dd if={image} of={b}/part.bin bs=1M count=1 status=none"));
+    assert_same(&world.bucket().join("part.bin"), &cut(&expected, 0, 1 << 20, &world.out("part")));
     support::sh(&format!(
         "python3 - <<'E'\nimport os\ns=os.open('{image}',os.O_RDONLY); d=os.open('{b}/mixed.vmdk',os.O_WRONLY|os.O_CREAT)\n\
          n=os.copy_file_range(s,d,300000,0,0); assert n==300000,n\n\

@@ -18,6 +18,18 @@ struct Target {
 }
 
 impl Target {
+    /// An object, as the store itself has it.
+    fn object(&self, key: &str) -> Vec<u8> {
+        if self.name == "local" {
+            return std::fs::read(self.world.bucket().join(key)).unwrap();
+        }
+        let endpoint = s3::endpoint().unwrap();
+        let url = format!("{}/{key}", self.arguments[1].strip_prefix("b=").unwrap());
+        let got = self.world.out("got");
+        support::succeed(s3::aws(&endpoint, &["s3", "cp", "--quiet", &url]).arg(&got));
+        std::fs::read(got).unwrap()
+    }
+
     fn mount(&self) -> Mount {
         self.world.mount_exactly(&self.arguments.iter().map(String::as_str).collect::<Vec<_>>())
     }
@@ -56,36 +68,36 @@ enum Kept {
     TimeAndMode,
 }
 
-/// (name, line of shell with S for the source and D for the destination, what must be kept)
+/// (name, line of shell with @S for the source and @D for the destination, what must be kept)
 const COPIES: &[(&str, &str, Kept)] = &[
-    ("cp", "cp S D", Kept::Content),
-    ("cp-a", "cp -a S D", Kept::TimeAndMode),
-    ("cp-p", "cp -p S D", Kept::TimeAndMode),
-    ("cp-sparse-always", "cp --sparse=always S D", Kept::Content),
-    ("cp-sparse-never", "cp --sparse=never S D", Kept::Content),
-    ("install", "install -m 640 S D", Kept::Content),
-    ("cat", "cat S > D", Kept::Content),
-    ("dd-512", "head -c 300000 S > T; dd if=T of=D bs=512 status=none; cp T S2", Kept::Content),
-    ("dd-64k", "dd if=S of=D bs=64K status=none", Kept::Content),
-    ("dd-1m", "dd if=S of=D bs=1M status=none conv=fsync", Kept::Content),
-    ("dd-4m", "dd if=S of=D bs=4M status=none oflag=direct", Kept::Content),
-    ("tee", "tee D < S > /dev/null", Kept::Content),
+    ("cp", "cp @S @D", Kept::Content),
+    ("cp-a", "cp -a @S @D", Kept::TimeAndMode),
+    ("cp-p", "cp -p @S @D", Kept::TimeAndMode),
+    ("cp-sparse-always", "cp --sparse=always @S @D", Kept::Content),
+    ("cp-sparse-never", "cp --sparse=never @S @D", Kept::Content),
+    ("install", "install -m 640 @S @D", Kept::Content),
+    ("cat", "cat @S > @D", Kept::Content),
+    ("dd-512", "head -c 300000 @S > @T; dd if=@T of=@D bs=512 status=none; cp @T @2", Kept::Content),
+    ("dd-64k", "dd if=@S of=@D bs=64K status=none", Kept::Content),
+    ("dd-1m", "dd if=@S of=@D bs=1M status=none conv=fsync", Kept::Content),
+    ("dd-4m", "dd if=@S of=@D bs=4M status=none oflag=direct", Kept::Content),
+    ("tee", "tee @D < @S > /dev/null", Kept::Content),
     (
         "tar",
-        "tar c -C $(dirname S) $(basename S) | tar x -C $(dirname D) --transform s/source.bin/$(basename D)/",
+        "tar c --format=posix -C $(dirname @S) $(basename @S) | tar x -C $(dirname @D) --transform s/source.bin/$(basename @D)/",
         Kept::TimeAndMode,
     ),
-    ("rsync-a", "rsync -a S D", Kept::TimeAndMode),
-    ("rsync-inplace", "rsync -a --inplace S D", Kept::TimeAndMode),
-    ("rsync-sparse", "rsync -a --sparse S D", Kept::TimeAndMode),
-    ("rsync-append", "head -c 5000000 S > D; rsync -a --append-verify S D", Kept::TimeAndMode),
-    ("rsync-partial", "rsync -a --partial S D", Kept::TimeAndMode),
-    ("rsync-delta", "head -c 19000000 S > D; rsync -a --no-whole-file S D", Kept::TimeAndMode),
-    ("shutil", "python3 -c \"import shutil; shutil.copy2('S', 'D')\"", Kept::TimeAndMode),
-    ("mv", "cp -p S D.old; mv D.old D", Kept::TimeAndMode),
-    ("append", "head -c 10000000 S > D; tail -c +10000001 S >> D", Kept::Content),
-    ("overwrite", "echo old > D; cp S D", Kept::Content),
-    ("truncate", "cp S D; truncate -s 25M D; truncate -s $(stat -c %s S) D", Kept::Content),
+    ("rsync-a", "rsync -a @S @D", Kept::TimeAndMode),
+    ("rsync-inplace", "rsync -a --inplace @S @D", Kept::TimeAndMode),
+    ("rsync-sparse", "rsync -a --sparse @S @D", Kept::TimeAndMode),
+    ("rsync-append", "head -c 5000000 @S > @D; rsync -a --append-verify @S @D", Kept::TimeAndMode),
+    ("rsync-partial", "rsync -a --partial @S @D", Kept::TimeAndMode),
+    ("rsync-delta", "head -c 19000000 @S > @D; rsync -a --no-whole-file @S @D", Kept::TimeAndMode),
+    ("shutil", "python3 -c \"import shutil; shutil.copy2('@S', '@D')\"", Kept::TimeAndMode),
+    ("mv", "cp -p @S @D.old; mv @D.old @D", Kept::TimeAndMode),
+    ("append", "head -c 10000000 @S > @D; tail -c +10000001 @S >> @D", Kept::Content),
+    ("overwrite", "echo old > @D; cp @S @D", Kept::Content),
+    ("truncate", "cp @S @D; truncate -s 25M @D; truncate -s $(stat -c %s @S) @D", Kept::Content),
 ];
 
 #[test]
@@ -101,11 +113,10 @@ fn every_program_copies_into_a_bucket() {
             let to = mount.key(&format!("{name}.bin"));
             let small = target.world.out("small");
             let line = line
-                .replace("S2", &small.display().to_string())
-                .replace('S', &source.display().to_string())
-                .replace('D', &to.display().to_string())
-                .replace("T;", &format!("{};", target.world.out("part").display()))
-                .replace("T ", &format!("{} ", target.world.out("part").display()));
+                .replace("@2", &small.display().to_string())
+                .replace("@S", &source.display().to_string())
+                .replace("@D", &to.display().to_string())
+                .replace("@T", &target.world.out("part").display().to_string());
             let output = run(command("bash").args(["-euo", "pipefail", "-c", &line]));
             let expected = if line.contains(&small.display().to_string()) { &small } else { &source };
             if let Err(why) = check(&output, expected, &to, *kept) {
@@ -184,7 +195,8 @@ fn a_second_rsync_transfers_nothing_and_the_way_out_is_the_same() {
         std::fs::remove_file(tree.join("sub/b")).unwrap();
         sh(&format!("rsync -a --delete {exclude} {}/ {}/", tree.display(), to.display()));
         assert!(!to.join("sub/b").exists() && to.join("a").exists());
-        let leftovers = sh(&format!("find {} -name '.*.??????*'", to.display()));
+        let leftovers =
+            sh(&format!("find {} -name '.*.??????' ! -name '*.status' ! -name '*.sha256'", to.display()));
         assert_eq!(leftovers, "", "{}: files under rsync's temporary names", target.name);
         assert_same(&to.join("a"), &tree.join("a"));
         mount.unmount();
@@ -247,9 +259,9 @@ fn extended_attributes_are_kept_with_the_object() {
             return support::skip("extended attributes: the filesystem of temporary files has none");
         }
         let mount = target.mount();
-        for line in ["rsync -aX S D", "cp -a S D", "cp S D; setfattr -n user.owner -v me D"] {
+        for line in ["rsync -aX @S @D", "cp -a @S @D", "cp @S @D; setfattr -n user.owner -v me @D"] {
             let to = mount.key("x.bin");
-            sh(&line.replace('S', &source.display().to_string()).replace('D', &to.display().to_string()));
+            sh(&line.replace("@S", &source.display().to_string()).replace("@D", &to.display().to_string()));
             assert_eq!(
                 sh(&format!("getfattr -n user.owner --only-values {}", to.display())),
                 "me",
@@ -269,6 +281,85 @@ fn extended_attributes_are_kept_with_the_object() {
             "{}",
             target.name
         );
+        mount.unmount();
+    }
+}
+
+/// Runs a program for a while, sends it a signal, and waits for its end.
+fn interrupted(line: &str, seconds: f64, signal: &str) -> std::process::ExitStatus {
+    let kill = format!("{line} & pid=$!; sleep {seconds}; kill -{signal} $pid 2>/dev/null; wait $pid");
+    run(command("bash").args(["-c", &kill])).status
+}
+
+#[test]
+fn an_interrupted_rsync_publishes_nothing_and_goes_on() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("partial") {
+        let source = source(&target.world);
+        let mount = target.mount();
+        std::fs::write(mount.key("x.bin"), "old").unwrap();
+        let to = mount.key("x.bin");
+        let rsync = format!("rsync -a --partial --bwlimit=4000 {} {}", source.display(), to.display());
+        for signal in ["INT", "KILL"] {
+            assert!(!interrupted(&rsync, 1.0, signal).success());
+            // rsync may still be renaming after the one that was killed.
+            std::thread::sleep(std::time::Duration::from_secs(1));
+            assert_eq!(target.object("x.bin"), b"old", "{} {signal}", target.name);
+        }
+        assert!(to.metadata().unwrap().len() < 20 << 20, "the partial file is there to go on with");
+        sh(&format!("rsync -a --partial --no-whole-file {} {}", source.display(), to.display()));
+        assert_same(&source, &to);
+        same_attributes(&source, &to, Kept::TimeAndMode).unwrap();
+        mount.unmount();
+    }
+}
+
+#[test]
+fn a_killed_writer_publishes_nothing_and_the_status_says_so() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("killed") {
+        let raw = target.world.catalog().join("disk.raw");
+        let file = std::fs::File::create(&raw).unwrap();
+        file.set_len(40 << 20).unwrap();
+        file.write_all_at(&Random(5).bytes(30 << 20), 1 << 20).unwrap();
+        let mount = target.mount();
+        for suffix in
+            ["qcow2", "vhd", "fixed.vhd", "vmdk", "vhdx", "vdi", "zlib.qcow2", "stream.vmdk", "zvhd", "zvhd2"]
+        {
+            let whole = target.world.out(&format!("disk.{suffix}"));
+            sh(&format!(
+                "cp {} {}",
+                mount.path(&format!("images/disk/disk.{suffix}")).display(),
+                whole.display()
+            ));
+            let key = format!("k.{suffix}");
+            let to = mount.key(&key);
+            // The first part comes, and then the writer is killed.
+            let line = format!("{{ head -c 20000000 {}; sleep 100; }} > {}", whole.display(), to.display());
+            let killed = run(command("timeout").args(["-s", "KILL", "0.7", "bash", "-c", &line]));
+            assert!(!killed.status.success());
+            sh("sleep 0.3; pkill -f '^sleep 100$' || true");
+            let status = mount.wait(&key);
+            assert_eq!(
+                (&status["status"], &status["error"]["code"]),
+                (&"FAIL".into(), &"incomplete".into()),
+                "{} {suffix}: {status}",
+                target.name
+            );
+            assert!(!to.exists(), "{suffix}");
+            sh(&format!("cat {} > {}", whole.display(), to.display()));
+            assert_same(&whole, &to);
+            assert_eq!(mount.status(&key)["status"], "SUCCESS");
+        }
+        // Two programs that write one file one after the other are no half a writer.
+        let whole = target.world.out("disk.vdi");
+        let to = mount.key("two.vdi");
+        sh(&format!("{{ head -c 9000000 {0}; tail -c +9000001 {0}; }} > {1}", whole.display(), to.display()));
+        assert_same(&whole, &to);
         mount.unmount();
     }
 }

@@ -8,6 +8,9 @@ pub const TEXT: &[u8] = b"<<< Oracle VM VirtualBox Disk Image >>>\n";
 /// The signature behind the text.
 pub const SIGNATURE: u32 = 0xbeda_107f;
 
+/// The signature as it is on disk.
+pub const SIGNATURE_BYTES: [u8; 4] = SIGNATURE.to_le_bytes();
+
 /// Version 1.1.
 pub const VERSION: u32 = 0x0001_0001;
 

@@ -248,6 +248,12 @@ impl Vfs {
         self.change_attributes(from, false, |source| *source = FileAttributes::default())
     }
 
+    /// Whether a file bears the time by which rsync marks what it keeps of an interrupted transfer.
+    pub(super) fn is_marked_partial(&self, object: &ObjectName) -> Result<bool> {
+        let set = self.file_attributes(object, false)?;
+        Ok(set.and_then(|set| set.modified).is_some_and(|modified| modified.as_second() == 0))
+    }
+
     /// The value of an extended attribute that a user set.
     pub(super) fn user_xattr(
         &self,

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use tracing::{debug, warn};
@@ -19,8 +19,13 @@ use crate::bucket::ObjectFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Job, JobRequest, JobSource, StatusImage, staged_file};
 use crate::format::OutputFormat;
+use crate::image;
+use crate::storage::FileStorage;
 use crate::units::FileOffset;
 use crate::vfile::VirtualFile;
+
+/// How long a new writer waits for the job of the one before.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Bytes moved at once when ranges are staged.
 const COPY_BUFFER: usize = 1 << 20;
@@ -43,6 +48,8 @@ pub(super) struct Draft {
     state: Mutex<State>,
     view: Mutex<View>,
     handles: AtomicUsize,
+    /// A file under a temporary name, which is published when it gets its own.
+    parked: AtomicBool,
 }
 
 /// What others see of a draft.
@@ -92,7 +99,62 @@ impl Draft {
         let modified = SystemTime::now();
         let state = State { content, dirty, refused: None, modified, discarded: false };
         let view = Mutex::new(state.view());
-        Self { object, state: Mutex::new(state), view, handles: AtomicUsize::new(0) }
+        let (handles, parked) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { object, state: Mutex::new(state), view, handles, parked }
+    }
+
+    /// From now on closing does not publish it; renaming does.
+    pub(super) fn park(&self) {
+        self.parked.store(true, Ordering::SeqCst);
+    }
+
+    /// Closing publishes it again.
+    fn unpark(&self) {
+        self.parked.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether the draft waits for its own name.
+    pub(super) fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::SeqCst)
+    }
+
+    /// The same bytes under another name. This draft is discarded.
+    pub(super) fn renamed(&self, object: ObjectName) -> Self {
+        let mut state = self.state.lock();
+        let content = std::mem::replace(&mut state.content, Content::Empty);
+        (state.discarded, state.dirty) = (true, false);
+        let (refused, modified) = (state.refused.take(), state.modified);
+        let moved = State { content, dirty: true, refused, modified, discarded: false };
+        let view = Mutex::new(moved.view());
+        let (handles, parked) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { object, state: Mutex::new(moved), view, handles, parked }
+    }
+
+    /// Publishes what there is, an empty file too, and waits for the job.
+    pub(super) fn publish_now(&self, vfs: &Vfs) -> Result<()> {
+        let job = self.change(|state| {
+            state.check()?;
+            self.check_complete(state)?;
+            self.publish(vfs, state).map(|_| match &state.content {
+                Content::Published { job, .. } => job.clone(),
+                _ => None,
+            })
+        })?;
+        job.map_or(Ok(()), |job| job.wait(vfs.settings.wait_limit).map(drop))
+    }
+
+    /// Whether staged bytes are all that the format that their name tells says there is. A writer that was killed
+    /// looks as if it had ended.
+    fn check_complete(&self, state: &State) -> Result<()> {
+        let Content::Staged(staged) = &state.content else { return Ok(()) };
+        match OutputFormat::split_file_name(self.object.1.file_name()) {
+            Some((_, format)) => {
+                let storage = Arc::new(FileStorage::open(&staged.path)?);
+                let checked = image::check_complete(format, storage);
+                checked.map_err(|e| e.in_file(self.object.1.as_str()))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Changes the state, and then what others see of it.
@@ -246,7 +308,12 @@ impl Draft {
     pub(super) fn flush(&self, vfs: &Vfs) -> Result<()> {
         let job = self.change(|state| {
             state.check()?;
-            if !state.dirty || matches!(state.content, Content::Empty) {
+            if !state.dirty || matches!(state.content, Content::Empty) || self.is_parked() {
+                return Ok(None);
+            }
+            // More may come through the same open file: what is missing is missing at the last close.
+            if let Err(error) = self.check_complete(state) {
+                debug!("not published yet: {}", error.report());
                 return Ok(None);
             }
             self.publish(vfs, state).or_else(|error| state.refuse(error))
@@ -275,13 +342,24 @@ impl Draft {
         if self.handles.fetch_sub(1, Ordering::SeqCst) > 1 {
             return false;
         }
+        if self.is_parked() {
+            return false;
+        }
         let published = self.change(|state| {
             state.check()?;
-            if state.dirty && !state.discarded { self.publish(vfs, state).map(drop) } else { Ok(()) }
+            if state.dirty && !state.discarded {
+                self.check_complete(state)?;
+                self.publish(vfs, state).map(drop)
+            } else {
+                Ok(())
+            }
         });
-        if let Err(error) = published {
+        match published {
+            // Who wrote it was killed, and nobody is told but by the status.
+            Err(error) if error.kind() == ErrorKind::Incomplete => vfs.record_incomplete(self, &error),
             // After a flush that failed this is no news; without one, nobody else is told.
-            debug!(key = %self.object.1, "not published at the last close: {}", error.report());
+            Err(error) => debug!(key = %self.object.1, "not published at the last close: {}", error.report()),
+            Ok(()) => {}
         }
         true
     }
@@ -530,6 +608,7 @@ impl Ranges {
 impl Vfs {
     /// The draft of a key for one more writer: the one there is, or a new one over what the bucket has.
     pub(super) fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
+        self.settle(object);
         if let Some(job) = self.jobs.active(&object.0, &object.1) {
             let what = format!("job {} is making this object", job.id());
             return Err(Error::new(ErrorKind::Busy, what).in_file(object.1.as_str()));
@@ -549,6 +628,8 @@ impl Vfs {
         let mut drafts = self.drafts.lock();
         let draft =
             drafts.entry(object.clone()).or_insert_with(|| Arc::new(Draft::new(object.clone(), published)));
+        // Somebody else writes what rsync left of a transfer: it is an ordinary file from now on.
+        draft.unpark();
         draft.open_handle();
         Ok(Arc::clone(draft))
     }
@@ -560,6 +641,27 @@ impl Vfs {
             if drafts.get(draft.object()).is_some_and(|known| Arc::ptr_eq(known, draft)) {
                 drafts.remove(draft.object());
             }
+        }
+    }
+
+    /// Leaves a FAIL status beside a key whose writer ended before its end.
+    fn record_incomplete(&self, draft: &Draft, error: &Error) {
+        let (bucket, key) = draft.object().clone();
+        let source = JobSource::Staged(std::path::PathBuf::new());
+        let request = JobRequest { bucket, key, source, client_token: None };
+        if let Err(error) = self.jobs.record_refusal(request, error) {
+            warn!("an incomplete file could not be recorded: {}", error.report());
+        }
+    }
+
+    /// Waits for a job that publishes bytes that were written: the store has them all already, or soon. Jobs of
+    /// images take longer, and are not waited for.
+    pub(super) fn settle(&self, object: &ObjectName) {
+        if let Some(job) = self.jobs.active(&object.0, &object.1)
+            && matches!(job.request().source, JobSource::Staged(_))
+        {
+            // How it ends is for those who asked for it.
+            let _ = job.wait(SETTLE_LIMIT);
         }
     }
 

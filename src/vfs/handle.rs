@@ -130,8 +130,7 @@ impl Vfs {
 
     /// Whether a process is known to read on to the end of a file, whatever size it has.
     fn reads_to_end(&self, opener: Option<u32>) -> bool {
-        let name = opener.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
-        name.is_some_and(|name| self.settings.read_to_end.iter().any(|known| known == name.trim_end()))
+        program(opener).is_some_and(|name| self.settings.read_to_end.contains(&name))
     }
 
     /// Creates an object's file and opens it for writing.
@@ -149,6 +148,10 @@ impl Vfs {
             Err(error) => return Err(error),
         }
         let draft = self.open_draft(&object, options.truncate)?;
+        let temporary = options.exclusive && is_rsync_temporary(name);
+        if temporary && program(options.opener).as_deref() == Some("rsync") {
+            draft.park();
+        }
         if options.truncate {
             draft.truncate(self, 0)?;
         }
@@ -366,6 +369,21 @@ impl Vfs {
         let missing = || Error::new(ErrorKind::Internal, format!("handle {} is not open", id.0));
         self.handles.read().get(&id).cloned().ok_or_else(missing)
     }
+}
+
+/// The name of a process's program, as the kernel has it.
+fn program(pid: Option<u32>) -> Option<String> {
+    let name = std::fs::read_to_string(format!("/proc/{}/comm", pid?)).ok()?;
+    Some(name.trim_end().to_owned())
+}
+
+/// Whether a name is `.NAME.XXXXXX`, under which rsync writes before it renames (rsync(1), `--temp-dir`). It makes
+/// such files exclusively, as mkstemp(3) does.
+fn is_rsync_temporary(name: &str) -> bool {
+    let parts = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('.'));
+    parts.is_some_and(|(name, random)| {
+        !name.is_empty() && random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric())
+    })
 }
 
 fn read_document(bytes: &[u8], at: FileOffset, buf: &mut [u8]) -> usize {

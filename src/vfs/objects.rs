@@ -233,6 +233,39 @@ impl Vfs {
         Ok(())
     }
 
+    /// A file under a temporary name gets its own, and is published: the upload is one for that name, and done when
+    /// this returns. A file with modification time 0 is what rsync keeps of a transfer that was interrupted
+    /// (`--partial`): it gets its name and waits for the rest.
+    fn rename_parked(&self, draft: &Arc<Draft>, from: &ObjectName, to: &ObjectName) -> Result<()> {
+        self.settle(to);
+        if let Some(job) = self.jobs.active(&to.0, &to.1) {
+            let what = format!("job {} is making this object", job.id());
+            return Err(Error::new(ErrorKind::Busy, what).in_file(to.1.as_str()));
+        }
+        self.move_attributes(from, to)?;
+        let renamed = Arc::new(draft.renamed(to.clone()));
+        let partial = self.is_marked_partial(to)?;
+        if partial {
+            renamed.park();
+        }
+        let replaced = {
+            let mut drafts = self.drafts.lock();
+            drafts.remove(from);
+            drafts.insert(to.clone(), Arc::clone(&renamed))
+        };
+        if let Some(replaced) = replaced {
+            replaced.discard();
+        }
+        let node = |(bucket, key): ObjectName| Node::Object { bucket, key };
+        self.inodes.rename(&node(from.clone()), &node(to.clone()));
+        if partial {
+            return Ok(());
+        }
+        let published = renamed.publish_now(self);
+        self.drafts.lock().remove(to);
+        published
+    }
+
     /// Renames an object: a copy within the store, then a delete.
     pub fn rename(
         &self,
@@ -250,7 +283,11 @@ impl Vfs {
         if from.0 != to.0 {
             return Err(Error::new(ErrorKind::CrossDevice, "a rename from one bucket to another is a copy"));
         }
+        if let Some(draft) = self.draft(&from).filter(|draft| draft.is_parked()) {
+            return self.rename_parked(&draft, &from, &to);
+        }
         for object in [&from, &to] {
+            self.settle(object);
             if self.jobs.active(&object.0, &object.1).is_some() || self.draft(object).is_some() {
                 return Err(
                     Error::new(ErrorKind::Busy, "the object is being made").in_file(object.1.as_str())
