@@ -32,7 +32,9 @@ impl VirtualFile for StagedFile {
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
         let length = readable(self.file_size(), at, buf.len());
-        self.storage.read_exact_at(at, &mut buf[..length])?;
+        if length > 0 {
+            self.storage.read_exact_at(at, &mut buf[..length])?;
+        }
         self.storage.verify_unchanged()?;
         Ok(length)
     }

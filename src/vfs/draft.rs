@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use tracing::{debug, warn};
@@ -23,6 +23,9 @@ use crate::image;
 use crate::storage::FileStorage;
 use crate::units::FileOffset;
 use crate::vfile::VirtualFile;
+
+/// How often a job may begin just after the one before was waited for.
+const SETTLE_ATTEMPTS: usize = 5;
 
 /// How long a new writer waits for the job of the one before.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
@@ -44,7 +47,7 @@ pub(super) struct RangeSource {
 ///
 /// What look-ups and listings need is kept beside the state, because the state is locked while bytes are staged.
 pub(super) struct Draft {
-    object: ObjectName,
+    object: Mutex<ObjectName>,
     state: Mutex<State>,
     view: Mutex<View>,
     handles: AtomicUsize,
@@ -56,7 +59,10 @@ pub(super) struct Draft {
 #[derive(Clone, Copy)]
 struct View {
     file_size: u64,
+    /// Whether what is there has been handed to a job.
     published: bool,
+    /// Whether the last close has something to publish.
+    unpublished: bool,
     modified: SystemTime,
 }
 
@@ -100,7 +106,7 @@ impl Draft {
         let state = State { content, dirty, refused: None, modified, discarded: false };
         let view = Mutex::new(state.view());
         let (handles, parked) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { object, state: Mutex::new(state), view, handles, parked }
+        Self { object: Mutex::new(object), state: Mutex::new(state), view, handles, parked }
     }
 
     /// From now on closing does not publish it; renaming does.
@@ -109,7 +115,7 @@ impl Draft {
     }
 
     /// Closing publishes it again.
-    fn unpark(&self) {
+    pub(super) fn unpark(&self) {
         self.parked.store(false, Ordering::SeqCst);
     }
 
@@ -118,16 +124,20 @@ impl Draft {
         self.parked.load(Ordering::SeqCst)
     }
 
-    /// The same bytes under another name. This draft is discarded.
-    pub(super) fn renamed(&self, object: ObjectName) -> Self {
-        let mut state = self.state.lock();
-        let content = std::mem::replace(&mut state.content, Content::Empty);
-        (state.discarded, state.dirty) = (true, false);
-        let (refused, modified) = (state.refused.take(), state.modified);
-        let moved = State { content, dirty: true, refused, modified, discarded: false };
-        let view = Mutex::new(moved.view());
-        let (handles, parked) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { object, state: Mutex::new(moved), view, handles, parked }
+    /// From now on it is published as `object`. Whoever has it open goes on with it. Fails when it was published
+    /// meanwhile.
+    pub(super) fn rename(&self, object: &ObjectName) -> bool {
+        let state = self.state.lock();
+        let unpublished = !matches!(state.content, Content::Published { .. });
+        if unpublished {
+            *self.object.lock() = object.clone();
+        }
+        unpublished
+    }
+
+    /// Whether nobody has it open.
+    pub(super) fn is_closed(&self) -> bool {
+        self.handles.load(Ordering::SeqCst) == 0
     }
 
     /// Publishes what there is, an empty file too, and waits for the job.
@@ -147,11 +157,11 @@ impl Draft {
     /// looks as if it had ended.
     fn check_complete(&self, state: &State) -> Result<()> {
         let Content::Staged(staged) = &state.content else { return Ok(()) };
-        match OutputFormat::split_file_name(self.object.1.file_name()) {
+        match OutputFormat::split_file_name(self.object().1.file_name()) {
             Some((_, format)) => {
                 let storage = Arc::new(FileStorage::open(&staged.path)?);
                 let checked = image::check_complete(format, storage);
-                checked.map_err(|e| e.in_file(self.object.1.as_str()))
+                checked.map_err(|e| e.in_file(self.object().1.as_str()))
             }
             None => Ok(()),
         }
@@ -165,8 +175,9 @@ impl Draft {
         result
     }
 
-    pub(super) fn object(&self) -> &ObjectName {
-        &self.object
+    /// What it is published as.
+    pub(super) fn object(&self) -> ObjectName {
+        self.object.lock().clone()
     }
 
     pub(super) fn open_handle(&self) {
@@ -205,7 +216,7 @@ impl Draft {
 
     /// Writes bytes from anywhere.
     pub(super) fn write(&self, vfs: &Vfs, at: FileOffset, bytes: &[u8]) -> Result<()> {
-        vfs.written_after(&self.object);
+        vfs.written_after(&self.object());
         self.change(|state| {
             state.check()?;
             let result = self.staged(vfs, state).and_then(|staged| staged.write(at, bytes));
@@ -222,7 +233,7 @@ impl Draft {
         at: FileOffset,
         length: u64,
     ) -> Result<u64> {
-        vfs.written_after(&self.object);
+        vfs.written_after(&self.object());
         self.change(|state| {
             state.check()?;
             let length = length.min(source.whole_size().saturating_sub(from.bytes()));
@@ -254,7 +265,7 @@ impl Draft {
 
     /// The destination's name never converts: a suffix of another format is refused.
     fn check_name(&self, format: OutputFormat) -> Result<()> {
-        let key = &self.object.1;
+        let key = self.object().1;
         match OutputFormat::split_file_name(key.file_name()) {
             Some((_, named)) if named != format => Err(Error::new(
                 ErrorKind::Malformed,
@@ -271,7 +282,7 @@ impl Draft {
 
     /// Cuts or extends the file. A cut to nothing also clears a refusal.
     pub(super) fn truncate(&self, vfs: &Vfs, size: u64) -> Result<()> {
-        vfs.written_after(&self.object);
+        vfs.written_after(&self.object());
         self.change(|state| {
             if size == 0 {
                 state.content = Content::Empty;
@@ -335,33 +346,26 @@ impl Draft {
         job.map_or(Ok(()), |job| job.wait(vfs.settings.wait_limit).map(drop))
     }
 
-    /// The last handle is closed: an empty file that nobody refused becomes an empty object.
-    ///
-    /// Returns whether this was the last handle.
-    pub(super) fn close_handle(&self, vfs: &Vfs) -> bool {
-        if self.handles.fetch_sub(1, Ordering::SeqCst) > 1 {
-            return false;
-        }
-        if self.is_parked() {
-            return false;
-        }
+    /// What the last close publishes: an empty file that nobody refused becomes an empty object, and what a flush
+    /// left alone because more could come is published now, or refused. Afterwards there is nothing to publish.
+    fn publish_last(&self, vfs: &Vfs) {
         let published = self.change(|state| {
             state.check()?;
-            if state.dirty && !state.discarded {
-                self.check_complete(state)?;
-                self.publish(vfs, state).map(drop)
-            } else {
-                Ok(())
+            if !state.dirty || state.discarded {
+                return Ok(());
             }
+            let published = self.check_complete(state).and_then(|()| self.publish(vfs, state));
+            published.map(drop).or_else(|error| state.refuse(error))
         });
         match published {
             // Who wrote it was killed, and nobody is told but by the status.
             Err(error) if error.kind() == ErrorKind::Incomplete => vfs.record_incomplete(self, &error),
             // After a flush that failed this is no news; without one, nobody else is told.
-            Err(error) => debug!(key = %self.object.1, "not published at the last close: {}", error.report()),
+            Err(error) => {
+                debug!(key = %self.object().1, "not published at the last close: {}", error.report())
+            }
             Ok(()) => {}
         }
-        true
     }
 
     /// Starts the job for the content. Returns it when it is to be waited for: that of plain bytes, so that
@@ -380,15 +384,24 @@ impl Draft {
             }
         };
         let file_size = job.file().map_or_else(|| job.status().size.unwrap_or(0), |file| file.file_size());
-        vfs.republished(&self.object);
+        vfs.republished(&self.object());
         state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
         state.dirty = false;
         Ok(wait.then_some(job))
     }
 
     fn submit(&self, vfs: &Vfs, source: JobSource, file: Arc<dyn VirtualFile>) -> Result<Arc<Job>> {
-        let (bucket, key) = self.object.clone();
-        vfs.jobs.submit(JobRequest { bucket, key, source, client_token: None }, file)
+        let (bucket, key) = self.object();
+        let request = JobRequest { bucket, key, source, client_token: None };
+        // The last close of an earlier handle may be publishing at this moment: that comes first.
+        vfs.settle(&self.object());
+        match vfs.jobs.submit(request.clone(), Arc::clone(&file)) {
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                vfs.settle(&self.object());
+                vfs.jobs.submit(request, file)
+            }
+            submitted => submitted,
+        }
     }
 
     /// Hands the staged file over to a job, which removes it at its end.
@@ -446,10 +459,10 @@ impl Draft {
         if let Some(job) = job {
             job.wait(vfs.settings.wait_limit)?;
         }
-        let bucket = vfs.bucket(&self.object.0)?;
-        let meta = vfs.runtime.block_on(bucket.head(&self.object.1))?;
-        let gone =
-            || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(&self.object.1));
+        let (bucket, key) = self.object();
+        let bucket = vfs.bucket(&bucket)?;
+        let meta = vfs.runtime.block_on(bucket.head(&key))?;
+        let gone = || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(&key));
         Ok(Arc::new(ObjectFile::new(bucket.clone(), meta.ok_or_else(gone)?, vfs.runtime.clone())))
     }
 }
@@ -469,7 +482,8 @@ impl State {
             Content::Staged(staged) => staged.file_size,
         };
         let published = matches!(self.content, Content::Published { .. });
-        View { file_size, published, modified: self.modified }
+        let unpublished = self.dirty && !self.discarded && self.refused.is_none();
+        View { file_size, published, unpublished, modified: self.modified }
     }
 
     fn check(&self) -> Result<()> {
@@ -608,11 +622,7 @@ impl Ranges {
 impl Vfs {
     /// The draft of a key for one more writer: the one there is, or a new one over what the bucket has.
     pub(super) fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
-        self.settle(object);
-        if let Some(job) = self.jobs.active(&object.0, &object.1) {
-            let what = format!("job {} is making this object", job.id());
-            return Err(Error::new(ErrorKind::Busy, what).in_file(object.1.as_str()));
-        }
+        self.check_settled(object)?;
         if self.status_job(&object.0, &object.1).is_some() {
             return Err(Error::new(ErrorKind::Busy, "the job is running and writes this file")
                 .in_file(object.1.as_str()));
@@ -634,19 +644,37 @@ impl Vfs {
         Ok(Arc::clone(draft))
     }
 
-    /// One writer fewer; the last one takes the draft away.
+    /// The draft of a key that has bytes which are not published, for one more reader.
+    pub(super) fn open_draft_to_read(&self, object: &ObjectName) -> Option<Arc<Draft>> {
+        let drafts = self.drafts.lock();
+        let draft = drafts.get(object).filter(|draft| !draft.is_published())?;
+        draft.open_handle();
+        Some(Arc::clone(draft))
+    }
+
+    /// One handle fewer. The last one publishes and takes the draft away; who opens the key meanwhile shares it.
     pub(super) fn close_draft(&self, draft: &Arc<Draft>) {
-        if draft.close_handle(self) {
-            let mut drafts = self.drafts.lock();
-            if drafts.get(draft.object()).is_some_and(|known| Arc::ptr_eq(known, draft)) {
-                drafts.remove(draft.object());
+        loop {
+            {
+                // Handles are counted under this lock, so that nobody opens a draft that is being taken away.
+                let mut drafts = self.drafts.lock();
+                let is_last = draft.handles.load(Ordering::SeqCst) == 1;
+                if !is_last || draft.is_parked() || !draft.view.lock().unpublished {
+                    draft.handles.fetch_sub(1, Ordering::SeqCst);
+                    let known = drafts.get(&draft.object()).is_some_and(|known| Arc::ptr_eq(known, draft));
+                    if is_last && known && !draft.is_parked() {
+                        drafts.remove(&draft.object());
+                    }
+                    return;
+                }
             }
+            draft.publish_last(self);
         }
     }
 
     /// Leaves a FAIL status beside a key whose writer ended before its end.
     fn record_incomplete(&self, draft: &Draft, error: &Error) {
-        let (bucket, key) = draft.object().clone();
+        let (bucket, key) = draft.object();
         let source = JobSource::Staged(std::path::PathBuf::new());
         let request = JobRequest { bucket, key, source, client_token: None };
         if let Err(error) = self.jobs.record_refusal(request, error) {
@@ -657,17 +685,34 @@ impl Vfs {
     /// Waits for a job that publishes bytes that were written: the store has them all already, or soon. Jobs of
     /// images take longer, and are not waited for.
     pub(super) fn settle(&self, object: &ObjectName) {
-        if let Some(job) = self.jobs.active(&object.0, &object.1)
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        // Another one may follow: that of a handle whose last close came late.
+        while let Some(job) = self.jobs.active(&object.0, &object.1)
             && matches!(job.request().source, JobSource::Staged(_))
+            && Instant::now() < deadline
         {
             // How it ends is for those who asked for it.
-            let _ = job.wait(SETTLE_LIMIT);
+            let _ = job.wait(deadline.saturating_duration_since(Instant::now()));
         }
+    }
+
+    /// Refuses to touch what a job is making; one that publishes what a program wrote is waited for.
+    pub(super) fn check_settled(&self, object: &ObjectName) -> Result<()> {
+        for _ in 0..SETTLE_ATTEMPTS {
+            self.settle(object);
+            match self.jobs.active(&object.0, &object.1) {
+                None => return Ok(()),
+                Some(job) if matches!(job.request().source, JobSource::Image(_)) => break,
+                Some(_) => {}
+            }
+        }
+        let busy = Error::new(ErrorKind::Busy, "a job is making this object");
+        Err(busy.in_file(object.1.as_str()))
     }
 
     /// Leaves a FAIL status beside a key whose copy was refused, so that the reason can be read later.
     pub(super) fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
-        let (bucket, key) = draft.object().clone();
+        let (bucket, key) = draft.object();
         let request = JobRequest { bucket, key, source: JobSource::Image(image.clone()), client_token: None };
         if let Err(error) = self.jobs.record_refusal(request, error) {
             warn!("a refusal could not be recorded: {}", error.report());

@@ -112,8 +112,7 @@ impl Vfs {
         if let Some(job) = self.status_job(&object.0, &object.1) {
             return Ok(Handle::Document(job.status().to_json()));
         }
-        if let Some(draft) = self.draft(object) {
-            draft.open_handle();
+        if let Some(draft) = self.open_draft_to_read(object) {
             return Ok(Handle::DraftReader(draft));
         }
         if let Some(file) = self.jobs.active(&object.0, &object.1).and_then(|job| job.file()) {

@@ -150,10 +150,9 @@ impl InodeTable {
         }
     }
 
-    /// The kernel keeps its number when a file is renamed: the number now stands for another node.
+    /// The kernel keeps its number when a file is renamed: the numbers that stood for a node stand for another now.
     pub(super) fn rename(&self, from: &Node, to: &Node) {
-        let ino = self.number(from);
-        if let Some(entry) = self.known.write().get_mut(&ino) {
+        for entry in self.known.write().values_mut().filter(|entry| entry.node == *from) {
             entry.node = to.clone();
         }
     }
@@ -177,6 +176,18 @@ mod tests {
         assert!(a.node(ino).is_err());
         a.forget(ROOT_INO, 100);
         assert_eq!(a.node(ROOT_INO).unwrap(), Node::Root);
+    }
+
+    #[test]
+    fn a_number_follows_its_file_through_renames() {
+        let table = InodeTable::new();
+        let node = |id: &str| Node::Image { id: id.into() };
+        let ino = table.number(&node("a"));
+        table.remember(ino, node("a"));
+        table.rename(&node("a"), &node("b"));
+        table.rename(&node("b"), &node("c"));
+        assert_eq!(table.node(ino).unwrap(), node("c"));
+        assert_ne!(table.number(&node("a")), ino, "a new file under the old name is another file");
     }
 
     #[test]

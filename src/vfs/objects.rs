@@ -205,12 +205,16 @@ impl Vfs {
         if let Some(draft) = &draft {
             draft.discard();
         }
+        // What a program wrote is a file like any other; an export is cancelled.
+        self.settle(&object);
         if let Some(job) = self.jobs.active(bucket, key) {
             job.cancel();
-            return match job.wait(CANCEL_LIMIT) {
-                Err(e) if e.kind() == ErrorKind::TimedOut => Err(e),
-                _ => Ok(()),
-            };
+            match job.wait(CANCEL_LIMIT) {
+                // It was being put in place already.
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::TimedOut => return Err(e),
+                Err(_) => return Ok(()),
+            }
         }
         let store = self.bucket(bucket)?;
         self.runtime.block_on(async {
@@ -233,37 +237,49 @@ impl Vfs {
         Ok(())
     }
 
-    /// A file under a temporary name gets its own, and is published: the upload is one for that name, and done when
-    /// this returns. A file with modification time 0 is what rsync keeps of a transfer that was interrupted
-    /// (`--partial`): it gets its name and waits for the rest.
-    fn rename_parked(&self, draft: &Arc<Draft>, from: &ObjectName, to: &ObjectName) -> Result<()> {
-        self.settle(to);
-        if let Some(job) = self.jobs.active(&to.0, &to.1) {
-            let what = format!("job {} is making this object", job.id());
-            return Err(Error::new(ErrorKind::Busy, what).in_file(to.1.as_str()));
-        }
-        self.move_attributes(from, to)?;
-        let renamed = Arc::new(draft.renamed(to.clone()));
-        let partial = self.is_marked_partial(to)?;
-        if partial {
-            renamed.park();
-        }
-        let replaced = {
-            let mut drafts = self.drafts.lock();
-            drafts.remove(from);
-            drafts.insert(to.clone(), Arc::clone(&renamed))
-        };
+    /// What is being written under a name that a rename takes over is published no more.
+    fn make_way(&self, to: &ObjectName) -> Result<()> {
+        self.check_settled(to)?;
+        let replaced = self.drafts.lock().remove(to);
         if let Some(replaced) = replaced {
             replaced.discard();
+            // Its last close may have been publishing it.
+            self.check_settled(to)?;
         }
-        let node = |(bucket, key): ObjectName| Node::Object { bucket, key };
-        self.inodes.rename(&node(from.clone()), &node(to.clone()));
-        if partial {
-            return Ok(());
+        Ok(())
+    }
+
+    /// Renames what is being written. A file under rsync's temporary name gets its own and is published: the upload
+    /// is one for that name, and done when this returns. With the modification time 0 it is what rsync keeps of a
+    /// transfer that was interrupted (`--partial`): it gets its name and waits for the rest.
+    fn rename_draft(&self, draft: &Arc<Draft>, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        self.make_way(to)?;
+        {
+            let mut drafts = self.drafts.lock();
+            if !draft.rename(to) {
+                return Ok(false);
+            }
+            drafts.remove(from);
+            drafts.insert(to.clone(), Arc::clone(draft));
         }
-        let published = renamed.publish_now(self);
-        self.drafts.lock().remove(to);
-        published
+        self.move_attributes(from, to)?;
+        let node = |(bucket, key): &ObjectName| Node::Object { bucket: bucket.clone(), key: key.clone() };
+        self.inodes.rename(&node(from), &node(to));
+        if !draft.is_parked() {
+            // What the store has under the old name is not there any more.
+            self.runtime.block_on(self.bucket(&from.0)?.delete(&from.1))?;
+            return Ok(true);
+        }
+        if self.is_marked_partial(to)? {
+            return Ok(true);
+        }
+        draft.unpark();
+        let published = draft.publish_now(self);
+        let mut drafts = self.drafts.lock();
+        if draft.is_closed() && drafts.get(to).is_some_and(|known| Arc::ptr_eq(known, draft)) {
+            drafts.remove(to);
+        }
+        published.map(|()| true)
     }
 
     /// Renames an object: a copy within the store, then a delete.
@@ -278,21 +294,10 @@ impl Vfs {
         let from = self.writable_child(parent, name)?;
         let to = self.writable_child(new_parent, new_name)?;
         if from == to {
-            return Ok(());
+            return self.resolve_object(from.0, from.1).map(drop);
         }
         if from.0 != to.0 {
             return Err(Error::new(ErrorKind::CrossDevice, "a rename from one bucket to another is a copy"));
-        }
-        if let Some(draft) = self.draft(&from).filter(|draft| draft.is_parked()) {
-            return self.rename_parked(&draft, &from, &to);
-        }
-        for object in [&from, &to] {
-            self.settle(object);
-            if self.jobs.active(&object.0, &object.1).is_some() || self.draft(object).is_some() {
-                return Err(
-                    Error::new(ErrorKind::Busy, "the object is being made").in_file(object.1.as_str())
-                );
-            }
         }
         if let (Node::Directory { .. }, _) = self.resolve_object(from.0.clone(), from.1.clone())? {
             return Err(Error::new(
@@ -310,6 +315,13 @@ impl Vfs {
             }
             _ => {}
         }
+        if let Some(draft) = self.draft(&from)
+            && self.rename_draft(&draft, &from, &to)?
+        {
+            return Ok(());
+        }
+        self.check_settled(&from)?;
+        self.make_way(&to)?;
         let store = self.bucket(&from.0)?;
         self.runtime.block_on(async {
             store.copy(&from.1, &to.1).await?;

@@ -1,0 +1,365 @@
+//! A bucket's directory and an ordinary one, driven by the same random operations: the same results, but for what
+//! freightfs-semantics(7) lists.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, RngSeed, TestRunner};
+use support::images::Random;
+use support::mount::World;
+use support::{can_mount, has, run};
+
+/// One operation on names below a directory.
+#[derive(Clone, Debug)]
+enum Op {
+    Write {
+        name: usize,
+        length: usize,
+        seed: u64,
+    },
+    Append {
+        name: usize,
+        length: usize,
+        seed: u64,
+    },
+    /// Opened for reading and writing without being created.
+    WriteAt {
+        name: usize,
+        at: u64,
+        length: usize,
+        seed: u64,
+    },
+    CreateNew {
+        name: usize,
+    },
+    Truncate {
+        name: usize,
+        length: u64,
+    },
+    /// Written in two pieces with a hole between, read back through the same open file.
+    Mixed {
+        name: usize,
+        gap: u64,
+        seed: u64,
+    },
+    Read {
+        name: usize,
+    },
+    ReadAt {
+        name: usize,
+        at: u64,
+        length: usize,
+    },
+    Remove {
+        name: usize,
+    },
+    Rename {
+        from: usize,
+        to: usize,
+    },
+    MakeDirectory {
+        name: usize,
+    },
+    RemoveDirectory {
+        name: usize,
+    },
+    List {
+        name: usize,
+    },
+    Chmod {
+        name: usize,
+        mode: u32,
+    },
+    SetTime {
+        name: usize,
+        seconds: i64,
+    },
+    SetXattr {
+        name: usize,
+        value: u8,
+    },
+    GetXattr {
+        name: usize,
+    },
+    Link {
+        from: usize,
+        to: usize,
+    },
+}
+
+/// Files and directories: a name can be either, and `d/x` needs `d` to be a directory.
+const NAMES: [&str; 8] = ["a", "b", "d", "d/x", "d/y", "e", "e/x", "e/f"];
+
+fn ops() -> impl Strategy<Value = Op> {
+    let name = || 0..NAMES.len();
+    let length = || prop_oneof![Just(0usize), 1..5000usize, 100_000..300_000usize];
+    prop_oneof![
+        4 => (name(), length(), any::<u64>()).prop_map(|(name, length, seed)| Op::Write { name, length, seed }),
+        2 => (name(), length(), any::<u64>()).prop_map(|(name, length, seed)| Op::Append { name, length, seed }),
+        2 => (name(), 0..200_000u64, length(), any::<u64>())
+            .prop_map(|(name, at, length, seed)| Op::WriteAt { name, at, length, seed }),
+        1 => name().prop_map(|name| Op::CreateNew { name }),
+        2 => (name(), 0..250_000u64).prop_map(|(name, length)| Op::Truncate { name, length }),
+        1 => (name(), 0..100_000u64, any::<u64>()).prop_map(|(name, gap, seed)| Op::Mixed { name, gap, seed }),
+        2 => name().prop_map(|name| Op::Read { name }),
+        2 => (name(), 0..200_000u64, 1..100_000usize).prop_map(|(name, at, length)| Op::ReadAt { name, at, length }),
+        2 => name().prop_map(|name| Op::Remove { name }),
+        3 => (name(), name()).prop_map(|(from, to)| Op::Rename { from, to }),
+        3 => name().prop_map(|name| Op::MakeDirectory { name }),
+        1 => name().prop_map(|name| Op::RemoveDirectory { name }),
+        1 => name().prop_map(|name| Op::List { name }),
+        1 => (name(), 0u32..0o1000).prop_map(|(name, mode)| Op::Chmod { name, mode: mode | 0o600 }),
+        1 => (name(), 1..2_000_000_000i64).prop_map(|(name, seconds)| Op::SetTime { name, seconds }),
+        1 => (name(), any::<u8>()).prop_map(|(name, value)| Op::SetXattr { name, value }),
+        1 => name().prop_map(|name| Op::GetXattr { name }),
+        1 => (name(), name()).prop_map(|(from, to)| Op::Link { from, to }),
+    ]
+}
+
+/// What an operation gave: some words, or the errno.
+type Outcome = Result<String, i32>;
+
+fn is_sidecar(name: &str) -> bool {
+    [".status", ".sha256", ".md5"].iter().any(|suffix| name.ends_with(suffix))
+}
+
+fn list(path: &Path) -> std::io::Result<Vec<String>> {
+    let mut names: Vec<_> = std::fs::read_dir(path)?
+        .map(|e| e.map(|e| e.file_name().into_string().unwrap()))
+        .collect::<Result<_, _>>()?;
+    names.retain(|name| !is_sidecar(name));
+    names.sort();
+    Ok(names)
+}
+
+/// Removes what a removed object left beside it, so that its directory is as empty as an ordinary one would be.
+fn remove_sidecars(path: &Path) {
+    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+        if is_sidecar(&entry.file_name().to_string_lossy()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn perform(root: &Path, op: &Op) -> Outcome {
+    let path = |name: &usize| -> PathBuf { root.join(NAMES[*name]) };
+    let done = || -> std::io::Result<String> {
+        Ok(match op {
+            Op::Write { name, length, seed } => {
+                std::fs::write(path(name), Random(*seed).bytes(*length))?;
+                String::new()
+            }
+            Op::Append { name, length, seed } => {
+                let mut file = OpenOptions::new().append(true).create(true).open(path(name))?;
+                file.write_all(&Random(*seed).bytes(*length))?;
+                String::new()
+            }
+            Op::WriteAt { name, at, length, seed } => {
+                let file = OpenOptions::new().read(true).write(true).open(path(name))?;
+                file.write_all_at(&Random(*seed).bytes(*length), *at)?;
+                String::new()
+            }
+            Op::CreateNew { name } => {
+                File::create_new(path(name))?;
+                String::new()
+            }
+            Op::Truncate { name, length } => {
+                OpenOptions::new().write(true).open(path(name))?.set_len(*length)?;
+                String::new()
+            }
+            Op::Mixed { name, gap, seed } => {
+                let mut file =
+                    OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path(name))?;
+                file.write_all(&Random(*seed).bytes(1000))?;
+                file.seek(SeekFrom::Current(*gap as i64))?;
+                file.write_all(&Random(*seed).bytes(1000))?;
+                file.seek(SeekFrom::Start(0))?;
+                let mut all = Vec::new();
+                file.read_to_end(&mut all)?;
+                digest(&all)
+            }
+            Op::Read { name } => digest(&std::fs::read(path(name))?),
+            Op::ReadAt { name, at, length } => {
+                let file = File::open(path(name))?;
+                let mut bytes = vec![0; *length];
+                let read = file.read_at(&mut bytes, *at)?;
+                digest(&bytes[..read])
+            }
+            Op::Remove { name } => {
+                std::fs::remove_file(path(name))?;
+                String::new()
+            }
+            Op::Rename { from, to } => {
+                std::fs::rename(path(from), path(to))?;
+                String::new()
+            }
+            Op::MakeDirectory { name } => {
+                std::fs::create_dir(path(name))?;
+                String::new()
+            }
+            Op::RemoveDirectory { name } => {
+                if list(&path(name)).is_ok_and(|names| names.is_empty()) {
+                    remove_sidecars(&path(name));
+                }
+                std::fs::remove_dir(path(name))?;
+                String::new()
+            }
+            Op::List { name } => format!("{:?}", list(&path(name))?),
+            Op::Chmod { name, mode } => {
+                std::fs::set_permissions(path(name), std::fs::Permissions::from_mode(*mode))?;
+                format!("{:o}", path(name).metadata()?.mode() & 0o777)
+            }
+            Op::SetTime { name, seconds } => {
+                let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(*seconds as u64);
+                File::open(path(name))?.set_modified(time)?;
+                path(name).metadata()?.mtime().to_string()
+            }
+            Op::SetXattr { name, value } => {
+                setxattr(&path(name), *value)?;
+                String::new()
+            }
+            Op::GetXattr { name } => getxattr(&path(name))?,
+            Op::Link { from, to } => {
+                std::fs::hard_link(path(from), path(to))?;
+                String::new()
+            }
+        })
+    };
+    done().map_err(|e| e.raw_os_error().unwrap_or(-1))
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let sum =
+        bytes.iter().fold(0u64, |sum, &b| sum.wrapping_mul(1_099_511_628_211).wrapping_add(u64::from(b) + 1));
+    format!("{} bytes {sum:x}", bytes.len())
+}
+
+fn errno_of(output: &std::process::Output, what: &str) -> std::io::Error {
+    let said = String::from_utf8_lossy(&output.stderr);
+    let number = match () {
+        () if said.contains("No such attribute") => libc::ENODATA,
+        () if said.contains("No such file") => libc::ENOENT,
+        () if said.contains("Not a directory") => libc::ENOTDIR,
+        () => panic!("{what}: {said}"),
+    };
+    std::io::Error::from_raw_os_error(number)
+}
+
+fn setxattr(path: &Path, value: u8) -> std::io::Result<()> {
+    let value = format!("value-{value}");
+    let output = run(support::command("setfattr").args(["-n", "user.model", "-v", &value]).arg(path));
+    if output.status.success() { Ok(()) } else { Err(errno_of(&output, "setfattr")) }
+}
+
+fn getxattr(path: &Path) -> std::io::Result<String> {
+    let output = run(support::command("getfattr")
+        .args(["-n", "user.model", "--only-values", "--absolute-names"])
+        .arg(path));
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout).unwrap())
+    } else {
+        Err(errno_of(&output, "getfattr"))
+    }
+}
+
+/// What the manual lists as other than an ordinary directory.
+fn is_exception(op: &Op, model: &Path, mount: &Outcome) -> bool {
+    match (op, mount) {
+        // Directories of a bucket cannot be renamed, only copied; nor is there anything to link to.
+        (Op::Rename { from, .. }, Err(libc::EXDEV)) => model.join(NAMES[*from]).is_dir(),
+        (Op::Link { .. }, Err(libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP)) => true,
+        _ => false,
+    }
+}
+
+/// Everything below a directory: paths, kinds, contents, modes of files.
+fn tree(root: &Path, below: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    for name in list(&root.join(below)).unwrap() {
+        let place = format!("{below}{name}");
+        let path = root.join(&place);
+        let meta = path.metadata().unwrap();
+        if meta.is_dir() {
+            lines.push(format!("{place}/"));
+            lines.extend(tree(root, &format!("{place}/")));
+        } else {
+            lines.push(format!("{place} {}", digest(&std::fs::read(&path).unwrap())));
+        }
+    }
+    lines
+}
+
+/// Runs a sequence on both. Returns what differs.
+fn differs(model: &Path, mounted: &Path, ops: &[Op]) -> Option<String> {
+    for root in [model, mounted] {
+        std::fs::create_dir(root).unwrap();
+    }
+    for (number, op) in ops.iter().enumerate() {
+        let seen = perform(mounted, op);
+        if is_exception(op, model, &seen) {
+            continue;
+        }
+        let expected = perform(model, op);
+        if seen != expected {
+            return Some(format!("operation {number}, {op:?}: {seen:?} instead of {expected:?}"));
+        }
+    }
+    let (expected, seen) = (tree(model, ""), tree(mounted, ""));
+    (expected != seen).then(|| format!("at the end {seen:#?} instead of {expected:#?}"))
+}
+
+#[test]
+fn a_buckets_directory_is_like_an_ordinary_one() {
+    if !can_mount() {
+        return;
+    }
+    let world = World::new();
+    if !has("setfattr")
+        || !run(support::command("setfattr").args(["-n", "user.x", "-v", "x"]).arg(world.path("out")))
+            .status
+            .success()
+    {
+        return support::skip("the reference model: extended attributes are missing here");
+    }
+    let mount = world.mount(&[]);
+    // The same sequences in every run; FREIGHTFS_MODEL_SEED tries others.
+    let seed = std::env::var("FREIGHTFS_MODEL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let cases = std::env::var("FREIGHTFS_MODEL_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
+    let config = Config { rng_seed: RngSeed::Fixed(seed), failure_persistence: None, ..Config::default() };
+    let mut runner = TestRunner::new(config);
+    let sequence = prop::collection::vec(ops(), 10..60);
+    let mut tried = 0;
+    let mut fails = |ops: &[Op]| {
+        tried += 1;
+        let name = format!("case-{tried}");
+        differs(&world.out(&name), &mount.key(&name), ops)
+    };
+    for case in 0..cases {
+        let mut tree = sequence.new_tree(&mut runner).unwrap();
+        let Some(mut why) = fails(&tree.current()) else { continue };
+        // Shrunk by hand, because every attempt needs directories of its own.
+        let mut smallest = tree.current();
+        for _ in 0..200 {
+            if !tree.simplify() {
+                break;
+            }
+            match fails(&tree.current()) {
+                Some(still) => (why, smallest) = (still, tree.current()),
+                None => {
+                    if !tree.complicate() {
+                        break;
+                    }
+                }
+            }
+        }
+        panic!("seed {seed}, case {case}: {why}\n{smallest:#?}");
+    }
+    mount.unmount();
+}
