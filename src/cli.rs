@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::error::Error;
 use crate::format::ImageFormat;
-use crate::units::{GIB, KIB, MIB, TIB};
+use crate::units::parse_bytes;
 
 /// Exit code when everything succeeded.
 const OK: u8 = 0;
@@ -58,6 +58,9 @@ struct MountArguments {
     /// Closing a copy waits until its export has ended, and fails if it failed
     #[arg(long)]
     wait: bool,
+    /// Bytes that may be staged before they are uploaded, as 10G; writing more fails with ENOSPC
+    #[arg(long, value_name = "SIZE")]
+    stage_limit: Option<String>,
     /// Directory for the journal of jobs and for staging
     #[arg(long, value_name = "DIR")]
     state: Option<String>,
@@ -100,7 +103,7 @@ struct ConvertArguments {
     #[arg(long, value_name = "LEVEL")]
     level: Option<u8>,
     /// Bytes of a qcow2 cluster, as 65536 or 64K
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     cluster_size: Option<u64>,
     /// Compress qcow2's zlib clusters with a window of 32 KiB: 6 % smaller in half the time, and some readers fail
     #[arg(long)]
@@ -154,21 +157,6 @@ struct WaitArguments {
 fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
     ImageFormat::from_name(name)
         .ok_or_else(|| "known formats: raw, qcow2, vhd, vhdx, vmdk, vdi, zvhd, zvhd2".to_owned())
-}
-
-/// A number of bytes, with one of qemu-img's suffixes or none.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" => KIB,
-        "m" => MIB,
-        "g" => GIB,
-        "t" => TIB,
-        other => return Err(format!("unknown unit {other:?}; known ones: K, M, G, T")),
-    };
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a number of bytes"))?;
-    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
 }
 
 /// Runs the program with the process's arguments.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
+use crate::units::parse_bytes;
 
 /// A bucket to mount: the name of its directory, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub struct MountSettings {
     pub buckets: Vec<BucketSetting>,
     /// `formats=A:B:…`; all but `zstd.qcow2` when it is not given.
     pub formats: Option<Vec<OutputFormat>>,
+    /// `stage_limit=SIZE`; no limit but the filesystem's when it is not given.
+    pub stage_limit: Option<u64>,
     /// `read_to_end=A:B:…`, names of programs; [`READ_TO_END`] when it is not given.
     pub read_to_end: Option<Vec<String>>,
     /// `wait`: closing a copy waits for its export.
@@ -87,6 +90,9 @@ impl MountSettings {
             ("read_to_end", Some(value)) => {
                 self.read_to_end = Some(value.split(':').map(str::to_owned).collect());
             }
+            ("stage_limit", Some(value)) => {
+                self.stage_limit = Some(parse_bytes(value).map_err(|_| wrong(word, value))?);
+            }
             ("wait", None) => self.wait = true,
             ("state", Some(value)) if !value.is_empty() => self.state = Some(PathBuf::from(value)),
             ("allow_other", None) => self.allow_other = true,
@@ -99,7 +105,7 @@ impl MountSettings {
             }
             ("" | "x", _) => {}
             (word, _) if IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-") => {}
-            ("bucket" | "formats" | "read_to_end" | "state" | "uid" | "gid" | "umask", _) => {
+            ("bucket" | "formats" | "read_to_end" | "stage_limit" | "state" | "uid" | "gid" | "umask", _) => {
                 return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} needs a value")));
             }
             ("wait" | "allow_other", Some(_)) => {
@@ -148,6 +154,7 @@ impl MountSettings {
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
         ];
+        lines.extend(self.stage_limit.map(|limit| format!("stage_limit = {limit}")));
         let programs: Vec<_> = self.read_to_end().iter().map(|p| format!("{p:?}")).collect();
         lines.push(format!("read_to_end = [{}]", programs.join(", ")));
         let formats: Vec<_> = self.formats().iter().map(|f| format!("{:?}", f.suffix())).collect();

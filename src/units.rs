@@ -106,6 +106,21 @@ pub fn human_bytes(bytes: u64) -> String {
     format!("{text} {}", NAMES[name])
 }
 
+/// A number of bytes, with one of qemu-img's suffixes or none.
+pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" => KIB,
+        "m" => MIB,
+        "g" => GIB,
+        "t" => TIB,
+        other => return Err(format!("unknown unit {other:?}; known ones: K, M, G, T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a number of bytes"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,6 +129,9 @@ mod tests {
     fn rounding_and_printing() {
         assert_eq!(round_up(1, 512), 512);
         assert_eq!(checked_round_up(u64::MAX, 512), None);
+        assert_eq!(parse_bytes("64K"), Ok(65536));
+        assert_eq!((parse_bytes("7"), parse_bytes("2t")), (Ok(7), Ok(2 * TIB)));
+        assert!(["", "K", "1x", "-1", "99999999999T"].iter().all(|text| parse_bytes(text).is_err()));
         assert_eq!(human_bytes(512), "512 B");
         assert_eq!(human_bytes(GIB + GIB / 2), "1.5 GiB");
         assert_eq!(human_bytes(100 * MIB), "100 MiB");

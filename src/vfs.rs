@@ -53,6 +53,8 @@ pub struct VfsSettings {
     pub umask: u16,
     /// Where writers' files are staged.
     pub staging: std::path::PathBuf,
+    /// Bytes that staged files may take together.
+    pub stage_limit: Option<u64>,
     /// The configuration as users may see it, for `.freightfs/config`.
     pub shown_config: String,
 }

@@ -423,3 +423,31 @@ fn what_a_store_does_not_have_is_refused_by_its_errno() {
     drop(file);
     mount.unmount();
 }
+
+#[test]
+fn a_full_staging_disk_fails_the_writer_and_publishes_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let world = World::new();
+    let mount = world.mount(&["-o", "stage_limit=24M"]);
+    std::fs::write(mount.key("big"), "old").unwrap();
+    for line in ["dd if=/dev/urandom of=@D bs=1M count=40 status=none", "cp @S @D", "rsync @S @D"] {
+        let source = world.out("big-source");
+        std::fs::write(&source, Random(9).bytes(40 << 20)).unwrap();
+        let line = line
+            .replace("@S", &source.display().to_string())
+            .replace("@D", &mount.key("big").display().to_string());
+        let output = run(command("bash").args(["-c", &line]));
+        assert!(
+            !output.status.success() && text(&output).contains("No space left"),
+            "{line}: {}",
+            text(&output)
+        );
+        assert_eq!(std::fs::read(world.bucket().join("big")).unwrap(), b"old", "{line}");
+    }
+    // What was refused takes no room: there is enough for a smaller one.
+    std::fs::write(mount.key("small"), Random(9).bytes(20 << 20)).unwrap();
+    assert_eq!(std::fs::read(world.bucket().join("small")).unwrap().len(), 20 << 20);
+    mount.unmount();
+}

@@ -57,6 +57,7 @@ fn settings(arguments: &MountArguments) -> Result<MountSettings> {
     let flags = [
         ("formats", &arguments.formats),
         ("read_to_end", &arguments.read_to_end),
+        ("stage_limit", &arguments.stage_limit),
         ("state", &arguments.state),
         ("uid", &arguments.uid),
         ("gid", &arguments.gid),
@@ -170,6 +171,7 @@ impl Mounted {
             gid: settings.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
             umask: settings.umask.unwrap_or(0),
             staging: state.staging(),
+            stage_limit: settings.stage_limit,
             shown_config: settings.shown(catalog.root(), &mountpoint, &state_path),
         };
         let options = FuseOptions {

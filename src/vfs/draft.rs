@@ -4,9 +4,9 @@
 //! whole file, closing starts a job that reads the image itself. Anything else is staged in a file, and closing
 //! uploads that and waits. A mix is staged as a whole: content is right whatever came.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+mod ranges;
+mod staged;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -14,6 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use tracing::{debug, warn};
 
+use self::ranges::Ranges;
+use self::staged::Staged;
 use super::{ObjectName, Vfs};
 use crate::bucket::ObjectFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,9 +31,6 @@ const SETTLE_ATTEMPTS: usize = 5;
 
 /// How long a new writer waits for the job of the one before.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-
-/// Bytes moved at once when ranges are staged.
-const COPY_BUFFER: usize = 1 << 20;
 
 /// An image file as the source of a range.
 #[derive(Clone)]
@@ -85,13 +84,6 @@ enum Content {
     Staged(Staged),
     /// What the bucket has, or will have when the job that was started ends.
     Published { file_size: u64, job: Option<Arc<Job>> },
-}
-
-struct Staged {
-    file: File,
-    /// Removed on drop unless a job has taken it over.
-    path: tempfile::TempPath,
-    file_size: u64,
 }
 
 impl Draft {
@@ -428,7 +420,7 @@ impl Draft {
     /// The content as a staged file: what it was before is copied into one.
     fn staged<'a>(&self, vfs: &Vfs, state: &'a mut State) -> Result<&'a mut Staged> {
         if !matches!(state.content, Content::Staged(_)) {
-            let mut staged = Staged::new(&vfs.settings.staging)?;
+            let mut staged = Staged::new(&vfs.settings.staging, vfs.settings.stage_limit)?;
             match &state.content {
                 Content::Ranges { source, ranges, file_size } => {
                     let exact = source.file.exact_size()?;
@@ -516,106 +508,6 @@ impl Content {
             Self::Ranges { source: known, .. } => known.image == source.image,
             _ => false,
         }
-    }
-}
-
-impl Staged {
-    fn new(directory: &std::path::Path) -> Result<Self> {
-        let failed =
-            |e| Error::from_io("cannot create a staging file", e).in_file(directory.display().to_string());
-        let file = tempfile::Builder::new().prefix("write-").tempfile_in(directory).map_err(failed)?;
-        let (file, path) = file.into_parts();
-        Ok(Self { file, path, file_size: 0 })
-    }
-
-    fn failed(&self, what: &str, e: std::io::Error) -> Error {
-        Error::from_io(what, e).in_file(self.path.display().to_string())
-    }
-
-    fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, at.bytes()).map_err(|e| self.failed("cannot stage", e))?;
-        self.file_size = self.file_size.max(at.bytes() + bytes.len() as u64);
-        Ok(())
-    }
-
-    fn read(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
-        self.file.read_at(buf, at.bytes()).map_err(|e| self.failed("cannot read staged bytes", e))
-    }
-
-    fn set_size(&mut self, size: u64) -> Result<()> {
-        self.file.set_len(size).map_err(|e| self.failed("cannot size the staging file", e))?;
-        self.file_size = size;
-        Ok(())
-    }
-
-    fn copy(
-        &mut self,
-        source: &dyn VirtualFile,
-        from: FileOffset,
-        at: FileOffset,
-        length: u64,
-    ) -> Result<()> {
-        let mut buffer = vec![0; COPY_BUFFER];
-        let mut done = 0;
-        while done < length {
-            let wanted = usize::try_from(length - done).unwrap_or(usize::MAX).min(COPY_BUFFER);
-            let read = source.read_at(from + done, &mut buffer[..wanted])?;
-            if read == 0 {
-                return Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(from + done));
-            }
-            self.write(at + done, &buffer[..read])?;
-            done += read as u64;
-        }
-        Ok(())
-    }
-}
-
-/// Disjoint, merged ranges of bytes.
-#[derive(Clone, Debug, Default)]
-struct Ranges {
-    /// Start to end.
-    by_start: BTreeMap<u64, u64>,
-}
-
-impl Ranges {
-    fn insert(&mut self, mut start: u64, mut end: u64) {
-        let touching: Vec<_> = self
-            .by_start
-            .range(..=end)
-            .rev()
-            .take_while(|&(_, &e)| e >= start)
-            .map(|(&s, &e)| (s, e))
-            .collect();
-        for (s, e) in touching {
-            self.by_start.remove(&s);
-            (start, end) = (start.min(s), end.max(e));
-        }
-        self.by_start.insert(start, end);
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.by_start.iter().map(|(&s, &e)| (s, e))
-    }
-
-    /// Whether the ranges, in a file of `file_size` bytes, are the whole of `source`: what they leave out must
-    /// be holes there, as cp leaves them out of sparse files and then sets the size.
-    fn cover(&self, source: &RangeSource, file_size: u64) -> Result<bool> {
-        let whole = source.whole_size();
-        if file_size != whole && file_size != source.shown_size {
-            return Ok(false);
-        }
-        let mut at = 0;
-        for (start, end) in self.iter().chain([(whole, whole)]) {
-            while at < start.min(whole) {
-                let extent = source.file.extent_at(FileOffset(at))?;
-                if extent.kind.is_data() {
-                    return Ok(false);
-                }
-                at += extent.length;
-            }
-            at = at.max(end);
-        }
-        Ok(true)
     }
 }
 
@@ -716,32 +608,6 @@ impl Vfs {
         let request = JobRequest { bucket, key, source: JobSource::Image(image.clone()), client_token: None };
         if let Err(error) = self.jobs.record_refusal(request, error) {
             warn!("a refusal could not be recorded: {}", error.report());
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn ranges_agree_with_a_vector_of_booleans(inserts in prop::collection::vec((0u64..200, 1u64..50), 0..30)) {
-            let mut plain = vec![false; 300];
-            let mut ranges = Ranges::default();
-            for (start, length) in inserts {
-                ranges.insert(start, start + length);
-                plain[start as usize..(start + length) as usize].fill(true);
-            }
-            let mut covered = vec![false; 300];
-            let mut last = None;
-            for (start, end) in ranges.iter() {
-                prop_assert!(last.is_none_or(|l| l < start), "not merged");
-                covered[start as usize..end as usize].fill(true);
-                last = Some(end);
-            }
-            prop_assert_eq!(covered, plain);
         }
     }
 }

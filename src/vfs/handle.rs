@@ -335,7 +335,8 @@ impl Vfs {
         }
     }
 
-    /// Sets or, without a value, removes an extended attribute; see [`Vfs::change_user_xattr`].
+    /// Sets or, without a value, removes an extended attribute that begins with `user.`. `exists` says whether it must
+    /// be there, or must not. Returns `false` when it is not there and should be.
     pub fn change_xattr(
         &self,
         ino: Ino,

@@ -1,0 +1,107 @@
+//! Bytes that were written and are not in a bucket yet: a file of the staging directory for each draft.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{FileOffset, MIB, SECTOR};
+use crate::vfile::VirtualFile;
+
+/// Bytes moved at once when ranges are staged.
+const COPY_BUFFER: usize = MIB as usize;
+
+/// Bytes that a draft may write before the staging directory is looked at again.
+const ALLOWANCE: u64 = 16 * MIB;
+
+/// The bytes of a draft in a file.
+pub(super) struct Staged {
+    pub(super) file: File,
+    /// Removed on drop unless a job has taken it over.
+    pub(super) path: tempfile::TempPath,
+    pub(super) file_size: u64,
+    /// Bytes that all staged files may take together.
+    limit: Option<u64>,
+    /// Bytes that may be written before the limit is looked at again.
+    allowance: u64,
+}
+
+impl Staged {
+    pub(super) fn new(directory: &Path, limit: Option<u64>) -> Result<Self> {
+        let failed =
+            |e| Error::from_io("cannot create a staging file", e).in_file(directory.display().to_string());
+        let file = tempfile::Builder::new().prefix("write-").tempfile_in(directory).map_err(failed)?;
+        let (file, path) = file.into_parts();
+        Ok(Self { file, path, file_size: 0, limit, allowance: 0 })
+    }
+
+    fn failed(&self, what: &str, e: std::io::Error) -> Error {
+        Error::from_io(what, e).in_file(self.path.display().to_string())
+    }
+
+    pub(super) fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        self.make_room(bytes.len() as u64)?;
+        self.file.write_all_at(bytes, at.bytes()).map_err(|e| self.failed("cannot stage", e))?;
+        self.file_size = self.file_size.max(at.bytes() + bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Refuses to write `length` bytes when all staged files together would take more than the limit.
+    fn make_room(&mut self, length: u64) -> Result<()> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        if length > self.allowance {
+            let directory = self.path.parent().unwrap_or(Path::new("."));
+            let taken =
+                taken(directory).map_err(|e| self.failed("cannot look at the staging directory", e))?;
+            let wanted = length.max(ALLOWANCE.min(limit.saturating_sub(taken)));
+            if taken.saturating_add(wanted) > limit {
+                let what = format!("staged bytes would exceed stage_limit, {limit} bytes");
+                return Err(Error::new(ErrorKind::NoSpace, what));
+            }
+            self.allowance = wanted;
+        }
+        self.allowance -= length;
+        Ok(())
+    }
+
+    pub(super) fn read(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        self.file.read_at(buf, at.bytes()).map_err(|e| self.failed("cannot read staged bytes", e))
+    }
+
+    pub(super) fn set_size(&mut self, size: u64) -> Result<()> {
+        self.file.set_len(size).map_err(|e| self.failed("cannot size the staging file", e))?;
+        self.file_size = size;
+        Ok(())
+    }
+
+    pub(super) fn copy(
+        &mut self,
+        source: &dyn VirtualFile,
+        from: FileOffset,
+        at: FileOffset,
+        length: u64,
+    ) -> Result<()> {
+        let mut buffer = vec![0; COPY_BUFFER];
+        let mut done = 0;
+        while done < length {
+            let wanted = usize::try_from(length - done).unwrap_or(usize::MAX).min(COPY_BUFFER);
+            let read = source.read_at(from + done, &mut buffer[..wanted])?;
+            if read == 0 {
+                return Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(from + done));
+            }
+            self.write(at + done, &buffer[..read])?;
+            done += read as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that the files of the staging directory take.
+fn taken(directory: &Path) -> std::io::Result<u64> {
+    let mut taken = 0;
+    for entry in std::fs::read_dir(directory)? {
+        // One that is gone by now takes nothing.
+        taken += entry?.metadata().map_or(0, |meta| meta.blocks() * SECTOR);
+    }
+    Ok(taken)
+}
