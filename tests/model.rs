@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use support::images::Random;
-use support::mount::World;
+use support::targets::{Target, targets};
 use support::{can_mount, has, run};
 
 /// One operation on names below a directory.
@@ -320,18 +320,22 @@ fn a_buckets_directory_is_like_an_ordinary_one() {
     if !can_mount() {
         return;
     }
-    let world = World::new();
-    if !has("setfattr")
-        || !run(support::command("setfattr").args(["-n", "user.x", "-v", "x"]).arg(world.path("out")))
-            .status
-            .success()
-    {
-        return support::skip("the reference model: extended attributes are missing here");
+    for target in targets("model") {
+        let probe = target.world.path("out");
+        let mut set = support::command("setfattr");
+        if !has("setfattr") || !run(set.args(["-n", "user.x", "-v", "x"]).arg(probe)).status.success() {
+            return support::skip("the reference model: extended attributes are missing here");
+        }
+        check_target(&target);
     }
-    let mount = world.mount(&[]);
+}
+
+fn check_target(target: &Target) {
+    let mount = target.mount();
     // The same sequences in every run; FREIGHTFS_MODEL_SEED tries others.
-    let seed = std::env::var("FREIGHTFS_MODEL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-    let cases = std::env::var("FREIGHTFS_MODEL_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let seed = number("FREIGHTFS_MODEL_SEED").unwrap_or(1);
+    let cases = number("FREIGHTFS_MODEL_CASES").unwrap_or(if target.name == "local" { 60 } else { 10 });
     let config = Config { rng_seed: RngSeed::Fixed(seed), failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new(config);
     let sequence = prop::collection::vec(ops(), 10..60);
@@ -339,7 +343,7 @@ fn a_buckets_directory_is_like_an_ordinary_one() {
     let mut fails = |ops: &[Op]| {
         tried += 1;
         let name = format!("case-{tried}");
-        differs(&world.out(&name), &mount.key(&name), ops)
+        differs(&target.world.out(&name), &mount.key(&name), ops)
     };
     for case in 0..cases {
         let mut tree = sequence.new_tree(&mut runner).unwrap();
@@ -359,7 +363,7 @@ fn a_buckets_directory_is_like_an_ordinary_one() {
                 }
             }
         }
-        panic!("seed {seed}, case {case}: {why}\n{smallest:#?}");
+        panic!("{} seed {seed}, case {case}: {why}\n{smallest:#?}", target.name);
     }
     mount.unmount();
 }

@@ -7,48 +7,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use support::images::Random;
-use support::mount::{Mount, World};
-use support::{assert_same, can_mount, command, run, s3, sh, text};
-
-/// A bucket to test against.
-struct Target {
-    name: &'static str,
-    world: World,
-    arguments: Vec<String>,
-}
-
-impl Target {
-    /// An object, as the store itself has it.
-    fn object(&self, key: &str) -> Vec<u8> {
-        if self.name == "local" {
-            return std::fs::read(self.world.bucket().join(key)).unwrap();
-        }
-        let endpoint = s3::endpoint().unwrap();
-        let url = format!("{}/{key}", self.arguments[1].strip_prefix("b=").unwrap());
-        let got = self.world.out("got");
-        support::succeed(s3::aws(&endpoint, &["s3", "cp", "--quiet", &url]).arg(&got));
-        std::fs::read(got).unwrap()
-    }
-
-    fn mount(&self) -> Mount {
-        self.world.mount_exactly(&self.arguments.iter().map(String::as_str).collect::<Vec<_>>())
-    }
-}
-
-/// The local bucket, and the one on S3 where a server runs.
-fn targets(test: &str) -> Vec<Target> {
-    let local = World::new();
-    let bucket = format!("b=file://{}", local.bucket().display());
-    let mut targets =
-        vec![Target { name: "local", world: local, arguments: vec!["--bucket".into(), bucket] }];
-    if let Some(endpoint) = s3::endpoint() {
-        let bucket = format!("{test}-{}", std::process::id());
-        let world = s3::world(&endpoint, &bucket);
-        let arguments = vec!["--bucket".into(), format!("b=s3://{bucket}/pre fix")];
-        targets.push(Target { name: "s3", world, arguments });
-    }
-    targets
-}
+use support::mount::World;
+use support::targets::targets;
+use support::{assert_same, can_mount, command, run, sh, text};
 
 /// A file outside the mount: 20 MiB and a bit, with a hole, older than now, with a mode of its own.
 fn source(world: &World) -> PathBuf {

@@ -7,6 +7,7 @@ pub mod hostile;
 pub mod images;
 pub mod mount;
 pub mod s3;
+pub mod targets;
 
 use std::ffi::OsStr;
 use std::io::Write;
