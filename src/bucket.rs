@@ -28,6 +28,9 @@ use remote::RemoteStore;
 /// The directory of our own files in a bucket: uploads under way, probes.
 pub const CONTROL_PREFIX: &str = ".freightfs";
 
+/// Largest of our own files that is read: the attributes of about a million files.
+const MAX_CONTROL_SIZE: u64 = 128 * MIB;
+
 /// Smallest part that is sent.
 const PART_SIZE: u64 = 8 * MIB;
 
@@ -221,6 +224,10 @@ impl Bucket {
         let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"));
         match self.head(&key).await? {
             Some(meta) if meta.object_size == 0 => Ok(Some(Bytes::new())),
+            Some(meta) if meta.object_size > MAX_CONTROL_SIZE => {
+                let what = format!("one of freightfs's own files has {} bytes", meta.object_size);
+                Err(self.named(Error::new(ErrorKind::TooLarge, what), &key))
+            }
             Some(meta) => self.read(&key, 0..meta.object_size, meta.etag.as_deref()).await.map(Some),
             None => Ok(None),
         }

@@ -61,6 +61,9 @@ impl MountedSession {
             MountOption::CUSTOM("subtype=freightfs".to_owned()),
             MountOption::DefaultPermissions,
             MountOption::NoAtime,
+            // Modes and owners of objects come from the bucket: nobody there shall make a root shell here.
+            MountOption::NoSuid,
+            MountOption::NoDev,
         ];
         config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(options.threads.max(2));

@@ -412,3 +412,24 @@ fn a_full_staging_disk_fails_the_writer_and_publishes_nothing() {
     assert_eq!(std::fs::read(world.bucket().join("small")).unwrap().len(), 20 << 20);
     mount.unmount();
 }
+
+#[test]
+fn modes_from_a_bucket_make_no_program_privileged() {
+    if !can_mount() {
+        return;
+    }
+    for target in targets("nosuid") {
+        let mount = target.mount();
+        sh(&format!("cp /bin/true {0}; chmod 4755 {0}", mount.key("program").display()));
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let line = mounts.lines().find(|line| {
+            line.contains(&mount.path("").display().to_string().trim_end_matches('/').to_owned())
+        });
+        let line = line.unwrap();
+        assert!(
+            line.contains("fuse.freightfs") && line.contains("nosuid") && line.contains("nodev"),
+            "{line}"
+        );
+        mount.unmount();
+    }
+}
