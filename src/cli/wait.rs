@@ -12,7 +12,12 @@ use crate::export::{JobState, Status};
 /// How long to sleep between two looks at a status file.
 const INTERVAL: Duration = Duration::from_millis(200);
 
+/// How long a file may be there without a status: an empty one is published when the kernel has told the daemon of
+/// its last close, which it does later.
+const GRACE: Duration = Duration::from_secs(5);
+
 pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
+    let started = Instant::now();
     let deadline = arguments.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let bars = MultiProgress::new();
     let mut waiting: Vec<_> = arguments
@@ -24,6 +29,11 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
     while !waiting.is_empty() {
         waiting.retain(|(file, bar)| match look(file, bar) {
             Ok(None) => true,
+            Err(error)
+                if error.kind() == ErrorKind::NotFound && file.exists() && started.elapsed() < GRACE =>
+            {
+                true
+            }
             Ok(Some(status)) => {
                 bar.finish_and_clear();
                 if !arguments.quiet || status.status != JobState::Success {
