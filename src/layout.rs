@@ -140,6 +140,23 @@ fn build_compressed(
     })
 }
 
+/// Units in a run that one region covers at most, which bounds the search for its end.
+const MAX_RUN: u64 = 1 << 14;
+
+/// The region at `at` in a file that has metadata before `data`, and from there on the allocated units one after the
+/// other.
+fn units_region(map: &AllocationMap, data: FileOffset, at: FileOffset) -> Region {
+    if at < data {
+        return Region { source: RegionSource::Metadata, length: data - at };
+    }
+    let unit_size = map.unit_size();
+    let (rank, within) = ((at - data) / unit_size, (at - data) % unit_size);
+    let unit = map.select(rank).expect("the file has as many units as are allocated");
+    let run = map.run_length(unit, MAX_RUN);
+    let from = VirtualOffset(unit * unit_size + within);
+    Region { source: RegionSource::Guest(from), length: run * unit_size - within }
+}
+
 /// Copies the part of `block`, which stands at `block_at`, that `buf` at `at` overlaps: for layouts that
 /// encode a whole header and are asked for a piece of it.
 fn copy_overlap(block: &[u8], block_at: FileOffset, at: FileOffset, buf: &mut [u8]) {

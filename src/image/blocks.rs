@@ -1,8 +1,10 @@
 //! What formats that cut a disk into blocks have in common: reading and extents over a map of blocks.
 
+use super::{DiskImage, ImageDescription};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
-use crate::storage::Storage;
+use crate::format::ImageFormat;
+use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, VirtualOffset};
 
 /// Blocks that one extent covers at most, which bounds the time of a call.
@@ -102,5 +104,48 @@ pub(super) trait BlockMap {
             return Err(Error::corrupt(what).in_file(self.storage().name()).at(host));
         }
         Ok(block)
+    }
+}
+
+/// An image that is nothing but its blocks, in one file.
+pub(super) trait BlockImage: BlockMap {
+    /// Its format.
+    fn format(&self) -> ImageFormat;
+
+    /// Its properties, in the words of qemu-img.
+    fn properties(&self) -> Vec<(String, String)>;
+}
+
+impl<T: BlockImage + Send + Sync> DiskImage for T {
+    fn virtual_size(&self) -> u64 {
+        BlockMap::virtual_size(self)
+    }
+
+    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+        self.read_blocks(at, buf)
+    }
+
+    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
+        self.block_extent(at)
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.storage().verify_unchanged()
+    }
+
+    fn sources(&self) -> Vec<Generation> {
+        vec![self.storage().generation().clone()]
+    }
+
+    fn description(&self) -> ImageDescription {
+        ImageDescription {
+            file: self.storage().name().to_owned(),
+            format: self.format(),
+            virtual_size: BlockMap::virtual_size(self),
+            file_size: self.storage().file_size(),
+            cluster_size: Some(self.block_size()),
+            properties: self.properties(),
+            backing: None,
+        }
     }
 }

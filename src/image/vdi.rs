@@ -4,15 +4,13 @@
 
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockMap};
+use super::blocks::{Block, BlockImage, BlockMap};
 use super::table::{Entry, EntryTable};
-use super::{DiskImage, ImageDescription};
 use crate::error::{Error, Result};
-use crate::extent::Extent;
 use crate::format::ImageFormat;
 use crate::header::vdi::{FREE, SIGNATURE, TYPE_DYNAMIC, VERSION, VdiHeader};
-use crate::storage::{Generation, Storage};
-use crate::units::{FileOffset, MIB, SECTOR, VirtualOffset};
+use crate::storage::Storage;
+use crate::units::{FileOffset, MIB, SECTOR};
 
 /// Image type: every block is there from the start (VDICore.h).
 const TYPE_FIXED: u32 = 2;
@@ -99,37 +97,13 @@ impl BlockMap for VdiImage {
     }
 }
 
-impl DiskImage for VdiImage {
-    fn virtual_size(&self) -> u64 {
-        BlockMap::virtual_size(self)
+impl BlockImage for VdiImage {
+    fn format(&self) -> ImageFormat {
+        ImageFormat::Vdi
     }
 
-    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
-        self.read_blocks(at, buf)
-    }
-
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        self.block_extent(at)
-    }
-
-    fn verify_unchanged(&self) -> Result<()> {
-        self.storage.verify_unchanged()
-    }
-
-    fn sources(&self) -> Vec<Generation> {
-        vec![self.storage.generation().clone()]
-    }
-
-    fn description(&self) -> ImageDescription {
+    fn properties(&self) -> Vec<(String, String)> {
         let kind = if self.header.image_type == TYPE_FIXED { "fixed" } else { "dynamic" };
-        ImageDescription {
-            file: self.storage.name().to_owned(),
-            format: ImageFormat::Vdi,
-            virtual_size: self.header.disk_size,
-            file_size: self.storage.file_size(),
-            cluster_size: Some(BLOCK_SIZE),
-            properties: vec![("type".to_owned(), kind.to_owned())],
-            backing: None,
-        }
+        vec![("type".to_owned(), kind.to_owned())]
     }
 }

@@ -7,19 +7,17 @@ mod log;
 
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockMap};
+use super::blocks::{Block, BlockImage, BlockMap};
 use super::table::{Entry, EntryTable};
-use super::{DiskImage, ImageDescription};
 use crate::error::{Error, Result};
-use crate::extent::Extent;
 use crate::format::ImageFormat;
 use crate::header::vhdx::{
     FILE_PARAMETERS, FILE_SIGNATURE, Guid, HEADER_SIGNATURE, LOGICAL_SECTOR_SIZE, METADATA_SIGNATURE,
     PAYLOAD_BLOCK_FULLY_PRESENT, PHYSICAL_SECTOR_SIZE, REGION_BAT, REGION_METADATA, REGION_SIGNATURE,
     VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE, VhdxHeader, VhdxMetadataEntry, VhdxRegionEntry,
 };
-use crate::storage::{Generation, Storage, check_range};
-use crate::units::{FileOffset, KIB, MIB, TIB, VirtualOffset};
+use crate::storage::{Storage, check_range};
+use crate::units::{FileOffset, KIB, MIB, TIB};
 
 /// Places that are fixed (section 2.2).
 const HEADERS: [FileOffset; 2] = [FileOffset(64 * KIB), FileOffset(128 * KIB)];
@@ -290,40 +288,16 @@ impl BlockMap for VhdxImage {
     }
 }
 
-impl DiskImage for VhdxImage {
-    fn virtual_size(&self) -> u64 {
-        BlockMap::virtual_size(self)
+impl BlockImage for VhdxImage {
+    fn format(&self) -> ImageFormat {
+        ImageFormat::Vhdx
     }
 
-    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
-        self.read_blocks(at, buf)
-    }
-
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        self.block_extent(at)
-    }
-
-    fn verify_unchanged(&self) -> Result<()> {
-        self.storage.verify_unchanged()
-    }
-
-    fn sources(&self) -> Vec<Generation> {
-        vec![self.storage.generation().clone()]
-    }
-
-    fn description(&self) -> ImageDescription {
+    fn properties(&self) -> Vec<(String, String)> {
         let log = if self.replayed { "replayed in memory" } else { "empty" };
-        ImageDescription {
-            file: self.storage.name().to_owned(),
-            format: ImageFormat::Vhdx,
-            virtual_size: BlockMap::virtual_size(self),
-            file_size: self.storage.file_size(),
-            cluster_size: Some(self.disk.block_size),
-            properties: vec![
-                ("log".to_owned(), log.to_owned()),
-                ("sector size".to_owned(), self.disk.sector_size.to_string()),
-            ],
-            backing: None,
-        }
+        vec![
+            ("log".to_owned(), log.to_owned()),
+            ("sector size".to_owned(), self.disk.sector_size.to_string()),
+        ]
     }
 }

@@ -11,19 +11,17 @@ use std::sync::Arc;
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use super::blocks::{Block, BlockMap};
-use super::{DiskImage, ImageDescription};
+use super::blocks::{Block, BlockImage, BlockMap};
 use crate::codec;
 use crate::error::{Error, Result};
-use crate::extent::Extent;
 use crate::format::ImageFormat;
 use crate::header::vhd::checksum;
 use crate::header::zvhd::{
     ALIGNMENT, BLOCK_SIZE, METHOD_ZLIB, METHOD_ZSTD, RECORD_COOKIE, RECORD_END, SIZE_GRANULE, ZVHD_COOKIE,
     ZVHD2_COOKIE, ZvhdHeader, ZvhdIndexEntry, ZvhdRecordHeader,
 };
-use crate::storage::{Generation, Storage, check_range};
-use crate::units::{FileOffset, TIB, VirtualOffset};
+use crate::storage::{Storage, check_range};
+use crate::units::{FileOffset, TIB};
 
 /// Largest payload that is read: compressors add little to what they cannot compress.
 const MAX_PAYLOAD: u32 = 3 << 20;
@@ -324,49 +322,26 @@ impl BlockMap for ZvhdImage {
     }
 }
 
-impl DiskImage for ZvhdImage {
-    fn virtual_size(&self) -> u64 {
-        BlockMap::virtual_size(self)
+impl BlockImage for ZvhdImage {
+    fn format(&self) -> ImageFormat {
+        if self.header.cookie == ZVHD2_COOKIE { ImageFormat::Zvhd2 } else { ImageFormat::Zvhd }
     }
 
-    fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
-        self.read_blocks(at, buf)
-    }
-
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        self.block_extent(at)
-    }
-
-    fn verify_unchanged(&self) -> Result<()> {
-        self.storage.verify_unchanged()
-    }
-
-    fn sources(&self) -> Vec<Generation> {
-        vec![self.storage.generation().clone()]
-    }
-
-    fn description(&self) -> ImageDescription {
-        let second = self.header.cookie == ZVHD2_COOKIE;
-        let compression = if second && self.header.method == METHOD_ZSTD { "zstd" } else { "zlib" };
-        ImageDescription {
-            file: self.storage.name().to_owned(),
-            format: if second { ImageFormat::Zvhd2 } else { ImageFormat::Zvhd },
-            virtual_size: BlockMap::virtual_size(self),
-            file_size: self.storage.file_size(),
-            cluster_size: Some(BLOCK_SIZE),
-            properties: vec![
-                ("compression type".to_owned(), compression.to_owned()),
-                ("stored blocks".to_owned(), self.records.len().to_string()),
-            ],
-            backing: None,
-        }
+    fn properties(&self) -> Vec<(String, String)> {
+        let zstd = self.header.cookie == ZVHD2_COOKIE && self.header.method == METHOD_ZSTD;
+        vec![
+            ("compression type".to_owned(), if zstd { "zstd" } else { "zlib" }.to_owned()),
+            ("stored blocks".to_owned(), self.records.len().to_string()),
+        ]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::DiskImage;
     use crate::storage::MemoryStorage;
+    use crate::units::VirtualOffset;
     use zlib_rs::{Deflate, DeflateFlush};
 
     /// A ZVHD whose payloads are one stream of one compressor, as its first writer makes them.

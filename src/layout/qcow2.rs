@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Layout, Region, RegionSource, copy_overlap, fill_table};
+use super::{Layout, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
 use crate::header::qcow2::{MAGIC, Qcow2Header, V3_LENGTH};
@@ -22,9 +22,6 @@ pub(super) const MAX_L1: u64 = 32 * MIB;
 
 /// Bit 63 of L1 and L2 entries: the cluster's refcount is exactly 1 (qcow2.rst, "Cluster mapping").
 pub(super) const COPIED: u64 = 1 << 63;
-
-/// Clusters in a run that one region covers at most, which bounds the search for its end.
-const MAX_RUN: u64 = 1 << 14;
 
 /// The arrangement of an uncompressed qcow2 file.
 #[derive(Debug)]
@@ -156,15 +153,7 @@ impl Layout for Qcow2Layout {
     }
 
     fn region_at(&self, at: FileOffset) -> Region {
-        let data = self.refcount_blocks.end;
-        if at < data {
-            return Region { source: RegionSource::Metadata, length: data - at };
-        }
-        let (rank, within) = ((at - data) >> self.cluster_bits, (at - data) % self.cluster_size());
-        let cluster = self.map.select(rank).expect("the file has as many data clusters as are allocated");
-        let run = self.map.run_length(cluster, MAX_RUN);
-        let from = VirtualOffset((cluster << self.cluster_bits) + within);
-        Region { source: RegionSource::Guest(from), length: (run << self.cluster_bits) - within }
+        units_region(&self.map, self.refcount_blocks.end, at)
     }
 
     fn metadata(&self, at: FileOffset, buf: &mut [u8]) {

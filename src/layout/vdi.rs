@@ -4,11 +4,11 @@
 
 use std::sync::Arc;
 
-use super::{Layout, LayoutInput, Region, RegionSource, copy_overlap, fill_table};
+use super::{Layout, LayoutInput, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
 use crate::header::vdi::{FREE, SIGNATURE, TEXT, TYPE_DYNAMIC, VERSION, VdiHeader};
-use crate::units::{FileOffset, MIB, SECTOR, VirtualOffset, round_up};
+use crate::units::{FileOffset, MIB, SECTOR, round_up};
 
 /// Bytes of a block.
 pub const BLOCK_SIZE: u64 = MIB;
@@ -21,9 +21,6 @@ const MAX_BLOCKS: u64 = (1 << 29) - 1;
 
 /// Bytes of the header from its size field on (VDICore.h, VDIHEADER1PLUS).
 const HEADER_SIZE: u32 = 0x190;
-
-/// Blocks in a run that one region covers at most, which bounds the search for its end.
-const MAX_RUN: u64 = 1 << 12;
 
 /// The arrangement of a dynamic VDI.
 #[derive(Debug)]
@@ -75,14 +72,7 @@ impl Layout for VdiLayout {
     }
 
     fn region_at(&self, at: FileOffset) -> Region {
-        if at < self.data {
-            return Region { source: RegionSource::Metadata, length: self.data - at };
-        }
-        let (rank, within) = ((at - self.data) / BLOCK_SIZE, (at - self.data) % BLOCK_SIZE);
-        let block = self.map.select(rank).expect("the file has as many blocks as are allocated");
-        let run = self.map.run_length(block, MAX_RUN);
-        let from = VirtualOffset(block * BLOCK_SIZE + within);
-        Region { source: RegionSource::Guest(from), length: run * BLOCK_SIZE - within }
+        units_region(&self.map, self.data, at)
     }
 
     fn metadata(&self, at: FileOffset, buf: &mut [u8]) {

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::{Layout, LayoutInput, Region, RegionSource, copy_overlap, fill_table};
+use super::{Layout, LayoutInput, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
 use crate::header::vhdx::{
@@ -14,7 +14,7 @@ use crate::header::vhdx::{
     PAYLOAD_BLOCK_FULLY_PRESENT, PHYSICAL_SECTOR_SIZE, REGION_BAT, REGION_METADATA, REGION_SIGNATURE,
     VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE, VhdxHeader, VhdxMetadataEntry, VhdxRegionEntry,
 };
-use crate::units::{FileOffset, KIB, MIB, SECTOR, TIB, VirtualOffset, round_up};
+use crate::units::{FileOffset, KIB, MIB, SECTOR, TIB, round_up};
 
 /// Bytes of a block; the same as VHD's, so that both share an allocation map.
 pub const BLOCK_SIZE: u64 = 2 * MIB;
@@ -43,9 +43,6 @@ const ITEMS: u32 = 64 * KIB as u32;
 /// Flags of metadata entries: about the virtual disk, required.
 const DISK: u32 = 2;
 const REQUIRED: u32 = 4;
-
-/// Blocks in a run that one region covers at most, which bounds the search for its end.
-const MAX_RUN: u64 = 1 << 12;
 
 /// The arrangement of a dynamic VHDX.
 #[derive(Debug)]
@@ -175,14 +172,7 @@ impl Layout for VhdxLayout {
     }
 
     fn region_at(&self, at: FileOffset) -> Region {
-        if at < self.data {
-            return Region { source: RegionSource::Metadata, length: self.data - at };
-        }
-        let (rank, within) = ((at - self.data) / BLOCK_SIZE, (at - self.data) % BLOCK_SIZE);
-        let block = self.map.select(rank).expect("the file has as many blocks as are allocated");
-        let run = self.map.run_length(block, MAX_RUN);
-        let from = VirtualOffset(block * BLOCK_SIZE + within);
-        Region { source: RegionSource::Guest(from), length: run * BLOCK_SIZE - within }
+        units_region(&self.map, self.data, at)
     }
 
     fn metadata(&self, at: FileOffset, buf: &mut [u8]) {

@@ -6,11 +6,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Layout, LayoutInput, Region, RegionSource, copy_overlap, fill_table};
+use super::{Layout, LayoutInput, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
 use crate::header::vmdk::{MAGIC, VmdkSparseHeader};
-use crate::units::{FileOffset, KIB, SECTOR, VirtualOffset, round_up};
+use crate::units::{FileOffset, KIB, SECTOR, round_up};
 
 /// Bytes of a grain (the specification's default, 128 sectors).
 pub const GRAIN_SIZE: u64 = 64 * KIB;
@@ -24,9 +24,6 @@ const TABLE_SECTORS: u64 = 4;
 /// The descriptor's place and length in sectors.
 pub(super) const DESCRIPTOR_OFFSET: u64 = 1;
 pub(super) const DESCRIPTOR_SIZE: u64 = 20;
-
-/// Grains in a run that one region covers at most, which bounds the search for its end.
-const MAX_RUN: u64 = 1 << 14;
 
 /// Longest file name that a descriptor holds, in bytes.
 const MAX_NAME: usize = 255;
@@ -143,14 +140,7 @@ impl Layout for VmdkLayout {
     }
 
     fn region_at(&self, at: FileOffset) -> Region {
-        if at < self.grains {
-            return Region { source: RegionSource::Metadata, length: self.grains - at };
-        }
-        let (rank, within) = ((at - self.grains) / GRAIN_SIZE, (at - self.grains) % GRAIN_SIZE);
-        let grain = self.map.select(rank).expect("the file has as many grains as are allocated");
-        let run = self.map.run_length(grain, MAX_RUN);
-        let from = VirtualOffset(grain * GRAIN_SIZE + within);
-        Region { source: RegionSource::Guest(from), length: run * GRAIN_SIZE - within }
+        units_region(&self.map, self.grains, at)
     }
 
     fn metadata(&self, at: FileOffset, buf: &mut [u8]) {
