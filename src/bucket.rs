@@ -35,7 +35,7 @@ const MAX_CONTROL_SIZE: u64 = 128 * MIB;
 const PART_SIZE: u64 = 8 * MIB;
 
 /// Most parts in an upload (S3 User Guide, "Amazon S3 multipart upload limits").
-const MAX_PARTS: u64 = 10_000;
+pub const MAX_PARTS: usize = 10_000;
 
 /// Largest part (the same table).
 const MAX_PART_SIZE: u64 = 5 * GIB;
@@ -146,7 +146,7 @@ impl Bucket {
                 format!("an object has at most {MAX_OBJECT_SIZE} bytes, this one would have {object_size}");
             return Err(Error::new(ErrorKind::TooLarge, what).in_file(self.url()));
         }
-        let part_size = object_size.div_ceil(MAX_PARTS).max(PART_SIZE).next_multiple_of(MIB);
+        let part_size = object_size.div_ceil(MAX_PARTS as u64).max(PART_SIZE).next_multiple_of(MIB);
         debug_assert!(part_size <= MAX_PART_SIZE);
         Ok(part_size)
     }
@@ -293,6 +293,14 @@ impl Bucket {
             Backend::Remote(store) => store.put_part(key, upload, index, part).await,
         }
         .map_err(|e| self.named(e, key))
+    }
+
+    /// What the entity tag of the object begins with that these parts will make, where that is known before.
+    pub async fn completion_mark(&self, upload: &str, parts: &[String]) -> Result<Option<String>> {
+        match &self.inner.backend {
+            Backend::Local(store) => store.completion_mark(upload).await.map(Some),
+            Backend::Remote(_) => Ok(remote::composite_etag(parts)),
+        }
     }
 
     /// Makes the object out of its parts, and asks the store whether it has the right size.

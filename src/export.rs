@@ -2,10 +2,12 @@
 //!
 //! [`JobQueue::submit`] writes a durable record and returns; the job then reads its source part by part, hashes
 //! and uploads it, and leaves the object, its checksums and its status file in the bucket. A record that has not
-//! ended is taken up again by the next queue over the same state directory.
+//! ended is taken up again by the next queue over the same state directory, at its last finished part.
 
+mod digests;
 mod job;
 mod journal;
+mod part_log;
 mod queue;
 mod staged;
 mod status;

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, renameat};
+use nix::fcntl::{FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -270,6 +270,17 @@ impl LocalStore {
         self.blocking(move |store| store.publish(&upload, &key, size)).await
     }
 
+    /// The inode stays when the file gets its name; it is what a [`tag`] begins with.
+    pub(super) async fn completion_mark(&self, upload: &str) -> Result<String> {
+        let upload = upload.to_owned();
+        self.blocking(move |store| {
+            let (file, _) = store.open_upload(&upload)?;
+            let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
+            Ok(format!("\"{:x}-", stat.st_ino))
+        })
+        .await
+    }
+
     pub(super) async fn abort_upload(&self, upload: &str) -> Result<()> {
         let upload = upload.to_owned();
         self.blocking(move |store| store.remove_upload(&upload)).await
@@ -293,13 +304,15 @@ impl LocalStore {
         Ok((opened.map_err(|e| failed("cannot open the upload", e))?.into(), part_size))
     }
 
-    /// Writes a part at its place. Blocks of zeros stay holes: the file is new, and a part is written once or
-    /// again with the same bytes.
+    /// Writes a part at its place. Blocks of zeros are holes, also where an earlier version of the part had data.
     fn write_part(&self, upload: &str, index: usize, part: &[u8]) -> Result<()> {
         let (file, part_size) = self.open_upload(upload)?;
         let start = part_size
             .checked_mul(index as u64)
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, "too many parts"))?;
+        if file.metadata().map_err(|e| failed("cannot stat the upload", e))?.len() > start {
+            punch_hole(&file, start, part.len() as u64)?;
+        }
         let mut run = 0;
         let mut at = 0;
         let write = |from: usize, to: usize| {
@@ -334,6 +347,27 @@ impl LocalStore {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
             Err(errno) => Err(failed("cannot remove the upload", errno)),
         }
+    }
+}
+
+/// Makes zeros of what is there, without taking room where the filesystem can do that.
+fn punch_hole(file: &File, start: u64, length: u64) -> Result<()> {
+    let place = |n: u64| {
+        i64::try_from(n)
+            .map_err(|e| Error::new(ErrorKind::TooLarge, "a part beyond the largest file").because(e))
+    };
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    match fallocate(file, punch, place(start)?, place(length.max(1))?) {
+        Ok(()) => Ok(()),
+        Err(Errno::EOPNOTSUPP) => {
+            let zeros = vec![0; ZERO_BLOCK];
+            let end = start + length;
+            (start..end).step_by(ZERO_BLOCK).try_for_each(|at| {
+                let length = (end - at).min(ZERO_BLOCK as u64) as usize;
+                file.write_all_at(&zeros[..length], at).map_err(|e| failed("cannot write the part", e))
+            })
+        }
+        Err(errno) => Err(failed("cannot write the part", errno)),
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
+use md5::{Digest, Md5};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
@@ -215,6 +216,17 @@ impl RemoteStore {
             Err(error) => Err(translated("cannot abort the upload", ErrorKind::Io, error)),
         }
     }
+}
+
+/// The entity tag that S3 and most stores like it give to an object put together from parts: the MD5 of the parts' MD5s
+/// and their number. `None` when the parts' ids are no MD5s.
+pub(super) fn composite_etag(parts: &[String]) -> Option<String> {
+    let mut md5 = Md5::new();
+    for id in parts {
+        let digest = hex::decode(id.trim_matches('"')).ok().filter(|digest| digest.len() == 16)?;
+        md5.update(digest);
+    }
+    Some(format!("\"{}-{}\"", hex::encode(md5.finalize()), parts.len()))
 }
 
 /// Whether bodies need no signature: TLS protects them, or they do not leave this machine. Hashing them again for

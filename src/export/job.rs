@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::part_log::PartLog;
 use super::status::{JobState, STATUS_VERSION, Status, StatusImage};
 use crate::bucket::ObjectKey;
 use crate::error::{Error, ErrorKind, Result};
@@ -59,7 +60,7 @@ pub struct Job {
     file: Mutex<Option<Arc<dyn VirtualFile>>>,
     started: Mutex<Option<Instant>>,
     /// The multipart upload under way.
-    upload: Mutex<Option<String>>,
+    upload: Mutex<Option<Arc<PartLog>>>,
     /// Whether the bucket has an older status than this job: it could not be written there at the end.
     status_unwritten: AtomicBool,
     pub(super) stop: watch::Sender<Stop>,
@@ -188,6 +189,11 @@ impl Job {
         change(&mut self.status.lock());
     }
 
+    /// The bytes of a job that a record tells.
+    pub(super) fn set_file(&self, file: Arc<dyn VirtualFile>) {
+        *self.file.lock() = Some(file);
+    }
+
     /// Begins an attempt.
     pub(super) fn start(&self, file: Arc<dyn VirtualFile>) {
         *self.started.lock() = Some(Instant::now());
@@ -248,12 +254,12 @@ impl Job {
     }
 
     /// Remembers the multipart upload under way.
-    pub(super) fn set_upload(&self, upload: Option<&str>) {
-        *self.upload.lock() = upload.map(str::to_owned);
+    pub(super) fn set_upload(&self, upload: Option<Arc<PartLog>>) {
+        *self.upload.lock() = upload;
     }
 
     /// The multipart upload under way.
-    pub(super) fn upload(&self) -> Option<String> {
+    pub(super) fn upload(&self) -> Option<Arc<PartLog>> {
         self.upload.lock().clone()
     }
 

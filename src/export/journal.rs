@@ -10,11 +10,13 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::job::JobRequest;
+use super::part_log::PartLog;
 use super::status::Status;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Version of the record's fields.
-const RECORD_VERSION: u32 = 1;
+/// Version of the record's fields. Version 1 kept the upload's id in the record, and is read too.
+const RECORD_VERSION: u32 = 2;
+const OLDEST_VERSION: u32 = 1;
 
 /// How often, and after which pauses, the lock is tried: two seconds together.
 const LOCK_TRIES: u32 = 20;
@@ -32,7 +34,8 @@ pub struct Record {
     pub request: JobRequest,
     /// The job as it was when the record was written.
     pub status: Status,
-    /// The multipart upload that is under way at the store.
+    /// Version 1 only: the multipart upload that was under way at the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<String>,
     /// Whether the final status could not be written into the bucket yet.
     #[serde(default)]
@@ -48,7 +51,8 @@ impl Record {
 
 /// A state directory that this process holds.
 ///
-/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `staging/`, files that writers are filling.
+/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `uploads/ID.parts`, logs of uploads under way; `staging/`, files
+/// that writers are filling; `lengths/`, what compressed files keep.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
@@ -62,11 +66,11 @@ impl StateDir {
     /// [`Busy`](ErrorKind::Busy) with the holder's process id when another daemon holds it.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |what: &str, e| Error::from_io(what, e).in_file(path.display().to_string());
-        for dir in [path.to_owned(), path.join("jobs"), path.join("staging"), path.join("lengths")] {
+        for name in ["", "jobs", "uploads", "staging", "lengths"] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
-                .create(&dir)
+                .create(path.join(name))
                 .map_err(|e| failed("cannot create the state directory", e))?;
         }
         let mut options = File::options();
@@ -105,7 +109,7 @@ impl StateDir {
 
     /// The journal in this directory.
     pub fn journal(&self) -> Journal {
-        Journal { directory: self.path.join("jobs") }
+        Journal { directory: self.path.join("jobs"), uploads: self.path.join("uploads") }
     }
 }
 
@@ -125,11 +129,32 @@ fn lock_patiently(mut file: File) -> std::result::Result<Flock<File>, (File, nix
 #[derive(Clone, Debug)]
 pub struct Journal {
     directory: PathBuf,
+    uploads: PathBuf,
 }
 
 impl Journal {
     fn path(&self, job_id: &str) -> PathBuf {
         self.directory.join(format!("{job_id}.json"))
+    }
+
+    /// Where the log of an upload is: that of a job by its id.
+    pub(super) fn upload_path(&self, id: &str) -> PathBuf {
+        self.uploads.join(format!("{id}.parts"))
+    }
+
+    /// The logs of all uploads that earlier processes left, by the ids of their jobs. What is no log is removed.
+    pub(super) fn load_uploads(&self) -> Result<Vec<(String, PartLog)>> {
+        let place = self.uploads.display().to_string();
+        let entries = fs::read_dir(&self.uploads)
+            .map_err(|e| Error::from_io("cannot list the journal's uploads", e).in_file(&place))?;
+        let mut logs = Vec::new();
+        for path in entries.flatten().map(|e| e.path()) {
+            match (path.file_stem().and_then(|stem| stem.to_str()), PartLog::open(&path)?) {
+                (Some(id), Some(log)) => logs.push((id.to_owned(), log)),
+                _ => drop(fs::remove_file(&path)),
+            }
+        }
+        Ok(logs)
     }
 
     /// Writes a record so that it survives a crash from the return of this call on.
@@ -191,12 +216,13 @@ fn read_record(path: &Path) -> Result<Record> {
         |e| Error::new(ErrorKind::Malformed, "the job's record is damaged").in_file(&place).because(e);
     let value: serde_json::Value = serde_json::from_slice(&json).map_err(damaged)?;
     match value.get("version").and_then(serde_json::Value::as_u64) {
-        Some(version) if version == u64::from(RECORD_VERSION) => {
+        Some(version) if (u64::from(OLDEST_VERSION)..=u64::from(RECORD_VERSION)).contains(&version) => {
             serde_json::from_value(value).map_err(damaged)
         }
         version => {
-            let what =
-                format!("the job's record has version {version:?}, this freightfs reads {RECORD_VERSION}");
+            let what = format!(
+                "the job's record has version {version:?}, this freightfs reads {OLDEST_VERSION} to {RECORD_VERSION}"
+            );
             Err(Error::unsupported(what).in_file(place))
         }
     }

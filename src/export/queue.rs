@@ -13,6 +13,7 @@ use tracing::{error, info, warn};
 
 use super::job::{Job, JobRequest, JobSource, Stop};
 use super::journal::{Journal, Record};
+use super::part_log::{PartLog, UploadName};
 use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
 use crate::bucket::{Bucket, ObjectKey};
@@ -98,7 +99,7 @@ impl JobQueue {
             return Err(error);
         }
         self.inner.metrics.jobs_submitted.add(1);
-        self.spawn(Arc::clone(&job), None);
+        self.spawn(Arc::clone(&job));
         Ok(job)
     }
 
@@ -119,7 +120,8 @@ impl JobQueue {
         for error in errors {
             warn!("a job's record cannot be used: {}", error.report());
         }
-        let kept: Vec<_> = records.iter().filter_map(|record| record.upload.clone()).collect();
+        let mut logs: BTreeMap<_, _> = self.inner.journal.load_uploads()?.into_iter().collect();
+        let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
         for bucket in self.inner.buckets.values() {
             let (bucket, kept) = (bucket.clone(), kept.clone());
             self.inner.runtime.spawn(async move { bucket.sweep(kept).await });
@@ -127,38 +129,58 @@ impl JobQueue {
         for record in records {
             let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), None));
             self.inner.table.lock().insert(&job);
-            if record.status.status.is_final() {
-                if record.status_unwritten {
-                    job.set_status_unwritten(true);
-                    let inner = Arc::clone(&self.inner);
-                    self.inner.runtime.spawn(async move {
-                        let last = job.status();
-                        let written = inner.put_status(&job, last.to_json()).await;
-                        inner.note_written(&job, &last, written);
-                    });
-                }
-                continue;
-            }
-            let file = match &record.request.source {
-                JobSource::Image(image) => resolver(image),
-                JobSource::Staged(path) => super::staged_file(path),
-            };
-            info!(job = job.id(), key = %record.request.key, "taking up a job");
-            match file {
-                Ok(file) => {
-                    job.start(file);
-                    self.spawn(job, record.upload);
-                }
-                Err(error) => {
-                    let inner = Arc::clone(&self.inner);
-                    self.inner.runtime.spawn(async move {
-                        inner.abort(&job, record.upload.as_deref()).await;
-                        inner.end(&job, Err(error)).await;
-                    });
-                }
+            if !record.status.status.is_final() {
+                job.set_upload(logs.remove(&record.status.job_id).map(Arc::new));
+                self.take_up(job, record, &resolver);
+            } else if record.status_unwritten {
+                job.set_status_unwritten(true);
+                let inner = Arc::clone(&self.inner);
+                self.inner.runtime.spawn(async move {
+                    let last = job.status();
+                    let written = inner.put_status(&job, last.to_json()).await;
+                    inner.note_written(&job, &last, written);
+                });
             }
         }
+        for log in logs.into_values() {
+            let inner = Arc::clone(&self.inner);
+            self.inner.runtime.spawn(async move { inner.abort(&log).await });
+        }
         Ok(())
+    }
+
+    /// Goes on with a job of an earlier process.
+    fn take_up(
+        &self,
+        job: Arc<Job>,
+        record: Record,
+        resolver: impl Fn(&StatusImage) -> Result<Arc<dyn VirtualFile>>,
+    ) {
+        let file = match &record.request.source {
+            JobSource::Image(image) => resolver(image),
+            JobSource::Staged(path) => super::staged_file(path),
+        };
+        info!(job = job.id(), key = %record.request.key, "taking up a job");
+        let inner = Arc::clone(&self.inner);
+        if let Some(upload) = record.upload {
+            let request = record.request;
+            // What version 1 recorded of an upload does not say which parts there are.
+            self.inner.runtime.spawn(async move {
+                if let Ok(bucket) = inner.bucket(&request.bucket) {
+                    let _ = bucket.abort_upload(&request.key, &upload).await;
+                }
+            });
+        }
+        match file {
+            Ok(file) => {
+                job.set_file(file);
+                self.spawn(job);
+            }
+            Err(error) => {
+                let inner = Arc::clone(&self.inner);
+                self.inner.runtime.spawn(async move { inner.end(&job, Err(error)).await });
+            }
+        }
     }
 
     /// The newest job of that key, ended or not.
@@ -229,12 +251,12 @@ impl JobQueue {
         Ok(job)
     }
 
-    fn spawn(&self, job: Arc<Job>, left_over: Option<String>) {
+    fn spawn(&self, job: Arc<Job>) {
         let inner = Arc::clone(&self.inner);
         let running = Arc::clone(&self.inner.running);
         self.inner.runtime.spawn(async move {
             // `running` is held to the end of the task: `stop` waits until nobody else holds it.
-            inner.run(&job, &running, left_over).await;
+            inner.run(&job, &running).await;
             drop(running);
         });
     }
@@ -269,9 +291,8 @@ impl Inner {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no bucket {name:?} is mounted here")))
     }
 
-    async fn run(self: &Arc<Self>, job: &Arc<Job>, running: &Semaphore, left_over: Option<String>) {
+    async fn run(self: &Arc<Self>, job: &Arc<Job>, running: &Semaphore) {
         let mut stop = job.stop.subscribe();
-        self.abort(job, left_over.as_deref()).await;
         let mut attempt = std::pin::pin!(self.attempt(job, running));
         let mut result = tokio::select! {
             biased;
@@ -308,7 +329,8 @@ impl Inner {
         info!(job = job.id(), url = job.status().url, "export started");
         self.put_status(job, job.status().to_json()).await;
         let written = AtomicI64::new(job.status().begin_time.as_second());
-        let attempt = Attempt { bucket, key: &request.key, file, job, metrics: &self.metrics };
+        let attempt =
+            Attempt { bucket, key: &request.key, file: Arc::clone(&file), job, metrics: &self.metrics };
         let start = |part_size| self.start_upload(bucket.clone(), job, part_size);
         let progress = || async {
             let now = jiff::Timestamp::now().as_second();
@@ -317,8 +339,19 @@ impl Inner {
                 self.put_status(job, job.status().to_json()).await;
             }
         };
-        let uploaded = attempt.run(start, progress).await?;
-        job.set_upload(None);
+        let earlier = job.upload();
+        let mut uploaded = attempt.run(start, progress).await;
+        if let (Err(error), Some(log)) = (&uploaded, earlier)
+            && error.kind() == ErrorKind::NotFound
+        {
+            // Somebody, or a rule of the bucket, has given up the upload of the earlier process.
+            warn!(job = job.id(), "the upload is begun again: {}", error.report());
+            job.set_upload(None);
+            log.remove();
+            job.start(file);
+            uploaded = attempt.run(start, progress).await;
+        }
+        let uploaded = uploaded?;
         self.put_checksums(bucket, job, &uploaded).await;
         Ok(uploaded)
     }
@@ -329,24 +362,40 @@ impl Inner {
         bucket: Bucket,
         job: &Arc<Job>,
         part_size: u64,
-    ) -> Result<String> {
+    ) -> Result<Arc<PartLog>> {
         let (inner, owned) = (Arc::clone(self), Arc::clone(job));
         let step = async move {
-            let upload = bucket.start_upload(&owned.request().key, part_size).await?;
-            owned.set_upload(Some(&upload));
-            let mut record = Record::new(owned.request().clone(), owned.status());
-            record.upload = Some(upload.clone());
-            inner.journal.save(&record)?;
-            Ok(upload)
+            let log = inner.begin_upload(&bucket, &owned.request().key, part_size, &owned.id()).await?;
+            owned.set_upload(Some(Arc::clone(&log)));
+            Ok(log)
         };
         job.whole_step(step).await?
+    }
+
+    /// Starts an upload and its log.
+    async fn begin_upload(
+        &self,
+        bucket: &Bucket,
+        key: &ObjectKey,
+        part_size: u64,
+        log_id: &str,
+    ) -> Result<Arc<PartLog>> {
+        let id = bucket.start_upload(key, part_size).await?;
+        let name = UploadName { bucket: bucket.name().to_owned(), key: key.clone(), id, part_size };
+        match PartLog::create(self.journal.upload_path(log_id), name.clone()) {
+            Ok(log) => Ok(Arc::new(log)),
+            Err(error) => {
+                let _ = bucket.abort_upload(key, &name.id).await;
+                Err(error)
+            }
+        }
     }
 
     /// Ends a job for good: leaves nothing of a failed upload, writes record and status file, wakes who waits.
     async fn end(self: &Arc<Self>, job: &Arc<Job>, result: Result<Uploaded>) {
         drop(job.step.lock().await);
-        if result.is_err() {
-            self.abort(job, job.upload().as_deref()).await;
+        if let (Err(_), Some(log)) = (&result, job.upload()) {
+            self.abort(&log).await;
         }
         let mut last = job.status();
         match &result {
@@ -368,6 +417,9 @@ impl Inner {
         if let Err(error) = self.journal.save(&Record::new(job.request().clone(), last.clone())) {
             error!(job = last.job_id, "{}", error.report());
         }
+        if let (Ok(_), Some(log)) = (&result, job.upload()) {
+            log.remove();
+        }
         // The bucket has the status before anybody is told of the end, unless the store is full or gone.
         let written = self.put_status(job, last.to_json()).await;
         self.note_written(job, &last, written);
@@ -377,11 +429,15 @@ impl Inner {
         }
     }
 
-    /// Aborts an upload of this job that is known by its id.
-    async fn abort(&self, job: &Job, upload: Option<&str>) {
-        let (Some(upload), Ok(bucket)) = (upload, self.bucket(&job.request().bucket)) else { return };
-        if let Err(error) = bucket.abort_upload(&job.request().key, upload).await {
-            warn!(job = job.id(), "an unfinished upload could not be aborted: {}", error.report());
+    /// Gives up an upload. Its log stays when that fails, so that the next mount tries again.
+    async fn abort(&self, log: &PartLog) {
+        let name = log.name();
+        let Ok(bucket) = self.bucket(&name.bucket) else { return };
+        match bucket.abort_upload(&name.key, &name.id).await {
+            Ok(()) => log.remove(),
+            Err(error) => {
+                warn!(key = %name.key, "an unfinished upload could not be aborted: {}", error.report());
+            }
         }
     }
 

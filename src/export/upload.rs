@@ -2,19 +2,18 @@
 //!
 //! Parts are read in order, each hashed by two threads (SHA-256 and MD5) while it is uploaded. At most
 //! [`MAX_PARTS_IN_FLIGHT`] uploads run at once, and as many parts again may wait for the hashes, so a job holds
-//! at most 2 × [`MAX_PARTS_IN_FLIGHT`] + 2 parts.
+//! at most 2 × [`MAX_PARTS_IN_FLIGHT`] + 2 parts. What an earlier process sent or hashed is neither sent nor read again.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use md5::Md5;
-use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::digests::Digests;
 use super::job::Job;
+use super::part_log::{Part, PartLog};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
@@ -44,9 +43,12 @@ pub(super) struct Attempt<'a> {
     pub(super) metrics: &'a Metrics,
 }
 
+/// A part that is being read ahead: where, and its bytes.
+type ReadAhead = Option<(u64, JoinHandle<Result<Bytes>>)>;
+
 impl Attempt<'_> {
-    /// Uploads and verifies. `start` starts an upload with parts of a size, and records it; `progress` is called
-    /// after each part.
+    /// Uploads and verifies: on with the job's upload when it has one. `start` starts an upload with parts of a size,
+    /// and records it; `progress` is called after each part.
     ///
     /// When this fails after `start`, the upload is left to the caller to abort.
     pub(super) async fn run<S, P>(
@@ -55,50 +57,116 @@ impl Attempt<'_> {
         progress: impl Fn() -> P,
     ) -> Result<Uploaded>
     where
-        S: Future<Output = Result<String>>,
+        S: Future<Output = Result<Arc<PartLog>>>,
         P: Future<Output = ()>,
     {
-        // The size of a compressed file is known when its last part has been read.
-        let part_size = self.bucket.part_size_for(self.file.file_size())?;
-        let first = joined(read_part(&self.file, 0, part_size).await)??;
-        if (first.len() as u64) < part_size || self.file.known_size() == Some(part_size) {
-            return self.put_whole(first).await;
-        }
-        let upload = start(part_size).await?;
-        let (hashes, mut feed) = Hashes::start();
+        let mut ahead = None;
+        let log = match self.job.upload() {
+            Some(log) => log,
+            None => {
+                // The size of a compressed file is known when its last part has been read.
+                let part_size = self.bucket.part_size_for(self.file.file_size())?;
+                let first = joined(read_part(&self.file, 0, part_size).await)??;
+                if (first.len() as u64) < part_size || self.file.known_size() == Some(part_size) {
+                    return self.put_whole(first).await;
+                }
+                ahead = Some((0, tokio::spawn(async move { Ok(first) })));
+                start(part_size).await?
+            }
+        };
+        let mut digests = Digests::start(Some(&log));
+        let (parts, size) = self.send(&log, &mut digests, ahead, progress).await?;
+        self.check_size(size)?;
+        let (sha256, md5) = digests.finish().await?;
+        let meta = self.complete(&log, parts, size).await?;
+        Ok(Uploaded { meta, sha256, md5 })
+    }
+
+    /// Sends and hashes what is missing; returns the number of parts and of bytes.
+    async fn send<P: Future<Output = ()>>(
+        &self,
+        log: &PartLog,
+        digests: &mut Digests,
+        mut ahead: ReadAhead,
+        progress: impl Fn() -> P,
+    ) -> Result<(usize, u64)> {
+        let part_size = log.name().part_size;
         let in_flight_limit =
             usize::try_from(PART_MEMORY / part_size).unwrap_or(1).clamp(1, MAX_PARTS_IN_FLIGHT);
-        let mut parts = Vec::new();
         let mut in_flight = FuturesUnordered::new();
-        let (mut part, mut size) = (first, 0);
-        while !part.is_empty() {
-            size += part.len() as u64;
-            // The next part is read while this one is hashed and sent.
-            let next = read_part(&self.file, size, part_size);
-            self.job.update(|s| {
-                s.bytes_done += part.len() as u64;
-                s.size = s.size.or(self.file.known_size());
-            });
-            feed.send(part.clone()).await?;
-            while in_flight.len() >= in_flight_limit {
-                self.finish_one(&mut in_flight, &mut parts).await?;
-                progress().await;
+        let (mut index, mut at) = (0, 0);
+        loop {
+            let sent = log.part(index).filter(|part| self.is_whole(part, at, part_size));
+            if let Some(part) = sent.as_ref().filter(|part| digests.cover(at + part.length)) {
+                self.advance(at + part.length);
+                self.job.uploaded(part.length, self.file.file_size());
+                (index, at) = (index + 1, at + part.length);
+                continue;
             }
-            in_flight.push(self.put_part(&upload, parts.len(), part));
-            parts.push(None);
-            part = joined(next.await)??;
+            let part = match ahead.take().filter(|(place, _)| *place == at) {
+                Some((_, reading)) => joined(reading.await)??,
+                None => joined(read_part(&self.file, at, part_size).await)??,
+            };
+            if part.is_empty() {
+                break;
+            }
+            let (length, end) = (part.len() as u64, at + part.len() as u64);
+            // The next part is read while this one is hashed and sent.
+            if !digests.cover(end + 1) || log.part(index + 1).is_none() {
+                ahead = Some((end, read_part(&self.file, end, part_size)));
+            }
+            self.advance(end);
+            digests.add(at, &part).await?;
+            if sent.is_some_and(|sent| sent.length == length) {
+                self.job.uploaded(length, self.file.file_size());
+            } else {
+                while in_flight.len() >= in_flight_limit {
+                    self.finish_one(&mut in_flight, log).await?;
+                    progress().await;
+                }
+                in_flight.push(self.put_part(&log.name().id, index, part));
+            }
+            (index, at) = (index + 1, end);
         }
-        drop(feed);
         while !in_flight.is_empty() {
-            self.finish_one(&mut in_flight, &mut parts).await?;
+            self.finish_one(&mut in_flight, log).await?;
             progress().await;
         }
-        let (sha256, md5) = hashes.finish().await?;
-        let parts = parts.into_iter().map(|p| p.expect("every part was sent and finished")).collect();
-        self.check_size(size)?;
+        Ok((index, at))
+    }
+
+    /// Whether a recorded part is what stands at `at`: only the last one is shorter than the others.
+    fn is_whole(&self, part: &Part, at: u64, part_size: u64) -> bool {
+        let end = at.saturating_add(part.length);
+        match self.file.known_size() {
+            Some(file_size) => part.length > 0 && end == file_size.min(at.saturating_add(part_size)),
+            None => part.length == part_size,
+        }
+    }
+
+    /// Bytes up to `at` have been read.
+    fn advance(&self, at: u64) {
+        self.job.update(|s| {
+            s.bytes_done = at;
+            s.size = s.size.or(self.file.known_size());
+        });
+    }
+
+    /// Puts the object in place, unless an earlier process did so in its last moment.
+    async fn complete(&self, log: &PartLog, parts: usize, size: u64) -> Result<ObjectMeta> {
         self.job.set_publishing();
-        let meta = self.bucket.complete_upload(self.key, &upload, parts, size).await?;
-        Ok(Uploaded { meta, sha256, md5 })
+        let ids = log.ids(parts)?;
+        if let Some(mark) = log.completing()
+            && let Some(meta) = self.bucket.head(self.key).await?
+            && meta.object_size == size
+            && meta.etag.as_ref().is_some_and(|etag| etag.starts_with(&mark))
+        {
+            return Ok(meta);
+        }
+        if let Some(mark) = self.bucket.completion_mark(&log.name().id, &ids).await? {
+            log.complete(&mark)?;
+        }
+        self.bucket.complete_upload(self.key, &log.name().id, ids, size).await
     }
 
     /// All bytes have been read; the file must agree.
@@ -110,25 +178,21 @@ impl Attempt<'_> {
         Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(read))
     }
 
-    async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<(usize, u64, String)> {
+    async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<(usize, Part)> {
         let length = part.len() as u64;
         let id = self.bucket.put_part(self.key, upload, index, part).await?;
-        Ok((index, length, id))
+        Ok((index, Part { length, id }))
     }
 
-    async fn finish_one<F>(
-        &self,
-        in_flight: &mut FuturesUnordered<F>,
-        parts: &mut [Option<String>],
-    ) -> Result<()>
+    async fn finish_one<F>(&self, in_flight: &mut FuturesUnordered<F>, log: &PartLog) -> Result<()>
     where
-        F: Future<Output = Result<(usize, u64, String)>>,
+        F: Future<Output = Result<(usize, Part)>>,
     {
         if let Some(finished) = in_flight.next().await {
-            let (index, length, id) = finished?;
-            parts[index] = Some(id);
-            self.job.uploaded(length, self.file.file_size());
-            self.metrics.uploaded_bytes.add(length);
+            let (index, part) = finished?;
+            self.job.uploaded(part.length, self.file.file_size());
+            self.metrics.uploaded_bytes.add(part.length);
+            log.finished(index, part);
         }
         Ok(())
     }
@@ -138,10 +202,9 @@ impl Attempt<'_> {
         let size = bytes.len() as u64;
         self.check_size(size)?;
         self.job.update(|s| s.bytes_done = size);
-        let (hashes, mut feed) = Hashes::start();
-        feed.send(bytes.clone()).await?;
-        drop(feed);
-        let (sha256, md5) = hashes.finish().await?;
+        let mut digests = Digests::start(None);
+        digests.add(0, &bytes).await?;
+        let (sha256, md5) = digests.finish().await?;
         self.job.set_publishing();
         self.bucket.put(self.key, bytes).await?;
         let meta =
@@ -161,7 +224,7 @@ impl Attempt<'_> {
 }
 
 /// Reads `length` bytes at `at` on a blocking thread; fewer only at the end of the file.
-fn read_part(file: &Arc<dyn VirtualFile>, at: u64, length: u64) -> JoinHandle<Result<Bytes>> {
+pub(super) fn read_part(file: &Arc<dyn VirtualFile>, at: u64, length: u64) -> JoinHandle<Result<Bytes>> {
     let file = Arc::clone(file);
     tokio::task::spawn_blocking(move || {
         let length = file.known_size().map_or(length, |size| length.min(size.saturating_sub(at)));
@@ -179,50 +242,6 @@ fn read_part(file: &Arc<dyn VirtualFile>, at: u64, length: u64) -> JoinHandle<Re
 }
 
 /// A panic in a blocking task is a broken invariant, not a reason to take the daemon down.
-fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
+pub(super) fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
     result.map_err(|e| Error::new(ErrorKind::Internal, "a worker of the job panicked").because(e))
-}
-
-/// SHA-256 and MD5 of the parts in order, each on its own thread.
-struct Hashes {
-    sha256: JoinHandle<String>,
-    md5: JoinHandle<String>,
-}
-
-/// Where the parts go to be hashed.
-struct HashFeed {
-    sha256: mpsc::Sender<Bytes>,
-    md5: mpsc::Sender<Bytes>,
-}
-
-impl Hashes {
-    fn start() -> (Self, HashFeed) {
-        let (sha256, to_sha256) = hash_thread::<Sha256>();
-        let (md5, to_md5) = hash_thread::<Md5>();
-        (Self { sha256, md5 }, HashFeed { sha256: to_sha256, md5: to_md5 })
-    }
-
-    async fn finish(self) -> Result<(String, String)> {
-        Ok((joined(self.sha256.await)?, joined(self.md5.await)?))
-    }
-}
-
-impl HashFeed {
-    async fn send(&mut self, part: Bytes) -> Result<()> {
-        let gone = |e| Error::new(ErrorKind::Internal, "a hash of the job ended early").because(e);
-        self.sha256.send(part.clone()).await.map_err(gone)?;
-        self.md5.send(part).await.map_err(gone)
-    }
-}
-
-fn hash_thread<D: Digest + Send + 'static>() -> (JoinHandle<String>, mpsc::Sender<Bytes>) {
-    let (sender, mut receiver) = mpsc::channel::<Bytes>(MAX_PARTS_IN_FLIGHT);
-    let thread = tokio::task::spawn_blocking(move || {
-        let mut digest = D::new();
-        while let Some(part) = receiver.blocking_recv() {
-            digest.update(&part);
-        }
-        hex::encode(digest.finalize())
-    });
-    (thread, sender)
 }
