@@ -5,6 +5,7 @@
 //! ended is taken up again by the next queue over the same state directory, at its last finished part.
 
 mod digests;
+mod early;
 mod job;
 mod journal;
 mod part_log;
@@ -13,6 +14,7 @@ mod staged;
 mod status;
 mod upload;
 
+pub use early::EarlyUpload;
 pub use job::{Job, JobRequest, JobSource};
 pub use journal::{Journal, StateDir};
 pub use queue::{JobQueue, QueueSettings};

@@ -86,7 +86,7 @@ fn export(setup: &Setup, failing: usize) -> (Status, Arc<FaultyStore>) {
     let store = store.refailing(failing);
     let state = setup.state();
     let queue = setup.queue(&bucket, &state);
-    let job = queue.submit(request("k"), setup.file()).unwrap();
+    let job = queue.submit(request("k"), setup.file(), &mut None).unwrap();
     let waited = job.wait(LIMIT);
     let status = job.status();
     assert_eq!(waited.is_ok(), status.status == JobState::Success, "{status:?}");
@@ -131,14 +131,14 @@ fn the_same_key_is_busy_and_other_buckets_are_unknown() {
     let bucket = setup.bucket(&FaultyStore::new(0));
     let state = setup.state();
     let queue = setup.queue(&bucket, &state);
-    let first = queue.submit(request("k"), setup.file()).unwrap();
-    if let Err(error) = queue.submit(request("k"), setup.file()) {
+    let first = queue.submit(request("k"), setup.file(), &mut None).unwrap();
+    if let Err(error) = queue.submit(request("k"), setup.file(), &mut None) {
         assert_eq!(error.kind(), ErrorKind::Busy);
     }
     first.wait(LIMIT).unwrap();
-    queue.submit(request("k"), setup.file()).unwrap().wait(LIMIT).unwrap();
+    queue.submit(request("k"), setup.file(), &mut None).unwrap().wait(LIMIT).unwrap();
     let unknown = JobRequest { bucket: "none".into(), ..request("k") };
-    assert_eq!(queue.submit(unknown, setup.file()).err().unwrap().kind(), ErrorKind::NotFound);
+    assert_eq!(queue.submit(unknown, setup.file(), &mut None).err().unwrap().kind(), ErrorKind::NotFound);
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn jobs_of_a_dead_daemon_are_taken_up_or_fail_with_the_reason() {
         let state = setup.state();
         let queue = setup.queue(&bucket, &state);
         for key in ["same", "changed"] {
-            queue.submit(request(key), setup.file()).unwrap();
+            queue.submit(request(key), setup.file(), &mut None).unwrap();
         }
         setup.runtime.block_on(queue.stop());
     }

@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::early::EarlyUpload;
 use super::part_log::PartLog;
 use super::status::{JobState, STATUS_VERSION, Status, StatusImage};
 use crate::bucket::ObjectKey;
@@ -61,6 +62,8 @@ pub struct Job {
     started: Mutex<Option<Instant>>,
     /// The multipart upload under way.
     upload: Mutex<Option<Arc<PartLog>>>,
+    /// What was sent while a program wrote the file.
+    early_upload: Mutex<Option<EarlyUpload>>,
     /// Whether the bucket has an older status than this job: it could not be written there at the end.
     status_unwritten: AtomicBool,
     pub(super) stop: watch::Sender<Stop>,
@@ -117,6 +120,7 @@ impl Job {
             file: Mutex::new(file),
             started: Mutex::default(),
             upload: Mutex::default(),
+            early_upload: Mutex::default(),
             status_unwritten: AtomicBool::new(false),
             stop: watch::Sender::new(Stop::No),
             publishing: AtomicBool::new(false),
@@ -263,9 +267,19 @@ impl Job {
         self.upload.lock().clone()
     }
 
+    /// Gives the job what was sent while its file was written.
+    pub(super) fn set_early_upload(&self, early: Option<EarlyUpload>) {
+        *self.early_upload.lock() = early;
+    }
+
+    pub(super) fn take_early_upload(&self) -> Option<EarlyUpload> {
+        self.early_upload.lock().take()
+    }
+
     /// Ends the job: `last` is its status for ever, `error` is kept for waiters, all of them are woken.
     pub(super) fn end(&self, last: Status, error: Option<&Error>) {
         *self.failure.lock() = error.cloned();
+        self.set_early_upload(None);
         *self.file.lock() = None;
         *self.status.lock() = last;
         self.ended.notify_all();
@@ -286,7 +300,7 @@ pub(super) fn now() -> Timestamp {
 }
 
 /// An id that sorts by time and is unique over hosts: milliseconds since 1970 and 64 random bits, hexadecimal.
-fn new_job_id() -> String {
+pub(super) fn new_job_id() -> String {
     use std::hash::{BuildHasher, Hasher};
     // RandomState is seeded by the operating system and differs at each call.
     let random = std::hash::RandomState::new().build_hasher().finish();

@@ -37,6 +37,9 @@ pub struct Record {
     /// Version 1 only: the multipart upload that was under way at the store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<String>,
+    /// The name of the log of the job's upload, when it is not the job's id.
+    #[serde(default)]
+    pub upload_log: Option<String>,
     /// Whether the final status could not be written into the bucket yet.
     #[serde(default)]
     pub status_unwritten: bool,
@@ -45,7 +48,14 @@ pub struct Record {
 impl Record {
     /// A record of a job that has no upload under way.
     pub fn new(request: JobRequest, status: Status) -> Self {
-        Self { version: RECORD_VERSION, request, status, upload: None, status_unwritten: false }
+        Self {
+            version: RECORD_VERSION,
+            request,
+            status,
+            upload: None,
+            upload_log: None,
+            status_unwritten: false,
+        }
     }
 }
 

@@ -184,15 +184,6 @@ impl PartLog {
         Ok(())
     }
 
-    /// Gives the log another place, that of the job that takes the upload over.
-    pub(super) fn move_to(&self, path: PathBuf) -> Result<()> {
-        let mut inner = self.inner.lock();
-        let failed = |e| Error::from_io("cannot record the upload", e).in_file(path.display().to_string());
-        fs::rename(&inner.path, &path).map_err(failed)?;
-        inner.path = path;
-        Ok(())
-    }
-
     /// The upload is over.
     pub(super) fn remove(&self) {
         let _ = fs::remove_file(&self.inner.lock().path);

@@ -8,9 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{error, info, warn};
 
+use super::early::EarlyUpload;
 use super::job::{Job, JobRequest, JobSource, Stop};
 use super::journal::{Journal, Record};
 use super::part_log::{PartLog, UploadName};
@@ -26,6 +27,12 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How long writing a status may take; the job's end does not wait longer for it.
 const STATUS_LIMIT: Duration = Duration::from_secs(30);
+
+/// Files that are sent while they are written, at once. Others are sent when they are closed.
+const EARLY_UPLOADS: usize = 4;
+
+/// How long the end of the mount waits until these have been given up.
+const EARLY_LIMIT: Duration = Duration::from_secs(10);
 
 /// Ended jobs that stay in memory; the oldest go first.
 const ENDED_KEPT: usize = 1000;
@@ -49,11 +56,12 @@ pub struct JobQueue {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(super) struct Inner {
     buckets: BTreeMap<String, Bucket>,
     journal: Journal,
     metrics: Arc<Metrics>,
     running: Arc<Semaphore>,
+    early: Arc<Semaphore>,
     runtime: Handle,
     table: Mutex<Table>,
 }
@@ -80,24 +88,35 @@ impl JobQueue {
             journal,
             metrics,
             running: Arc::new(Semaphore::new(settings.running.max(1))),
+            early: Arc::new(Semaphore::new(EARLY_UPLOADS)),
             runtime,
             table: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
 
-    /// Records a job durably and starts it. From the return of this call on, a crash does not lose it.
+    /// Records a job durably and starts it. From the return of this call on, a crash does not lose it. What was sent of
+    /// the file while it was written, `begun`, is taken when the job is accepted.
     ///
     /// # Errors
     /// [`Busy`](ErrorKind::Busy) while another job makes the same key.
-    pub fn submit(&self, request: JobRequest, file: Arc<dyn VirtualFile>) -> Result<Arc<Job>> {
+    pub fn submit(
+        &self,
+        request: JobRequest,
+        file: Arc<dyn VirtualFile>,
+        begun: &mut Option<EarlyUpload>,
+    ) -> Result<Arc<Job>> {
         let job = self.enter(request, Some(file))?;
-        if let Err(error) = self.inner.journal.save(&Record::new(job.request().clone(), job.status())) {
+        let mut record = Record::new(job.request().clone(), job.status());
+        let begun = begun.take().filter(|early| *early.key() == record.request.key);
+        record.upload_log = begun.as_ref().map(|early| early.log_id().to_owned());
+        if let Err(error) = self.inner.journal.save(&record) {
             let mut last = job.status();
             last.fail(&error);
             job.end(last, Some(&error));
             return Err(error);
         }
+        job.set_early_upload(begun);
         self.inner.metrics.jobs_submitted.add(1);
         self.spawn(Arc::clone(&job));
         Ok(job)
@@ -130,7 +149,8 @@ impl JobQueue {
             let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), None));
             self.inner.table.lock().insert(&job);
             if !record.status.status.is_final() {
-                job.set_upload(logs.remove(&record.status.job_id).map(Arc::new));
+                let log_id = record.upload_log.as_ref().unwrap_or(&record.status.job_id);
+                job.set_upload(logs.remove(log_id).map(Arc::new));
                 self.take_up(job, record, &resolver);
             } else if record.status_unwritten {
                 job.set_status_unwritten(true);
@@ -234,6 +254,13 @@ impl JobQueue {
         while Arc::strong_count(&self.inner.running) > 1 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        // What is not given up by then is given up by the next mount.
+        let early = self.inner.early.acquire_many(EARLY_UPLOADS as u32);
+        let _ = tokio::time::timeout(EARLY_LIMIT, early).await;
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
     }
 
     /// Puts a new job into the table unless its key is taken.
@@ -285,7 +312,16 @@ impl Table {
 }
 
 impl Inner {
-    fn bucket(&self, name: &str) -> Result<&Bucket> {
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// The right to one more upload of a file that is being written.
+    pub(super) fn early_permit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.early).try_acquire_owned().ok()
+    }
+
+    pub(super) fn bucket(&self, name: &str) -> Result<&Bucket> {
         self.buckets
             .get(name)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no bucket {name:?} is mounted here")))
@@ -339,6 +375,9 @@ impl Inner {
                 self.put_status(job, job.status().to_json()).await;
             }
         };
+        if let Some(early) = job.take_early_upload() {
+            job.set_upload(early.finish().await);
+        }
         let earlier = job.upload();
         let mut uploaded = attempt.run(start, progress).await;
         if let (Err(error), Some(log)) = (&uploaded, earlier)
@@ -373,7 +412,7 @@ impl Inner {
     }
 
     /// Starts an upload and its log.
-    async fn begin_upload(
+    pub(super) async fn begin_upload(
         &self,
         bucket: &Bucket,
         key: &ObjectKey,
@@ -430,7 +469,7 @@ impl Inner {
     }
 
     /// Gives up an upload. Its log stays when that fails, so that the next mount tries again.
-    async fn abort(&self, log: &PartLog) {
+    pub(super) async fn abort(&self, log: &PartLog) {
         let name = log.name();
         let Ok(bucket) = self.bucket(&name.bucket) else { return };
         match bucket.abort_upload(&name.key, &name.id).await {

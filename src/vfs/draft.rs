@@ -17,9 +17,9 @@ use tracing::{debug, warn};
 use self::ranges::Ranges;
 use self::staged::Staged;
 use super::{ObjectName, Vfs};
-use crate::bucket::ObjectFile;
+use crate::bucket::{ObjectFile, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{Job, JobRequest, JobSource, StatusImage, staged_file};
+use crate::export::{EarlyUpload, Job, JobRequest, JobSource, StatusImage, staged_file};
 use crate::format::OutputFormat;
 use crate::image;
 use crate::storage::FileStorage;
@@ -212,6 +212,7 @@ impl Draft {
         self.change(|state| {
             state.check()?;
             let result = self.staged(vfs, state).and_then(|staged| staged.write(at, bytes));
+            self.send_early(vfs, state);
             state.touched(result)
         })
     }
@@ -249,10 +250,42 @@ impl Draft {
             let result = source.file.exact_size().and_then(|exact| {
                 let length = length.min(exact.saturating_sub(from.bytes()));
                 self.staged(vfs, state)?.copy(&*source.file, from, at, length)?;
+                self.send_early(vfs, state);
                 Ok(length)
             });
             state.touched(result)
         })
+    }
+
+    /// Begins to send what is staged when there is enough of it.
+    fn send_early(&self, vfs: &Vfs, state: &mut State) {
+        let Content::Staged(staged) = &mut state.content else { return };
+        if staged.wants_early_upload()
+            && let Some((bucket, key)) = self.published_name()
+        {
+            staged.set_early_upload(|file, file_size| vfs.jobs.early_upload(&bucket, &key, file, file_size));
+        }
+    }
+
+    /// What it will be published as: what rsync writes under a temporary name gets the name within that.
+    fn published_name(&self) -> Option<ObjectName> {
+        let (bucket, key) = self.object();
+        if !self.is_parked() {
+            return Some((bucket, key));
+        }
+        let name = super::handle::rsync_target(key.file_name())?;
+        let key = match key.parent() {
+            Some(parent) => parent.child(name),
+            None => ObjectKey::parse(name),
+        };
+        Some((bucket, key.ok()?))
+    }
+
+    /// What was sent while it was written is given up.
+    pub(super) fn give_up_early_upload(&self) {
+        if let Content::Staged(staged) = &mut self.state.lock().content {
+            drop(staged.take_early_upload());
+        }
     }
 
     /// The destination's name never converts: a suffix of another format is refused.
@@ -366,7 +399,10 @@ impl Draft {
         let (job, wait) = match &state.content {
             Content::Ranges { source, ranges, file_size } if ranges.cover(source, *file_size)? => {
                 let file = Arc::clone(&source.file);
-                (self.submit(vfs, JobSource::Image(source.image.clone()), file)?, vfs.settings.wait)
+                (
+                    self.submit(vfs, JobSource::Image(source.image.clone()), file, &mut None)?,
+                    vfs.settings.wait,
+                )
             }
             Content::Published { .. } => return Ok(None),
             empty_or_staged => {
@@ -382,15 +418,21 @@ impl Draft {
         Ok(wait.then_some(job))
     }
 
-    fn submit(&self, vfs: &Vfs, source: JobSource, file: Arc<dyn VirtualFile>) -> Result<Arc<Job>> {
+    fn submit(
+        &self,
+        vfs: &Vfs,
+        source: JobSource,
+        file: Arc<dyn VirtualFile>,
+        begun: &mut Option<EarlyUpload>,
+    ) -> Result<Arc<Job>> {
         let (bucket, key) = self.object();
         let request = JobRequest { bucket, key, source, client_token: None };
         // The last close of an earlier handle may be publishing at this moment: that comes first.
         vfs.settle(&self.object());
-        match vfs.jobs.submit(request.clone(), Arc::clone(&file)) {
+        match vfs.jobs.submit(request.clone(), Arc::clone(&file), begun) {
             Err(error) if error.kind() == ErrorKind::Busy => {
                 vfs.settle(&self.object());
-                vfs.jobs.submit(request, file)
+                vfs.jobs.submit(request, file, begun)
             }
             submitted => submitted,
         }
@@ -398,7 +440,7 @@ impl Draft {
 
     /// Hands the staged file over to a job, which removes it at its end.
     fn submit_staged(&self, vfs: &Vfs, state: &mut State) -> Result<Arc<Job>> {
-        let Content::Staged(staged) = &state.content else {
+        let Content::Staged(staged) = &mut state.content else {
             return Err(Error::new(ErrorKind::Internal, "nothing is staged"));
         };
         let place = staged.path.display().to_string();
@@ -407,7 +449,8 @@ impl Draft {
             .sync_all()
             .map_err(|e| Error::from_io("cannot sync the staged bytes", e).in_file(&place))?;
         let path = staged.path.to_path_buf();
-        let job = self.submit(vfs, JobSource::Staged(path.clone()), staged_file(&path)?)?;
+        let mut begun = staged.take_early_upload();
+        let job = self.submit(vfs, JobSource::Staged(path.clone()), staged_file(&path)?, &mut begun)?;
         if let Content::Staged(staged) = std::mem::replace(&mut state.content, Content::Empty) {
             staged
                 .path
@@ -562,6 +605,12 @@ impl Vfs {
             }
             draft.publish_last(self);
         }
+    }
+
+    /// The mount has ended: what is being written is not published any more.
+    pub fn end_drafts(&self) {
+        let drafts: Vec<_> = self.drafts.lock().drain().map(|(_, draft)| draft).collect();
+        drafts.iter().for_each(|draft| draft.give_up_early_upload());
     }
 
     /// Leaves a FAIL status beside a key whose writer ended before its end.

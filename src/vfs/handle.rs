@@ -147,7 +147,7 @@ impl Vfs {
             Err(error) => return Err(error),
         }
         let draft = self.open_draft(&object, options.truncate)?;
-        let temporary = options.exclusive && is_rsync_temporary(name);
+        let temporary = options.exclusive && rsync_target(name).is_some();
         if temporary && program(options.opener).as_deref() == Some("rsync") {
             draft.park();
         }
@@ -377,13 +377,12 @@ fn program(pid: Option<u32>) -> Option<String> {
     Some(name.trim_end().to_owned())
 }
 
-/// Whether a name is `.NAME.XXXXXX`, under which rsync writes before it renames (rsync(1), `--temp-dir`). It makes
-/// such files exclusively, as mkstemp(3) does.
-fn is_rsync_temporary(name: &str) -> bool {
-    let parts = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('.'));
-    parts.is_some_and(|(name, random)| {
-        !name.is_empty() && random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric())
-    })
+/// The NAME of `.NAME.XXXXXX`, under which rsync writes before it renames (rsync(1), `--temp-dir`). It makes such files
+/// exclusively, as mkstemp(3) does.
+pub(super) fn rsync_target(name: &str) -> Option<&str> {
+    let (name, random) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let is_random = random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric());
+    (!name.is_empty() && is_random).then_some(name)
 }
 
 fn read_document(bytes: &[u8], at: FileOffset, buf: &mut [u8]) -> usize {

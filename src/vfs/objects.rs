@@ -271,6 +271,7 @@ impl Vfs {
             return Ok(true);
         }
         if self.is_marked_partial(to)? {
+            draft.give_up_early_upload();
             return Ok(true);
         }
         draft.unpark();

@@ -30,6 +30,13 @@ impl Random {
     }
 }
 
+/// A raw disk full of noise.
+pub fn noise(directory: &Path, size: usize) -> PathBuf {
+    let raw = directory.join("noise.raw");
+    std::fs::write(&raw, Random(size as u64).bytes(size)).unwrap();
+    raw
+}
+
 /// A raw ext4 filesystem of 512 MiB with about 40 MiB of files, text and noise.
 pub fn ext4(directory: &Path) -> PathBuf {
     let tree = directory.join("tree");

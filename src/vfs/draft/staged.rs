@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::EarlyUpload;
 use crate::units::{FileOffset, MIB, SECTOR};
 use crate::vfile::VirtualFile;
 
@@ -13,6 +14,9 @@ const COPY_BUFFER: usize = MIB as usize;
 
 /// Bytes that a draft may write before the staging directory is looked at again.
 const ALLOWANCE: u64 = 16 * MIB;
+
+/// Bytes from which on a file is sent while it is written.
+const EARLY_SIZE: u64 = 16 * MIB;
 
 /// The bytes of a draft in a file.
 pub(super) struct Staged {
@@ -24,6 +28,10 @@ pub(super) struct Staged {
     limit: Option<u64>,
     /// Bytes that may be written before the limit is looked at again.
     allowance: u64,
+    /// Whether every write so far began at or after the end of the one before.
+    is_monotonic: bool,
+    /// What is sent of it while it is written.
+    early: Option<EarlyUpload>,
 }
 
 impl Staged {
@@ -32,7 +40,7 @@ impl Staged {
             |e| Error::from_io("cannot create a staging file", e).in_file(directory.display().to_string());
         let file = tempfile::Builder::new().prefix("write-").tempfile_in(directory).map_err(failed)?;
         let (file, path) = file.into_parts();
-        Ok(Self { file, path, file_size: 0, limit, allowance: 0 })
+        Ok(Self { file, path, file_size: 0, limit, allowance: 0, is_monotonic: true, early: None })
     }
 
     fn failed(&self, what: &str, e: std::io::Error) -> Error {
@@ -42,8 +50,33 @@ impl Staged {
     pub(super) fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
         self.make_room(bytes.len() as u64)?;
         self.file.write_all_at(bytes, at.bytes()).map_err(|e| self.failed("cannot stage", e))?;
+        self.is_monotonic &= at.bytes() >= self.file_size;
         self.file_size = self.file_size.max(at.bytes() + bytes.len() as u64);
+        if let Some(early) = &self.early {
+            early.wrote(at.bytes(), bytes.len() as u64);
+        }
         Ok(())
+    }
+
+    /// Whether the file is worth sending while it is written, and is not sent yet, or in parts that are too small.
+    pub(super) fn wants_early_upload(&self) -> bool {
+        match &self.early {
+            Some(early) => early.is_outgrown(self.file_size),
+            None => self.is_monotonic && self.file_size >= EARLY_SIZE,
+        }
+    }
+
+    /// Sends the file while it is written; what was sent before is given up.
+    pub(super) fn set_early_upload(&mut self, begin: impl FnOnce(File, u64) -> Option<EarlyUpload>) {
+        self.early = None;
+        self.early = self.file.try_clone().ok().and_then(|file| begin(file, self.file_size));
+        // One that could not begin now is not tried at every write.
+        self.is_monotonic = false;
+    }
+
+    /// What was sent so far.
+    pub(super) fn take_early_upload(&mut self) -> Option<EarlyUpload> {
+        self.early.take()
     }
 
     /// Refuses to write `length` bytes when all staged files together would take more than the limit.
@@ -70,7 +103,11 @@ impl Staged {
 
     pub(super) fn set_size(&mut self, size: u64) -> Result<()> {
         self.file.set_len(size).map_err(|e| self.failed("cannot size the staging file", e))?;
+        self.is_monotonic &= size >= self.file_size;
         self.file_size = size;
+        if let Some(early) = &self.early {
+            early.resized(size);
+        }
         Ok(())
     }
 

@@ -1,0 +1,151 @@
+//! A proxy before the S3 server that counts requests and lets chosen ones fail as networks and stores do.
+//!
+//! It asks the server to close each connection after one answer, so that requests and connections are the same.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// What a client asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    pub method: String,
+    /// Path and query.
+    pub target: String,
+}
+
+impl Request {
+    /// Whether it is a part of an upload.
+    pub fn is_part(&self) -> bool {
+        self.method == "PUT" && self.target.contains("partNumber=")
+    }
+}
+
+/// What becomes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Forward,
+    /// The server gets it after this many milliseconds.
+    Delay(u64),
+    /// The server does not get it, and this is the answer.
+    Answer(u16),
+    /// The connection is closed before the server gets it.
+    Cut,
+    /// The server gets it, and its answer is lost.
+    CutAnswer,
+    /// The server does not get it, and there never is an answer.
+    Hang,
+}
+
+/// A running proxy.
+pub struct Proxy {
+    address: String,
+    log: Arc<Mutex<Vec<(Request, u16)>>>,
+}
+
+type Decide = dyn FnMut(&Request) -> Fate + Send;
+
+impl Proxy {
+    /// Starts one before `upstream` (`http://host:port`).
+    pub fn start(upstream: &str, decide: impl FnMut(&Request) -> Fate + Send + 'static) -> Self {
+        let upstream = upstream.trim_start_matches("http://").trim_end_matches('/').to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let decide: Arc<Mutex<Box<Decide>>> = Arc::new(Mutex::new(Box::new(decide)));
+        let shared = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let (upstream, decide, log) = (upstream.clone(), Arc::clone(&decide), Arc::clone(&shared));
+                std::thread::spawn(move || {
+                    // A client that goes away is no failure of the proxy.
+                    let _ = serve(client, &upstream, &decide, &log);
+                });
+            }
+        });
+        Self { address, log }
+    }
+
+    pub fn url(&self) -> String {
+        self.address.clone()
+    }
+
+    /// The requests that were answered so far, with the status of the answer.
+    pub fn answered(&self) -> Vec<(Request, u16)> {
+        self.log.lock().unwrap().clone()
+    }
+}
+
+fn serve(
+    mut client: TcpStream,
+    upstream: &str,
+    decide: &Mutex<Box<Decide>>,
+    log: &Mutex<Vec<(Request, u16)>>,
+) -> std::io::Result<()> {
+    let mut reader = BufReader::new(client.try_clone()?);
+    let mut head = Vec::new();
+    let mut body_length = 0;
+    let mut line = String::new();
+    while reader.read_line(&mut line)? > 0 {
+        let lower = line.to_ascii_lowercase();
+        if let Some(length) = lower.strip_prefix("content-length:") {
+            body_length = length.trim().parse().unwrap();
+        }
+        if line == "\r\n" {
+            head.extend(b"connection: close\r\n\r\n");
+            break;
+        }
+        if !lower.starts_with("connection:") {
+            head.extend(line.as_bytes());
+        }
+        line.clear();
+    }
+    let first = String::from_utf8_lossy(&head).lines().next().unwrap_or_default().to_owned();
+    let mut words = first.split(' ').map(str::to_owned);
+    let (Some(method), Some(target)) = (words.next(), words.next()) else { return Ok(()) };
+    let request = Request { method, target };
+    let fate = (decide.lock().unwrap())(&request);
+    let mut body = vec![0; body_length];
+    match fate {
+        Fate::Cut => return client.shutdown(Shutdown::Both),
+        Fate::Hang => {
+            // Until the client gives up.
+            return std::io::copy(&mut reader, &mut std::io::sink()).map(drop);
+        }
+        Fate::Answer(status) => {
+            reader.read_exact(&mut body)?;
+            let code = if status == 503 { "SlowDown" } else { "Refused" };
+            let xml = format!(
+                "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>by the proxy</Message></Error>"
+            );
+            log.lock().unwrap().push((request, status));
+            let length = xml.len();
+            return write!(
+                client,
+                "HTTP/1.1 {status} Fault\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{xml}"
+            );
+        }
+        Fate::Delay(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
+        Fate::Forward | Fate::CutAnswer => {}
+    }
+    reader.read_exact(&mut body)?;
+    let mut server = TcpStream::connect(upstream)?;
+    server.write_all(&head)?;
+    server.write_all(&body)?;
+    let mut answer = Vec::new();
+    let mut chunk = vec![0; 1 << 16];
+    loop {
+        let read = server.read(&mut chunk)?;
+        let first = answer.is_empty();
+        if first {
+            answer.extend(&chunk[..read.min(32)]);
+            let status = String::from_utf8_lossy(&answer).split(' ').nth(1).and_then(|s| s.parse().ok());
+            log.lock().unwrap().push((request.clone(), status.unwrap_or(0)));
+        }
+        if read == 0 || fate == Fate::CutAnswer {
+            return client.shutdown(Shutdown::Both);
+        }
+        client.write_all(&chunk[..read])?;
+    }
+}

@@ -1,0 +1,255 @@
+//! Uploads against a real S3 server behind a proxy that counts, delays and cuts: what is sent when, and how often.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use support::images::{self, Random};
+use support::mount::{Mount, World};
+use support::proxy::{Fate, Proxy, Request};
+use support::s3::{self, aws, endpoint, uploads};
+use support::{assert_same, can_mount, command, freightfs, run, sha256, succeed};
+
+const PART: usize = 8 << 20;
+
+/// A world whose daemon reaches the S3 server through a proxy.
+struct Setup {
+    world: World,
+    proxy: Proxy,
+    endpoint: String,
+    bucket: String,
+}
+
+impl Setup {
+    fn new(name: &str, decide: impl FnMut(&Request) -> Fate + Send + 'static) -> Option<Self> {
+        let (Some(endpoint), true) = (endpoint(), can_mount()) else { return None };
+        let bucket = format!("{name}-{}", std::process::id());
+        let mut world = s3::world(&endpoint, &bucket);
+        let proxy = Proxy::start(&endpoint, decide);
+        for (variable, value) in &mut world.environment {
+            if variable == "AWS_ENDPOINT_URL" {
+                *value = proxy.url();
+            }
+        }
+        Some(Self { world, proxy, endpoint, bucket })
+    }
+
+    fn mount(&self, arguments: &[&str]) -> Mount {
+        let url = format!("b=s3://{}", self.bucket);
+        self.world.mount_exactly(&[&["--bucket", &url], arguments].concat())
+    }
+
+    /// Kills the daemon; its mount goes away with it.
+    fn kill(&self, mount: Mount) {
+        mount.signal("KILL");
+        let place = format!(" {} ", self.world.path("mnt").display());
+        until("the mount is gone", || !std::fs::read_to_string("/proc/mounts").unwrap().contains(&place));
+    }
+
+    /// How often each part of a key was stored, by part number.
+    fn parts(&self, key: &str) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for (request, status) in self.proxy.answered() {
+            let number = request.target.split(['?', '&']).find_map(|word| word.strip_prefix("partNumber="));
+            if let (true, 200, Some(number)) = (request.target.contains(key), status, number) {
+                *counts.entry(number.to_owned()).or_default() += 1;
+            }
+        }
+        counts
+    }
+
+    fn fetch(&self, key: &str) -> std::path::PathBuf {
+        let fetched = self.world.out("fetched");
+        let object = format!("s3://{}/{key}", self.bucket);
+        succeed(aws(&self.endpoint, &["s3", "cp", "--quiet", &object]).arg(&fetched));
+        fetched
+    }
+
+    fn assert_no_upload_is_left(&self) {
+        assert_eq!(uploads(&self.endpoint, &self.bucket).trim(), "None", "an upload is left over");
+    }
+}
+
+/// Waits for something that another process does.
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !condition() {
+        assert!(std::time::Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn parts_are_sent_while_a_program_writes_and_again_when_they_are_rewritten() {
+    let Some(setup) = Setup::new("early", |_| Fate::Forward) else { return };
+    let mount = setup.mount(&[]);
+    let mut content = Random(1).bytes(5 * PART + 1000);
+    let mut file = File::create(mount.key("k")).unwrap();
+    file.write_all(&content[..4 * PART]).unwrap();
+    // The writer is still there; what it has passed is at the store.
+    until("early parts", || setup.parts("/k?").len() == 4);
+    file.write_all_at(b"again", 2 * PART as u64 + 7).unwrap();
+    content[2 * PART + 7..][..5].copy_from_slice(b"again");
+    file.seek(std::io::SeekFrom::End(0)).unwrap();
+    file.write_all(&content[4 * PART..]).unwrap();
+    drop(file);
+    assert_eq!(mount.status("k")["status"], "SUCCESS");
+    let expected = setup.world.out("expected");
+    std::fs::write(&expected, &content).unwrap();
+    assert_same(&setup.fetch("k"), &expected);
+    assert_eq!(mount.status("k")["sha256"], sha256(&expected));
+    assert_eq!(mount.status("k")["bytes_uploaded"], content.len());
+    let parts = setup.parts("/k?");
+    assert_eq!(parts.len(), 6);
+    assert!(parts.iter().all(|(number, count)| *count == 1 + usize::from(number == "3")), "{parts:?}");
+    setup.assert_no_upload_is_left();
+
+    // Cut to less, to nothing, removed and refused: nothing stays, and what is published is right.
+    let mut cut = File::create(mount.key("cut")).unwrap();
+    cut.write_all(&content).unwrap();
+    until("early parts", || setup.parts("/cut?").len() == 5);
+    cut.set_len(PART as u64 + 5).unwrap();
+    drop(cut);
+    std::fs::write(&expected, &content[..PART + 5]).unwrap();
+    assert_same(&setup.fetch("cut"), &expected);
+    let mut gone = File::create(mount.key("gone")).unwrap();
+    gone.write_all(&content).unwrap();
+    until("early parts", || setup.parts("/gone?").len() == 5);
+    gone.set_len(0).unwrap();
+    gone.write_all(&content[..10]).unwrap();
+    std::fs::remove_file(mount.key("gone")).unwrap();
+    drop(gone);
+    // The last close is not waited for by the kernel; the end of the mount is.
+    mount.unmount();
+    setup.assert_no_upload_is_left();
+}
+
+#[test]
+fn rsync_sends_to_the_name_that_the_file_will_get() {
+    let Some(setup) = Setup::new("rsync-early", |_| Fate::Forward) else { return };
+    let mount = setup.mount(&[]);
+    let source = setup.world.out("some.bin");
+    std::fs::write(&source, Random(2).bytes(5 * PART)).unwrap();
+    succeed(command("rsync").args(["-a", "--bwlimit=40m"]).arg(&source).arg(mount.key("")));
+    assert_same(&setup.fetch("some.bin"), &source);
+    let parts = setup.parts("/some.bin?");
+    assert!(parts.len() == 5 && parts.values().all(|&count| count == 1), "{parts:?}");
+    let before_the_last = setup.proxy.answered();
+    let copies = before_the_last.iter().filter(|(request, _)| request.target.contains(".some.bin."));
+    assert_eq!(copies.filter(|(request, _)| request.method != "GET" && request.method != "HEAD").count(), 0);
+    mount.unmount();
+    setup.assert_no_upload_is_left();
+}
+
+#[test]
+fn a_writer_and_its_daemon_killed_leave_nothing() {
+    let Some(setup) = Setup::new("killed-early", |_| Fate::Forward) else { return };
+    let mount = setup.mount(&[]);
+    let mut file = File::create(mount.key("k.qcow2")).unwrap();
+    file.write_all(&[b"QFI\xfb\0\0\0\x03".to_vec(), Random(3).bytes(4 * PART)].concat()).unwrap();
+    until("early parts", || setup.parts("/k.qcow2?").len() == 4);
+    setup.kill(mount);
+    drop(file);
+    let mount = setup.mount(&[]);
+    until("the left-over upload is given up", || uploads(&setup.endpoint, &setup.bucket).trim() == "None");
+    assert!(!mount.key("k.qcow2").exists());
+    mount.unmount();
+}
+
+/// Exports of an image in a plain and in a compressed format, and a file that a program has written and closed:
+/// killed after the nth part, and taken up by the next mount.
+#[test]
+fn a_killed_daemon_goes_on_at_its_last_finished_part() {
+    let (asked, limit) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(usize::MAX)));
+    let (counter, allowed) = (Arc::clone(&asked), Arc::clone(&limit));
+    let decide = move |request: &Request| {
+        let hold =
+            request.is_part() && counter.fetch_add(1, Ordering::SeqCst) >= allowed.load(Ordering::SeqCst);
+        if hold { Fate::Hang } else { Fate::Forward }
+    };
+    let Some(setup) = Setup::new("resumed", decide) else { return };
+    let raw = images::noise(&setup.world.catalog(), 6 * PART);
+    let converted = setup.world.out("noise.stream.vmdk");
+    succeed(freightfs().args(["convert", "-q"]).arg(&raw).arg(&converted));
+    let mut mount = setup.mount(&["-o", "formats=raw:stream.vmdk"]);
+    for (index, kind) in ["raw", "stream.vmdk", "bin"].iter().enumerate() {
+        for parts in [0, 1, 3, 5] {
+            let key = format!("{parts}.{kind}");
+            let first = asked.load(Ordering::SeqCst);
+            limit.store(first + parts, Ordering::SeqCst);
+            let mut writer = None;
+            if index < 2 {
+                mount.cp(&mount.path(&format!("images/noise/noise.{kind}")), &key);
+            } else {
+                // Its close waits for the upload, and fails when the daemon is killed: the job is accepted before.
+                let (from, to) = (raw.clone(), mount.key(&key));
+                writer = Some(std::thread::spawn(move || {
+                    drop(run(command("dd")
+                        .arg("bs=1M")
+                        .arg(format!("if={}", from.display()))
+                        .arg(format!("of={}", to.display()))))
+                }));
+                let jobs = setup.world.path("state/jobs");
+                until("the job is recorded", || {
+                    std::fs::read_dir(&jobs).unwrap().flatten().any(|record| {
+                        let text = std::fs::read_to_string(record.path()).unwrap_or_default();
+                        text.contains(&format!("\"key\": \"{key}\"")) && !text.contains("\"SUCCESS\"")
+                    })
+                });
+            }
+            until("the part that hangs", || asked.load(Ordering::SeqCst) > first + parts);
+            until("the parts before it", || setup.parts(&format!("/{key}?")).len() == parts);
+            setup.kill(mount);
+            if let Some(writer) = writer {
+                writer.join().unwrap();
+            }
+            limit.store(usize::MAX, Ordering::SeqCst);
+            mount = setup.mount(&["-o", "formats=raw:stream.vmdk"]);
+            let status = mount.wait(&key);
+            assert_eq!(status["status"], "SUCCESS", "{key}: {status}");
+            let fetched = setup.fetch(&key);
+            assert_eq!(status["sha256"], sha256(&fetched), "{key}");
+            if index == 1 {
+                assert_same(&fetched, &converted);
+            } else {
+                assert_same(&fetched, &raw);
+            }
+            let parts = setup.parts(&format!("/{key}?"));
+            assert!(parts.len() >= 6 && parts.values().all(|&count| count == 1), "{key}: {parts:?}");
+        }
+    }
+    mount.unmount();
+    setup.assert_no_upload_is_left();
+}
+
+/// The daemon dies after the store has put the object in place, before it has heard of it.
+#[test]
+fn an_object_that_was_completed_unheard_is_found_and_not_made_again() {
+    let lost = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&lost);
+    let decide = move |request: &Request| {
+        let completes = request.method == "POST" && request.target.contains("uploadId=");
+        if completes && !seen.swap(true, Ordering::SeqCst) { Fate::Delay(700) } else { Fate::Forward }
+    };
+    let Some(setup) = Setup::new("unheard", decide) else { return };
+    let raw = images::noise(&setup.world.catalog(), 3 * PART);
+    let mount = setup.mount(&["-o", "formats=raw"]);
+    mount.cp(&mount.path("images/noise/noise.raw"), "k.raw");
+    until("the completion", || lost.load(Ordering::SeqCst));
+    setup.kill(mount);
+    let head = ["s3api", "head-object", "--bucket", &setup.bucket, "--key", "k.raw"];
+    until("the object", || run(&mut aws(&setup.endpoint, &head)).status.success());
+    let mount = setup.mount(&["-o", "formats=raw"]);
+    assert_eq!(mount.wait("k.raw")["status"], "SUCCESS");
+    assert_same(&setup.fetch("k.raw"), &raw);
+    let parts = setup.parts("/k.raw?");
+    assert!(parts.len() == 3 && parts.values().all(|&count| count == 1), "{parts:?}");
+    mount.unmount();
+    setup.assert_no_upload_is_left();
+}
