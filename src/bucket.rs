@@ -180,16 +180,35 @@ impl Bucket {
 
     /// One level below `prefix`, or of the whole bucket. Our own files are left out.
     pub async fn list(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
-        let listing = match &self.inner.backend {
-            Backend::Local(store) => store.list(prefix).await,
-            Backend::Remote(store) => store.list(prefix).await,
+        let mut whole = Listing::default();
+        let mut page = None;
+        loop {
+            let (listing, next) = self.list_page(prefix, page).await?;
+            whole.objects.extend(listing.objects);
+            whole.prefixes.extend(listing.prefixes);
+            if next.is_none() {
+                return Ok(whole);
+            }
+            page = next;
+        }
+    }
+
+    /// A page of [`list`](Self::list): the first one, or the one that the page before named. `None` names no further one.
+    pub async fn list_page(
+        &self,
+        prefix: Option<&ObjectKey>,
+        page: Option<String>,
+    ) -> Result<(Listing, Option<String>)> {
+        let listed = match &self.inner.backend {
+            Backend::Local(store) => store.list(prefix).await.map(|listing| (listing, None)),
+            Backend::Remote(store) => store.list(prefix, page).await,
         };
-        let mut listing =
-            listing.map_err(|e| e.in_file(prefix.map_or(self.url().to_owned(), |p| self.url_of(p))))?;
+        let (mut listing, next) =
+            listed.map_err(|e| e.in_file(prefix.map_or(self.url().to_owned(), |p| self.url_of(p))))?;
         if prefix.is_none() {
             listing.prefixes.retain(|name| name != CONTROL_PREFIX);
         }
-        Ok(listing)
+        Ok((listing, next))
     }
 
     /// Bytes of an object, which must still have the tag `etag` when one is given.

@@ -145,6 +145,20 @@ fn read_and_reply(vfs: &Vfs, fh: FileHandle, offset: u64, size: u32, reply: Repl
     });
 }
 
+/// `.` and `..` come before the directory's own names.
+fn reply_directory(vfs: &Vfs, node: INodeNo, fh: HandleId, offset: u64, mut reply: ReplyDirectory) {
+    for (number, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+        let _ = reply.add(node, number as u64 + 1, FileType::Directory, name);
+    }
+    let read = vfs.read_directory(fh, offset.saturating_sub(2), |number, entry| {
+        reply.add(INodeNo(entry.ino.0), number + 3, file_type(entry.kind), &entry.name)
+    });
+    match read {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno("readdir", &e)),
+    }
+}
+
 fn ino(ino: INodeNo) -> Ino {
     Ino(ino.0)
 }
@@ -498,21 +512,8 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn readdir(&self, _req: &Request, node: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let filled = self.vfs.with_directory(handle(fh), |entries| {
-            let dots = [".", ".."].map(|name| (node, FileType::Directory, name));
-            let names = entries.iter().map(|e| (INodeNo(e.ino.0), file_type(e.kind), e.name.as_str()));
-            let rest = dots.into_iter().chain(names).enumerate().skip(offset as usize);
-            for (index, (ino, kind, name)) in rest {
-                if reply.add(ino, index as u64 + 1, kind, name) {
-                    break;
-                }
-            }
-        });
-        match filled {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(errno("readdir", &e)),
-        }
+    fn readdir(&self, _req: &Request, node: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.work(Op::Readdir, move |vfs| reply_directory(vfs, node, handle(fh), offset, reply));
     }
 
     fn releasedir(

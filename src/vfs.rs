@@ -5,6 +5,7 @@
 
 mod attr;
 mod attributes;
+mod directory;
 mod document;
 mod draft;
 mod handle;
@@ -30,6 +31,7 @@ use crate::export::JobQueue;
 use crate::format::OutputFormat;
 use crate::metrics::Metrics;
 use attributes::Attributes;
+use directory::RecentObjects;
 use draft::Draft;
 use handle::Handle;
 use inode::InodeTable;
@@ -78,6 +80,7 @@ pub struct Vfs {
     /// Directories that were made and may have no object in them yet.
     made_directories: Mutex<HashSet<ObjectName>>,
     attributes: Attributes,
+    recent: RecentObjects,
 }
 
 impl Vfs {
@@ -104,6 +107,7 @@ impl Vfs {
             drafts: Mutex::default(),
             made_directories: Mutex::default(),
             attributes: Attributes::default(),
+            recent: RecentObjects::default(),
         }
     }
 

@@ -5,9 +5,13 @@ mod support;
 
 use std::path::Path;
 
+use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
+
 use support::images::{self, Random};
+use support::proxy::{Fate, Proxy};
 use support::s3::{aws, endpoint, uploads, world};
-use support::{assert_same, can_mount, fail, sha256, succeed};
+use support::{assert_same, can_mount, command, fail, sh, sha256, succeed};
 
 #[test]
 fn an_export_to_s3_is_byte_identical_by_the_real_client() {
@@ -122,4 +126,63 @@ fn wrong_buckets_and_credentials_fail_the_mount() {
     let mut command = world.mount_command(&["--bucket", &format!("b=s3://{bucket}")]);
     let said = fail(command.env("AWS_ACCESS_KEY_ID", "nobody"));
     assert!(said.contains("denies access"), "{said}");
+}
+
+/// More names than two pages have: all are listed once, with one request a page and none for each name.
+#[test]
+fn a_large_directory_is_listed_page_by_page() {
+    let (Some(endpoint), true) = (endpoint(), can_mount()) else { return };
+    let bucket = format!("pages-{}", std::process::id());
+    let mut world = world(&endpoint, &bucket);
+    let proxy = Proxy::start(&endpoint, |_| Fate::Forward);
+    world.environment[0].1 = proxy.url();
+    let tree = world.out("tree");
+    std::fs::create_dir_all(tree.join("sub")).unwrap();
+    for index in 0..2100 {
+        std::fs::write(tree.join(format!("object-{index:04}")), "x".repeat(index % 7)).unwrap();
+    }
+    std::fs::write(tree.join("sub/one"), "1").unwrap();
+    put_tree(&endpoint, &bucket, &tree);
+    let mount = world.mount_exactly(&["--bucket", &format!("b=s3://{bucket}")]);
+    let before = proxy.answered().len();
+    let sizes = |path: &Path| {
+        let listed = command("ls").args(["-l", "--time-style=+"]).arg(path).output().unwrap();
+        let listed = String::from_utf8(listed.stdout).unwrap();
+        let fields = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            (words.len() == 6).then(|| {
+                format!("{} {} {}", words[0], if words[5] == "sub" { "" } else { words[4] }, words[5])
+            })
+        };
+        listed.lines().filter_map(fields).collect::<Vec<_>>()
+    };
+    let listed = sizes(&mount.key("many"));
+    let requests = proxy.answered().len() - before;
+    assert_eq!(listed, sizes(&tree));
+    assert!(requests < 40, "{requests} requests for a listing of three pages");
+    // One that was removed is gone at once, whatever the listing said.
+    std::fs::remove_file(mount.key("many/object-1234")).unwrap();
+    assert!(!mount.key("many/object-1234").exists());
+    assert_eq!(std::fs::read_dir(mount.key("many")).unwrap().count(), 2100);
+    mount.unmount();
+}
+
+/// Puts the files of a directory below `many/`, many at once.
+fn put_tree(endpoint: &str, bucket: &str, tree: &Path) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let store = object_store::aws::AmazonS3Builder::from_env()
+        .with_endpoint(endpoint)
+        .with_allow_http(true)
+        .with_bucket_name(bucket)
+        .build()
+        .unwrap();
+    let files = sh(&format!("cd {} && find . -type f -printf '%P\n'", tree.display()));
+    let puts = files.lines().map(|name| {
+        let (path, content) =
+            (object_store::path::Path::from(format!("many/{name}")), std::fs::read(tree.join(name)).unwrap());
+        let store = &store;
+        async move { store.put(&path, content.into()).await.map(drop) }
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(futures::stream::iter(puts).buffer_unordered(32).try_collect::<()>()).unwrap();
 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use md5::{Digest, Md5};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{
@@ -31,13 +32,15 @@ const RETRY_TIMEOUT: Duration = Duration::from_secs(180);
 pub(super) struct RemoteStore {
     store: Arc<dyn ObjectStore>,
     uploads: Arc<dyn MultipartStore>,
+    /// The store again, where it lists page by page.
+    pages: Option<Arc<dyn PaginatedListStore>>,
     /// Segments before every key, from the bucket's URL.
     prefix: Option<String>,
 }
 
 impl RemoteStore {
     pub(super) fn new(store: Arc<dyn ObjectStore>, uploads: Arc<dyn MultipartStore>) -> Self {
-        Self { store, uploads, prefix: None }
+        Self { store, uploads, pages: None, prefix: None }
     }
 
     /// S3 by the AWS_* variables, and the shared files where those are silent.
@@ -87,7 +90,9 @@ impl RemoteStore {
             .map_err(|e| malformed("cannot use this bucket").because(e))?;
         let store = Arc::new(store);
         let uploads: Arc<dyn MultipartStore> = Arc::<object_store::aws::AmazonS3>::clone(&store);
-        Ok(Self { store, uploads, prefix: (!prefix.is_empty()).then_some(prefix) })
+        let pages: Option<Arc<dyn PaginatedListStore>> =
+            Some(Arc::<object_store::aws::AmazonS3>::clone(&store));
+        Ok(Self { store, uploads, pages, prefix: (!prefix.is_empty()).then_some(prefix) })
     }
 
     fn path(&self, key: &ObjectKey) -> Result<Path> {
@@ -138,19 +143,39 @@ impl RemoteStore {
         }
     }
 
-    pub(super) async fn list(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
+    /// A page of one level, and the token of the next page.
+    pub(super) async fn list(
+        &self,
+        prefix: Option<&ObjectKey>,
+        page: Option<String>,
+    ) -> Result<(Listing, Option<String>)> {
         let path = match (prefix, &self.prefix) {
             (Some(key), _) => Some(self.path(key)?),
             (None, Some(prefix)) => Path::parse(prefix).ok(),
             (None, None) => None,
         };
-        let found = self.store.list_with_delimiter(path.as_ref()).await;
-        let found = found.map_err(|e| translated("cannot list", ErrorKind::Io, e))?;
+        let listed = match &self.pages {
+            Some(store) => {
+                let options = PaginatedListOptions {
+                    delimiter: Some("/".into()),
+                    page_token: page,
+                    ..PaginatedListOptions::default()
+                };
+                let prefix = path.as_ref().map(|path| format!("{path}/"));
+                store
+                    .list_paginated(prefix.as_deref(), options)
+                    .await
+                    .map(|page| (page.result, page.page_token))
+            }
+            None => self.store.list_with_delimiter(path.as_ref()).await.map(|result| (result, None)),
+        };
+        let (found, next) = listed.map_err(|e| translated("cannot list", ErrorKind::Io, e))?;
         let names = found.common_prefixes.iter().filter_map(|p| p.filename());
-        Ok(Listing {
+        let listing = Listing {
             objects: found.objects.into_iter().filter_map(|meta| self.meta(meta)).collect(),
             prefixes: names.filter(|name| ObjectKey::parse(name).is_ok()).map(str::to_owned).collect(),
-        })
+        };
+        Ok((listing, next))
     }
 
     pub(super) async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {

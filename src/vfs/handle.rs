@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::attr::Attr;
+use super::directory::OpenDirectory;
 use super::draft::{Draft, RangeSource};
 use super::inode::{Ino, Node};
-use super::tree::{DirectoryEntry, read_only};
+use super::tree::read_only;
 use super::{ObjectName, Vfs};
 use crate::bucket::ObjectFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -55,8 +56,8 @@ pub enum ReadPath {
 
 /// An open file or directory.
 pub(super) enum Handle {
-    /// A directory's names as they were when it was opened.
-    Directory(Vec<DirectoryEntry>),
+    /// A directory that is being read.
+    Directory(OpenDirectory),
     /// A document as it was when it was opened.
     Document(Vec<u8>),
     /// An image's file.
@@ -156,23 +157,6 @@ impl Vfs {
         }
         let id = self.insert(Handle::Draft(draft));
         Ok((self.lookup(parent, name)?, id))
-    }
-
-    /// Opens a directory: its names are those of now until it is closed.
-    pub fn open_directory(&self, ino: Ino) -> Result<HandleId> {
-        Ok(self.insert(Handle::Directory(self.read_directory(ino)?)))
-    }
-
-    /// The names of an open directory.
-    pub fn with_directory<T>(
-        &self,
-        id: HandleId,
-        use_entries: impl FnOnce(&[DirectoryEntry]) -> T,
-    ) -> Result<T> {
-        match &*self.handle(id)? {
-            Handle::Directory(entries) => Ok(use_entries(entries)),
-            _ => Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's")),
-        }
     }
 
     /// Reads from an open file. Only the end of the file gives fewer bytes than `buf` takes.
@@ -359,13 +343,13 @@ impl Vfs {
         }
     }
 
-    fn insert(&self, handle: Handle) -> HandleId {
+    pub(super) fn insert(&self, handle: Handle) -> HandleId {
         let id = HandleId(self.next_handle.fetch_add(1, Ordering::Relaxed));
         self.handles.write().insert(id, Arc::new(handle));
         id
     }
 
-    fn handle(&self, id: HandleId) -> Result<Arc<Handle>> {
+    pub(super) fn handle(&self, id: HandleId) -> Result<Arc<Handle>> {
         let missing = || Error::new(ErrorKind::Internal, format!("handle {} is not open", id.0));
         self.handles.read().get(&id).cloned().ok_or_else(missing)
     }

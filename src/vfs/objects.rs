@@ -63,9 +63,13 @@ impl Vfs {
             let attr = self.virtual_file_attr(&node, &*file.0, file.1);
             return Ok((node, self.overridden(&name, attr)));
         }
-        let (object, listing) = self
-            .runtime
-            .block_on(async { tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1)) })?;
+        let recent = self.recent.get(&name).filter(|_| self.jobs.newest(&name.0, &name.1).is_none());
+        let (object, listing) = match recent {
+            Some(object) => (Some(object), false),
+            None => self
+                .runtime
+                .block_on(async { tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1)) })?,
+        };
         if listing || self.made_directories.lock().contains(&name) {
             let node = Node::Directory { bucket: name.0.clone(), prefix: Some(name.1.clone()) };
             let attr = self.overridden_directory(&name, self.directory_attr(&node, self.mounted));
@@ -80,18 +84,14 @@ impl Vfs {
         self.file_attr(node, object.object_size, 0o644, object.modified)
     }
 
-    /// What a directory of a bucket shows: the store's listing, and what is being made.
-    pub(super) fn object_entries(
+    /// What a directory of a bucket shows besides the store's listing: what is being made.
+    pub(super) fn entries_being_made(
         &self,
         bucket: &str,
         prefix: Option<&ObjectKey>,
     ) -> Result<Vec<(Node, String, NodeKind)>> {
-        let listing = self.runtime.block_on(self.bucket(bucket)?.list(prefix))?;
         let mut entries: BTreeMap<String, Node> = BTreeMap::new();
         let object = |key: ObjectKey| Node::Object { bucket: bucket.to_owned(), key };
-        for found in listing.objects {
-            entries.insert(found.key.file_name().to_owned(), object(found.key));
-        }
         let here = |key: &ObjectKey| key.parent().as_ref() == prefix;
         for job in self.jobs.shown_in(bucket) {
             let key = &job.request().key;
@@ -108,14 +108,9 @@ impl Vfs {
         for (_, key) in drafts.into_iter().filter(|(b, key): &ObjectName| b == bucket && here(key)) {
             entries.insert(key.file_name().to_owned(), object(key));
         }
-        let made = self.made_directories.lock();
-        let made = made
-            .iter()
-            .filter(|(b, key)| b == bucket && here(key))
-            .map(|(_, key)| key.file_name().to_owned());
-        for name in listing.prefixes.into_iter().chain(made) {
-            let key = self.child_key(prefix, &name)?;
-            entries.insert(name, Node::Directory { bucket: bucket.to_owned(), prefix: Some(key) });
+        for (_, key) in self.made_directories.lock().iter().filter(|(b, key)| b == bucket && here(key)) {
+            let node = Node::Directory { bucket: bucket.to_owned(), prefix: Some(key.clone()) };
+            entries.insert(key.file_name().to_owned(), node);
         }
         let entry = |(name, node): (String, Node)| {
             let kind = if matches!(node, Node::Object { .. }) { NodeKind::File } else { NodeKind::Directory };
@@ -129,8 +124,10 @@ impl Vfs {
         match self.inodes.node(parent)? {
             Node::Directory { bucket, prefix } => {
                 self.bucket(&bucket)?;
-                let key = self.child_key(prefix.as_ref(), name)?;
-                Ok((bucket, key))
+                let object = (bucket, self.child_key(prefix.as_ref(), name)?);
+                // Whoever asks is about to change it.
+                self.recent.forget(&object);
+                Ok(object)
             }
             node => Err(read_only(&node)),
         }
@@ -182,7 +179,7 @@ impl Vfs {
                 return Err(Error::new(ErrorKind::NotDirectory, format!("{node} is not a directory")));
             }
         }
-        if !self.object_entries(&bucket, Some(&key))?.is_empty() {
+        if !self.is_empty_directory(&bucket, &key)? {
             return Err(Error::new(ErrorKind::NotEmpty, format!("{key} is not empty")));
         }
         self.runtime.block_on(self.bucket(&bucket)?.remove_directory(&key))?;

@@ -72,10 +72,9 @@ impl Vfs {
         self.getattr(ino)
     }
 
-    /// The names in a directory, `.` and `..` left out.
-    pub fn read_directory(&self, ino: Ino) -> Result<Vec<DirectoryEntry>> {
-        let node = self.inodes.node(ino)?;
-        let names: Vec<(Node, String, NodeKind)> = match &node {
+    /// The names in a directory outside the buckets.
+    pub(super) fn fixed_entries(&self, node: &Node) -> Result<Vec<(Node, String, NodeKind)>> {
+        Ok(match node {
             Node::Root => self.root_entries(),
             Node::Images => {
                 let ids = self.catalog.images()?;
@@ -89,7 +88,6 @@ impl Vfs {
                 };
                 self.buckets.keys().map(entry).collect()
             }
-            Node::Directory { bucket, prefix } => self.object_entries(bucket, prefix.as_ref())?,
             Node::Jobs => {
                 let entry = |job: Arc<Job>| {
                     let id = job.id();
@@ -102,9 +100,7 @@ impl Vfs {
                 ControlFile::ALL.into_iter().map(entry).collect()
             }
             file => return Err(Error::new(ErrorKind::NotDirectory, format!("{file} is not a directory"))),
-        };
-        let number = |(node, name, kind)| DirectoryEntry { ino: self.inodes.number(&node), name, kind };
-        Ok(names.into_iter().map(number).collect())
+        })
     }
 
     fn root_entries(&self) -> Vec<(Node, String, NodeKind)> {

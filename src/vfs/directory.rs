@@ -1,0 +1,187 @@
+//! Open directories, read page by page, and what recent listings say of the objects in them.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use super::attr::NodeKind;
+use super::handle::{Handle, HandleId};
+use super::inode::{Ino, Node};
+use super::tree::DirectoryEntry;
+use super::{ObjectName, Vfs};
+use crate::bucket::{ObjectKey, ObjectMeta};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a listing answers look-ups of the objects in it, so that `ls -l` asks once a page and not once a name.
+const RECENT: Duration = Duration::from_secs(5);
+
+/// Objects of listings that are remembered.
+const RECENT_OBJECTS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not zero");
+
+/// A directory as it is being read: names are held from the page that is read on, not all of them.
+pub(super) struct OpenDirectory {
+    ino: Ino,
+    reading: Mutex<Reading>,
+}
+
+struct Reading {
+    /// The number of the first name in `names`.
+    first: u64,
+    names: VecDeque<DirectoryEntry>,
+    rest: Option<Rest>,
+}
+
+/// The pages of a bucket's directory that have not been read.
+struct Rest {
+    bucket: String,
+    prefix: Option<ObjectKey>,
+    page: Option<String>,
+    /// Names that are being made in the mount, which have been given already.
+    given: HashSet<String>,
+}
+
+/// What recent listings say.
+pub(super) struct RecentObjects {
+    /// When it was listed, and as what; or when it was changed here.
+    known: Mutex<LruCache<ObjectName, (Instant, Option<ObjectMeta>)>>,
+}
+
+impl Default for RecentObjects {
+    fn default() -> Self {
+        Self { known: Mutex::new(LruCache::new(RECENT_OBJECTS)) }
+    }
+}
+
+impl RecentObjects {
+    /// The object, if a recent listing had it.
+    pub(super) fn get(&self, object: &ObjectName) -> Option<ObjectMeta> {
+        let known = self.known.lock();
+        known.peek(object).filter(|(at, _)| at.elapsed() < RECENT).and_then(|(_, meta)| meta.clone())
+    }
+
+    /// Something happens to the object: what is listed until now is not to be used.
+    pub(super) fn forget(&self, object: &ObjectName) {
+        self.known.lock().put(object.clone(), (Instant::now(), None));
+    }
+
+    /// A listing that was asked for at `asked` has the object.
+    fn insert(&self, asked: Instant, bucket: &str, meta: &ObjectMeta) {
+        let mut known = self.known.lock();
+        let object = (bucket.to_owned(), meta.key.clone());
+        if known.peek(&object).is_none_or(|(at, _)| *at < asked) {
+            known.put(object, (asked, Some(meta.clone())));
+        }
+    }
+}
+
+impl Vfs {
+    /// Opens a directory. Its first names are found out now, so that a bucket that cannot be listed is told here.
+    pub fn open_directory(&self, ino: Ino) -> Result<HandleId> {
+        let reading = Mutex::new(self.begin_reading(ino)?);
+        Ok(self.insert(Handle::Directory(OpenDirectory { ino, reading })))
+    }
+
+    /// Gives the names of an open directory from number `from` on, until `take` says that it is full. Number 0 begins
+    /// anew with what there is then.
+    pub fn read_directory(
+        &self,
+        id: HandleId,
+        from: u64,
+        mut take: impl FnMut(u64, &DirectoryEntry) -> bool,
+    ) -> Result<()> {
+        let handle = self.handle(id)?;
+        let Handle::Directory(directory) = &*handle else {
+            return Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's"));
+        };
+        let mut reading = directory.reading.lock();
+        if from < reading.first {
+            *reading = self.begin_reading(directory.ino)?;
+        }
+        let mut number = from;
+        loop {
+            while number >= reading.first + reading.names.len() as u64 {
+                if !self.read_page(&mut reading)? {
+                    return Ok(());
+                }
+            }
+            let entry = &reading.names[(number - reading.first) as usize];
+            if take(number, entry) {
+                return Ok(());
+            }
+            number += 1;
+        }
+    }
+
+    /// Whether nothing is in a directory of a bucket.
+    pub(super) fn is_empty_directory(&self, bucket: &str, prefix: &ObjectKey) -> Result<bool> {
+        let mut reading = self.begin_bucket(bucket, Some(prefix))?;
+        while reading.names.is_empty() && self.read_page(&mut reading)? {}
+        Ok(reading.names.is_empty())
+    }
+
+    fn begin_reading(&self, ino: Ino) -> Result<Reading> {
+        let names = match self.inodes.node(ino)? {
+            Node::Directory { bucket, prefix } => {
+                let mut reading = self.begin_bucket(&bucket, prefix.as_ref())?;
+                self.read_page(&mut reading)?;
+                return Ok(reading);
+            }
+            node => self.fixed_entries(&node)?,
+        };
+        Ok(Reading { first: 0, names: self.numbered(names).collect(), rest: None })
+    }
+
+    /// A bucket's directory with what is being made in it, before any page of the store's listing.
+    fn begin_bucket(&self, bucket: &str, prefix: Option<&ObjectKey>) -> Result<Reading> {
+        let made = self.entries_being_made(bucket, prefix)?;
+        let given = made.iter().map(|(_, name, _)| name.clone()).collect();
+        let rest = Rest { bucket: bucket.to_owned(), prefix: prefix.cloned(), page: None, given };
+        Ok(Reading { first: 0, names: self.numbered(made).collect(), rest: Some(rest) })
+    }
+
+    /// One page more, in place of those that were read. Returns whether there was one.
+    fn read_page(&self, reading: &mut Reading) -> Result<bool> {
+        let Some(mut rest) = reading.rest.take() else { return Ok(false) };
+        let (bucket, asked) = (self.bucket(&rest.bucket)?, Instant::now());
+        let (listing, next) =
+            self.runtime.block_on(bucket.list_page(rest.prefix.as_ref(), rest.page.take()))?;
+        let mut names: BTreeMap<String, Node> = BTreeMap::new();
+        for found in listing.objects {
+            self.recent.insert(asked, &rest.bucket, &found);
+            let node = Node::Object { bucket: rest.bucket.clone(), key: found.key.clone() };
+            names.insert(found.key.file_name().to_owned(), node);
+        }
+        // Where an object and a directory have one name, the directory is what the name leads to.
+        for name in listing.prefixes {
+            let key = self.child_key(rest.prefix.as_ref(), &name)?;
+            self.recent.forget(&(rest.bucket.clone(), key.clone()));
+            names.insert(name, Node::Directory { bucket: rest.bucket.clone(), prefix: Some(key) });
+        }
+        names.retain(|name, _| !rest.given.contains(name));
+        let kind = |node: &Node| {
+            if matches!(node, Node::Object { .. }) { NodeKind::File } else { NodeKind::Directory }
+        };
+        let entries = names.into_iter().map(|(name, node)| {
+            let kind = kind(&node);
+            (node, name, kind)
+        });
+        reading.first += reading.names.len() as u64;
+        reading.names = self.numbered(entries.collect()).collect();
+        if next.is_some() {
+            rest.page = next;
+            reading.rest = Some(rest);
+        }
+        Ok(true)
+    }
+
+    fn numbered(&self, names: Vec<(Node, String, NodeKind)>) -> impl Iterator<Item = DirectoryEntry> + '_ {
+        names.into_iter().map(|(node, name, kind)| DirectoryEntry {
+            ino: self.inodes.number(&node),
+            name,
+            kind,
+        })
+    }
+}
