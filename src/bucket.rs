@@ -16,8 +16,10 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use object_store::ObjectStore;
 use object_store::multipart::MultipartStore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub use key::ObjectKey;
+use object_file::AHEAD_BLOCKS;
 pub use object_file::ObjectFile;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -39,6 +41,9 @@ pub const MAX_PARTS: usize = 10_000;
 
 /// Largest part (the same table).
 const MAX_PART_SIZE: u64 = 5 * GIB;
+
+/// Largest object that a store copies with one request (S3 API Reference, "CopyObject").
+const MAX_COPY: u64 = 5 * GIB;
 
 /// Largest object that this many of these parts make.
 const MAX_OBJECT_SIZE: u64 = 48 * TIB;
@@ -75,6 +80,10 @@ struct Inner {
     name: String,
     url: String,
     backend: Backend,
+    /// Bytes of the largest object that the store copies with one request.
+    largest_copy: u64,
+    /// Rights to keep blocks of objects that were read ahead.
+    ahead: Arc<Semaphore>,
 }
 
 enum Backend {
@@ -106,7 +115,7 @@ impl Bucket {
                 return Err(malformed(format!("the scheme {other:?} is not known; known are file and s3")));
             }
         };
-        Ok(Self::new(name, parsed.as_str().trim_end_matches('/'), backend))
+        Ok(Self::new(name, parsed.as_str().trim_end_matches('/'), backend, MAX_COPY))
     }
 
     /// A bucket over given stores, for tests that let requests fail.
@@ -116,11 +125,36 @@ impl Bucket {
         store: Arc<dyn ObjectStore>,
         uploads: Arc<dyn MultipartStore>,
     ) -> Self {
-        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)))
+        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), MAX_COPY)
     }
 
-    fn new(name: &str, url: &str, backend: Backend) -> Self {
-        Self { inner: Arc::new(Inner { name: name.to_owned(), url: url.to_owned(), backend }) }
+    /// As [`with_stores`](Self::with_stores), over a store that copies no object larger than this with one request.
+    pub fn with_copy_limit(
+        name: &str,
+        url: &str,
+        store: Arc<dyn ObjectStore>,
+        uploads: Arc<dyn MultipartStore>,
+        largest_copy: u64,
+    ) -> Self {
+        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), largest_copy)
+    }
+
+    fn new(name: &str, url: &str, backend: Backend, largest_copy: u64) -> Self {
+        let ahead = Arc::new(Semaphore::new(AHEAD_BLOCKS));
+        Self {
+            inner: Arc::new(Inner {
+                name: name.to_owned(),
+                url: url.to_owned(),
+                backend,
+                largest_copy,
+                ahead,
+            }),
+        }
+    }
+
+    /// The right to read one block ahead, if there is room.
+    fn ahead_permit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.inner.ahead).try_acquire_owned().ok()
     }
 
     /// Its name in the mount.
@@ -271,7 +305,15 @@ impl Bucket {
         .map_err(|e| self.named(e, key))
     }
 
-    /// Copies an object within the bucket.
+    /// Whether [`copy`](Self::copy) can copy an object of that size. A larger one has to be read and sent in parts.
+    pub fn copies(&self, object_size: u64) -> bool {
+        match &self.inner.backend {
+            Backend::Local(_) => true,
+            Backend::Remote(_) => object_size <= self.inner.largest_copy,
+        }
+    }
+
+    /// Copies an object within the bucket, by one request to the store.
     pub async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
         match &self.inner.backend {
             Backend::Local(store) => store.copy(from, to).await,

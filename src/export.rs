@@ -4,6 +4,7 @@
 //! and uploads it, and leaves the object, its checksums and its status file in the bucket. A record that has not
 //! ended is taken up again by the next queue over the same state directory, at its last finished part.
 
+mod copy;
 mod digests;
 mod early;
 mod job;

@@ -191,3 +191,33 @@ fn records_of_another_version_are_refused_by_name_and_left_alone() {
     assert!(errors[0].to_string().contains("99"), "{}", errors[0]);
     assert!(path.exists());
 }
+
+#[test]
+fn objects_that_a_store_does_not_copy_are_copied_in_parts() {
+    let setup = Setup::new(20 << 20);
+    for failing in 0..=7 {
+        let store = FaultyStore::new(failing);
+        let (objects, uploads) = (Arc::<FaultyStore>::clone(&store), Arc::<FaultyStore>::clone(&store));
+        let bucket = Bucket::with_copy_limit("b", "memory://b", objects, uploads, 10 << 20);
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        let (from, to) = (ObjectKey::parse("from").unwrap(), ObjectKey::parse("to").unwrap());
+        let content = Bytes::from(setup.content.clone());
+        setup.runtime.block_on(async {
+            if bucket.put(&from, content.clone()).await.is_err() {
+                bucket.put(&from, content.clone()).await.unwrap();
+            }
+            let copied = queue.copy(&bucket, &from, &to).await;
+            let meta = bucket.head(&to).await.unwrap();
+            // The put, the start, three parts and the completion.
+            assert_eq!(copied.is_err(), (2..=6).contains(&failing), "request {failing}");
+            match meta {
+                Some(_) => assert!(bucket.read(&to, 0..20 << 20, None).await.unwrap() == content),
+                None => assert!(copied.is_err()),
+            }
+        });
+        assert_eq!(store.open_uploads(), 0, "request {failing}: an upload is left over");
+        let logs = std::fs::read_dir(setup.directory.path().join("state/uploads")).unwrap().count();
+        assert_eq!(logs, 0, "request {failing}");
+    }
+}

@@ -322,7 +322,7 @@ impl Vfs {
         self.make_way(&to)?;
         let store = self.bucket(&from.0)?;
         self.runtime.block_on(async {
-            store.copy(&from.1, &to.1).await?;
+            self.jobs.copy(store, &from.1, &to.1).await?;
             store.delete(&from.1).await
         })?;
         self.move_attributes(&from, &to)?;
