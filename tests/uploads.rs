@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::unix::fs::FileExt;
@@ -11,79 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use support::images::{self, Random};
-use support::mount::{Mount, World};
-use support::proxy::{Fate, Proxy, Request};
-use support::s3::{self, aws, endpoint, uploads};
-use support::{assert_same, can_mount, command, freightfs, run, sha256, succeed};
+use support::proxied::{Setup, until};
+use support::proxy::{Fate, Request};
+use support::s3::{aws, uploads};
+use support::{assert_same, command, freightfs, run, sha256, succeed};
 
 const PART: usize = 8 << 20;
-
-/// A world whose daemon reaches the S3 server through a proxy.
-struct Setup {
-    world: World,
-    proxy: Proxy,
-    endpoint: String,
-    bucket: String,
-}
-
-impl Setup {
-    fn new(name: &str, decide: impl FnMut(&Request) -> Fate + Send + 'static) -> Option<Self> {
-        let (Some(endpoint), true) = (endpoint(), can_mount()) else { return None };
-        let bucket = format!("{name}-{}", std::process::id());
-        let mut world = s3::world(&endpoint, &bucket);
-        let proxy = Proxy::start(&endpoint, decide);
-        for (variable, value) in &mut world.environment {
-            if variable == "AWS_ENDPOINT_URL" {
-                *value = proxy.url();
-            }
-        }
-        Some(Self { world, proxy, endpoint, bucket })
-    }
-
-    fn mount(&self, arguments: &[&str]) -> Mount {
-        let url = format!("b=s3://{}", self.bucket);
-        self.world.mount_exactly(&[&["--bucket", &url], arguments].concat())
-    }
-
-    /// Kills the daemon; its mount goes away with it.
-    fn kill(&self, mount: Mount) {
-        mount.signal("KILL");
-        let place = format!(" {} ", self.world.path("mnt").display());
-        until("the mount is gone", || !std::fs::read_to_string("/proc/mounts").unwrap().contains(&place));
-    }
-
-    /// How often each part of a key was stored, by part number.
-    fn parts(&self, key: &str) -> BTreeMap<String, usize> {
-        let mut counts = BTreeMap::new();
-        for (request, status) in self.proxy.answered() {
-            let number = request.target.split(['?', '&']).find_map(|word| word.strip_prefix("partNumber="));
-            if let (true, 200, Some(number)) = (request.target.contains(key), status, number) {
-                *counts.entry(number.to_owned()).or_default() += 1;
-            }
-        }
-        counts
-    }
-
-    fn fetch(&self, key: &str) -> std::path::PathBuf {
-        let fetched = self.world.out("fetched");
-        let object = format!("s3://{}/{key}", self.bucket);
-        succeed(aws(&self.endpoint, &["s3", "cp", "--quiet", &object]).arg(&fetched));
-        fetched
-    }
-
-    fn assert_no_upload_is_left(&self) {
-        assert_eq!(uploads(&self.endpoint, &self.bucket).trim(), "None", "an upload is left over");
-    }
-}
-
-/// Waits for something that another process does.
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    while !condition() {
-        assert!(std::time::Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
 
 #[test]
 fn parts_are_sent_while_a_program_writes_and_again_when_they_are_rewritten() {
@@ -162,6 +94,12 @@ fn a_writer_and_its_daemon_killed_leave_nothing() {
     mount.unmount();
 }
 
+/// Parts in the logs of the uploads under way: what the daemon knows that the store has.
+fn recorded_parts(setup: &Setup) -> usize {
+    let logs = std::fs::read_dir(setup.world.path("state/uploads")).unwrap().flatten();
+    logs.map(|log| std::fs::read_to_string(log.path()).unwrap_or_default().matches("{\"part\"").count()).sum()
+}
+
 /// Exports of an image in a plain and in a compressed format, and a file that a program has written and closed:
 /// killed after the nth part, and taken up by the next mount.
 #[test]
@@ -204,7 +142,7 @@ fn a_killed_daemon_goes_on_at_its_last_finished_part() {
                 });
             }
             until("the part that hangs", || asked.load(Ordering::SeqCst) > first + parts);
-            until("the parts before it", || setup.parts(&format!("/{key}?")).len() == parts);
+            until("the parts before it", || recorded_parts(&setup) == parts);
             setup.kill(mount);
             if let Some(writer) = writer {
                 writer.join().unwrap();

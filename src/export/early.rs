@@ -8,11 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::debug;
 
 use super::digests::Digests;
@@ -243,7 +241,7 @@ impl Sender {
 
     async fn send(&self, log: &Arc<PartLog>) -> Result<Ending> {
         let mut sent = Sent { log, digests: Some(Digests::start(Some(log))), hashed: 0 };
-        let mut in_flight = FuturesUnordered::new();
+        let mut in_flight = JoinSet::new();
         let ending = loop {
             let (ending, stale, next) = {
                 let mut state = self.shared.state.lock();
@@ -257,16 +255,16 @@ impl Sender {
                 (None, Some(index)) => {
                     let part = self.read(index).await?;
                     sent.hash(index, index as u64 * self.part_size, &part).await?;
-                    in_flight.push(self.put(&log.name().id, index, part));
+                    in_flight.spawn(put(self.bucket.clone(), Arc::clone(log), index, part));
                 }
                 (None, None) => tokio::select! {
-                    Some(result) = in_flight.next() => sent.finished(&self.shared, result?),
+                    Some(result) = in_flight.join_next() => sent.finished(&self.shared, joined(result)??),
                     () = self.shared.changed.notified() => {}
                 },
             }
         };
-        while let Some(result) = in_flight.next().await {
-            sent.finished(&self.shared, result?);
+        while let Some(result) = in_flight.join_next().await {
+            sent.finished(&self.shared, joined(result)??);
         }
         // Nobody writes any more: these are the last. The job may have been stopped meanwhile.
         let (ending, stale) = {
@@ -290,12 +288,12 @@ impl Sender {
         });
         joined(reading.await)?
     }
+}
 
-    async fn put(&self, upload: &str, index: usize, part: Bytes) -> Result<(usize, Part)> {
-        let length = part.len() as u64;
-        let id = self.bucket.put_part(&self.key, upload, index, part).await?;
-        Ok((index, Part { length, id }))
-    }
+async fn put(bucket: Bucket, log: Arc<PartLog>, index: usize, part: Bytes) -> Result<(usize, Part)> {
+    let length = part.len() as u64;
+    let id = bucket.put_part(&log.name().key, &log.name().id, index, part).await?;
+    Ok((index, Part { length, id }))
 }
 
 impl Sent<'_> {

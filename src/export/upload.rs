@@ -7,9 +7,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::digests::Digests;
 use super::job::Job;
@@ -85,7 +83,7 @@ impl Attempt<'_> {
     /// Sends and hashes what is missing; returns the number of parts and of bytes.
     async fn send<P: Future<Output = ()>>(
         &self,
-        log: &PartLog,
+        log: &Arc<PartLog>,
         digests: &mut Digests,
         mut ahead: ReadAhead,
         progress: impl Fn() -> P,
@@ -93,7 +91,7 @@ impl Attempt<'_> {
         let part_size = log.name().part_size;
         let in_flight_limit =
             usize::try_from(PART_MEMORY / part_size).unwrap_or(1).clamp(1, MAX_PARTS_IN_FLIGHT);
-        let mut in_flight = FuturesUnordered::new();
+        let mut in_flight = JoinSet::new();
         let (mut index, mut at) = (0, 0);
         loop {
             let sent = log.part(index).filter(|part| self.is_whole(part, at, part_size));
@@ -121,15 +119,15 @@ impl Attempt<'_> {
                 self.job.uploaded(length, self.file.file_size());
             } else {
                 while in_flight.len() >= in_flight_limit {
-                    self.finish_one(&mut in_flight, log).await?;
+                    self.finish_one(&mut in_flight).await?;
                     progress().await;
                 }
-                in_flight.push(self.put_part(&log.name().id, index, part));
+                in_flight.spawn(put_part(self.bucket.clone(), Arc::clone(log), index, part));
             }
             (index, at) = (index + 1, end);
         }
         while !in_flight.is_empty() {
-            self.finish_one(&mut in_flight, log).await?;
+            self.finish_one(&mut in_flight).await?;
             progress().await;
         }
         Ok((index, at))
@@ -178,21 +176,11 @@ impl Attempt<'_> {
         Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(read))
     }
 
-    async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<(usize, Part)> {
-        let length = part.len() as u64;
-        let id = self.bucket.put_part(self.key, upload, index, part).await?;
-        Ok((index, Part { length, id }))
-    }
-
-    async fn finish_one<F>(&self, in_flight: &mut FuturesUnordered<F>, log: &PartLog) -> Result<()>
-    where
-        F: Future<Output = Result<(usize, Part)>>,
-    {
-        if let Some(finished) = in_flight.next().await {
-            let (index, part) = finished?;
-            self.job.uploaded(part.length, self.file.file_size());
-            self.metrics.uploaded_bytes.add(part.length);
-            log.finished(index, part);
+    async fn finish_one(&self, in_flight: &mut JoinSet<Result<u64>>) -> Result<()> {
+        if let Some(finished) = in_flight.join_next().await {
+            let length = joined(finished)??;
+            self.job.uploaded(length, self.file.file_size());
+            self.metrics.uploaded_bytes.add(length);
         }
         Ok(())
     }
@@ -221,6 +209,14 @@ impl Attempt<'_> {
         Error::new(ErrorKind::UploadFailed, format!("the object {what}"))
             .in_file(self.bucket.url_of(self.key))
     }
+}
+
+/// Sends a part and records it; returns its bytes.
+async fn put_part(bucket: Bucket, log: Arc<PartLog>, index: usize, part: Bytes) -> Result<u64> {
+    let length = part.len() as u64;
+    let id = bucket.put_part(&log.name().key, &log.name().id, index, part).await?;
+    log.finished(index, Part { length, id });
+    Ok(length)
 }
 
 /// Reads `length` bytes at `at` on a blocking thread; fewer only at the end of the file.

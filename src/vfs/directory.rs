@@ -103,6 +103,9 @@ impl Vfs {
         let mut number = from;
         loop {
             while number >= reading.first + reading.names.len() as u64 {
+                // Only a reader that goes back needs them again.
+                reading.first += reading.names.len() as u64;
+                reading.names.clear();
                 if !self.read_page(&mut reading)? {
                     return Ok(());
                 }
@@ -168,8 +171,7 @@ impl Vfs {
             let kind = kind(&node);
             (node, name, kind)
         });
-        reading.first += reading.names.len() as u64;
-        reading.names = self.numbered(entries.collect()).collect();
+        reading.names.extend(self.numbered(entries.collect()));
         if next.is_some() {
             rest.page = next;
             reading.rest = Some(rest);

@@ -159,6 +159,23 @@ impl Draft {
         }
     }
 
+    /// An image that was opened to be replaced, and of which nothing came, stays: whoever wanted to write it was killed
+    /// in its first moment.
+    fn check_emptied(&self, vfs: &Vfs, state: &State) -> Result<()> {
+        let (bucket, key) = self.object();
+        let is_image =
+            OutputFormat::split_file_name(key.file_name()).is_some_and(|(_, f)| f != OutputFormat::Raw);
+        if !matches!(state.content, Content::Empty) || !is_image {
+            return Ok(());
+        }
+        let there = vfs.runtime.block_on(vfs.bucket(&bucket)?.head(&key))?;
+        if there.is_some_and(|meta| meta.object_size > 0) {
+            let what = "nothing was written: the object that was there stays; remove it to have it gone";
+            return Err(Error::new(ErrorKind::Incomplete, what).in_file(key.as_str()));
+        }
+        Ok(())
+    }
+
     /// Changes the state, and then what others see of it.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let mut state = self.state.lock();
@@ -379,7 +396,8 @@ impl Draft {
             if !state.dirty || state.discarded {
                 return Ok(());
             }
-            let published = self.check_complete(state).and_then(|()| self.publish(vfs, state));
+            let complete = self.check_complete(state).and_then(|()| self.check_emptied(vfs, state));
+            let published = complete.and_then(|()| self.publish(vfs, state));
             published.map(drop).or_else(|error| state.refuse(error))
         });
         match published {

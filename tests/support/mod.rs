@@ -6,6 +6,7 @@ pub mod faulty;
 pub mod hostile;
 pub mod images;
 pub mod mount;
+pub mod proxied;
 pub mod proxy;
 pub mod s3;
 pub mod targets;
