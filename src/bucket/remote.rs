@@ -172,7 +172,13 @@ impl RemoteStore {
         let (found, next) = listed.map_err(|e| translated("cannot list", ErrorKind::Io, e))?;
         let names = found.common_prefixes.iter().filter_map(|p| p.filename());
         let listing = Listing {
-            objects: found.objects.into_iter().filter_map(|meta| self.meta(meta)).collect(),
+            // The directory itself is an object in some stores, and with some clients.
+            objects: found
+                .objects
+                .into_iter()
+                .filter(|meta| Some(&meta.location) != path.as_ref())
+                .filter_map(|meta| self.meta(meta))
+                .collect(),
             prefixes: names.filter(|name| ObjectKey::parse(name).is_ok()).map(str::to_owned).collect(),
         };
         Ok((listing, next))

@@ -23,6 +23,14 @@ impl Target {
         std::fs::read(got).unwrap()
     }
 
+    /// Another mount of the same bucket, with a state and a mount point of its own.
+    pub fn other(&self) -> (World, Mount) {
+        let mut world = World::new();
+        world.environment.clone_from(&self.world.environment);
+        let mount = world.mount_exactly(&self.arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        (world, mount)
+    }
+
     pub fn mount(&self) -> Mount {
         self.world.mount_exactly(&self.arguments.iter().map(String::as_str).collect::<Vec<_>>())
     }
