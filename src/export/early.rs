@@ -26,7 +26,7 @@ const PARTS_IN_FLIGHT: usize = 2;
 /// How much larger the file may become before its parts are too small and all of it is sent again.
 const GROWTH: u64 = 8;
 
-/// The upload of a file that is being written. Given up when it is dropped without [`finish`](Self::finish).
+/// The upload of a file that is being written. Given up when it is dropped before a job has taken it.
 pub struct EarlyUpload {
     shared: Arc<Shared>,
     key: ObjectKey,
