@@ -30,7 +30,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Mount a catalog of images
-    Mount(MountArguments),
+    Mount(Box<MountArguments>),
     /// Convert an image file into another format
     Convert(ConvertArguments),
     /// Say what an image file is
@@ -55,6 +55,21 @@ struct MountArguments {
     /// Programs that read to the end, so that compressed files open for them before their size is known
     #[arg(long, value_name = "PROGRAM:…")]
     read_to_end: Option<String>,
+    /// What may be exported: none, huawei-ims, otc-ims, alibaba-ecs, tencent-cvm, zstack, or a file
+    #[arg(long, value_name = "PROFILE|FILE")]
+    policy: Option<String>,
+    /// Storage class of a bucket, for the policy; may be repeated
+    #[arg(long = "storage-class", value_name = "NAME=CLASS")]
+    storage_classes: Vec<String>,
+    /// Region of a bucket, for the policy; may be repeated
+    #[arg(long = "region", value_name = "NAME=REGION")]
+    regions: Vec<String>,
+    /// Exports that run at once, 4 if not given
+    #[arg(long, value_name = "N")]
+    jobs: Option<String>,
+    /// What an export beyond the policy's limits does: queue or fail
+    #[arg(long, value_name = "WORD")]
+    on_limit: Option<String>,
     /// Closing a copy waits until its export has ended, and fails if it failed
     #[arg(long)]
     wait: bool,
@@ -162,7 +177,7 @@ fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
 /// Runs the program with the process's arguments.
 pub fn run() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::Mount(arguments) => mount::run(arguments),
+        Command::Mount(arguments) => mount::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Wait(arguments) => wait::run(&arguments),

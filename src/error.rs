@@ -169,13 +169,14 @@ pub struct Error {
     what: String,
     place: Option<String>,
     offset: Option<u64>,
+    cloud_code: Option<String>,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// A failure of `kind`; `what` is a lower-case sentence without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
-        Self { kind, what: what.into(), place: None, offset: None, source: None }
+        Self { kind, what: what.into(), place: None, offset: None, cloud_code: None, source: None }
     }
 
     /// [`ErrorKind::CorruptImage`] with a sentence.
@@ -219,6 +220,18 @@ impl Error {
     pub fn at(mut self, offset: impl Into<u64>) -> Self {
         self.offset.get_or_insert_with(|| offset.into());
         self
+    }
+
+    /// Adds the code by which the cloud whose policy is in force calls it.
+    #[must_use]
+    pub fn with_cloud_code(mut self, code: &str) -> Self {
+        self.cloud_code = Some(code.to_owned());
+        self
+    }
+
+    /// The code by which the cloud whose policy is in force calls it.
+    pub fn cloud_code(&self) -> Option<&str> {
+        self.cloud_code.as_deref()
     }
 
     /// Adds the cause.

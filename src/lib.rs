@@ -85,6 +85,7 @@ pub mod header;
 pub mod image;
 pub mod layout;
 pub mod metrics;
+pub mod policy;
 pub mod settings;
 pub mod storage;
 pub mod units;

@@ -1,9 +1,11 @@
 //! The mount's options: the same words in flags and in `-o`, checked in one place.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
+use crate::policy::{BucketFacts, OnLimit, Policy};
 use crate::units::parse_bytes;
 
 /// A bucket to mount: the name of its directory, and where it is.
@@ -26,6 +28,16 @@ pub struct MountSettings {
     pub stage_limit: Option<u64>,
     /// `read_to_end=A:B:…`, names of programs; [`READ_TO_END`] when it is not given.
     pub read_to_end: Option<Vec<String>>,
+    /// `policy=PROFILE|FILE`; `none` when it is not given.
+    pub policy: Option<String>,
+    /// `storage_class=NAME=CLASS`, what the owner says of a bucket; any number.
+    pub storage_classes: BTreeMap<String, String>,
+    /// `region=NAME=REGION`, the same of where it is.
+    pub regions: BTreeMap<String, String>,
+    /// `jobs=N`: exports that run at once; [`JOBS`] when it is not given.
+    pub jobs: Option<usize>,
+    /// `on_limit=queue|fail`, for the limits of the policy; its own word when it is not given.
+    pub on_limit: Option<OnLimit>,
     /// `wait`: closing a copy waits for its export.
     pub wait: bool,
     /// `state=DIR`.
@@ -67,6 +79,29 @@ const IGNORED: &[&str] = &[
     "sync",
 ];
 
+/// Options that have a value.
+const WITH_VALUE: [&str; 13] = [
+    "bucket",
+    "formats",
+    "policy",
+    "storage_class",
+    "region",
+    "jobs",
+    "on_limit",
+    "read_to_end",
+    "stage_limit",
+    "state",
+    "uid",
+    "gid",
+    "umask",
+];
+
+/// Exports that run at once.
+pub const JOBS: usize = 4;
+
+/// More than this many exports at once hold more memory than any machine gains by them.
+const MAX_JOBS: usize = 64;
+
 /// Programs that read on to the end of a file and do not trust the size that stat shows, as the kernel names them.
 pub const READ_TO_END: [&str; 7] = ["cp", "install", "cat", "dd", "sha256sum", "md5sum", "cmp"];
 
@@ -93,6 +128,17 @@ impl MountSettings {
             ("stage_limit", Some(value)) => {
                 self.stage_limit = Some(parse_bytes(value).map_err(|_| wrong(word, value))?);
             }
+            ("policy", Some(value)) if !value.is_empty() => self.policy = Some(value.to_owned()),
+            ("storage_class", Some(value)) => add_fact(&mut self.storage_classes, word, value)?,
+            ("region", Some(value)) => add_fact(&mut self.regions, word, value)?,
+            ("jobs", Some(value)) => {
+                let jobs =
+                    usize::try_from(number(word, value, 10)?).ok().filter(|n| (1..=MAX_JOBS).contains(n));
+                self.jobs = Some(jobs.ok_or_else(|| wrong(word, value))?);
+            }
+            ("on_limit", Some("queue")) => self.on_limit = Some(OnLimit::Queue),
+            ("on_limit", Some("fail")) => self.on_limit = Some(OnLimit::Fail),
+            ("on_limit", Some(value)) => return Err(wrong(word, value)),
             ("wait", None) => self.wait = true,
             ("state", Some(value)) if !value.is_empty() => self.state = Some(PathBuf::from(value)),
             ("allow_other", None) => self.allow_other = true,
@@ -105,7 +151,7 @@ impl MountSettings {
             }
             ("" | "x", _) => {}
             (word, _) if IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-") => {}
-            ("bucket" | "formats" | "read_to_end" | "stage_limit" | "state" | "uid" | "gid" | "umask", _) => {
+            (word, _) if WITH_VALUE.contains(&word) => {
                 return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} needs a value")));
             }
             ("wait" | "allow_other", Some(_)) => {
@@ -134,6 +180,27 @@ impl MountSettings {
         Ok(())
     }
 
+    /// The policy, with what was said of its limits.
+    pub fn policy(&self) -> Result<Policy> {
+        let mut policy = Policy::load(self.policy.as_deref().unwrap_or("none"))?;
+        policy.limits.on_limit = self.on_limit.or(policy.limits.on_limit);
+        for name in self.storage_classes.keys().chain(self.regions.keys()) {
+            if !self.buckets.iter().any(|bucket| bucket.name == *name) {
+                let what = format!("storage_class or region of {name:?}, which is no bucket of this mount");
+                return Err(Error::new(ErrorKind::Malformed, what));
+            }
+        }
+        Ok(policy)
+    }
+
+    /// What policies are told of a bucket.
+    pub fn bucket_facts(&self, name: &str) -> BucketFacts {
+        BucketFacts {
+            storage_class: self.storage_classes.get(name).cloned(),
+            region: self.regions.get(name).cloned(),
+        }
+    }
+
     /// The formats that directories list.
     pub fn formats(&self) -> Vec<OutputFormat> {
         let usual = || OutputFormat::ALL.into_iter().filter(|&f| f != OutputFormat::ZstdQcow2).collect();
@@ -151,6 +218,8 @@ impl MountSettings {
             format!("catalog = {:?}", catalog.display().to_string()),
             format!("mountpoint = {:?}", mountpoint.display().to_string()),
             format!("state = {:?}", state.display().to_string()),
+            format!("policy = {:?}", self.policy.as_deref().unwrap_or("none")),
+            format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
         ];
@@ -159,8 +228,17 @@ impl MountSettings {
         lines.push(format!("read_to_end = [{}]", programs.join(", ")));
         let formats: Vec<_> = self.formats().iter().map(|f| format!("{:?}", f.suffix())).collect();
         lines.push(format!("formats = [{}]", formats.join(", ")));
+        if let Some(on_limit) = self.on_limit {
+            lines.push(format!("on_limit = {:?}", if on_limit == OnLimit::Fail { "fail" } else { "queue" }));
+        }
         lines.push("\n[bucket]".to_owned());
         lines.extend(self.buckets.iter().map(|b| format!("{:?} = {:?}", b.name, b.url)));
+        for (word, facts) in [("storage_class", &self.storage_classes), ("region", &self.regions)] {
+            if !facts.is_empty() {
+                lines.push(format!("\n[{word}]"));
+                lines.extend(facts.iter().map(|(name, fact)| format!("{name:?} = {fact:?}")));
+            }
+        }
         lines.join("\n") + "\n"
     }
 }
@@ -206,6 +284,15 @@ fn split_options(options: &str) -> Vec<String> {
         }
     }
     words
+}
+
+/// `NAME=VALUE`, what is said of a bucket.
+fn add_fact(facts: &mut BTreeMap<String, String>, word: &str, value: &str) -> Result<()> {
+    let (name, fact) = value.split_once('=').filter(|(_, fact)| !fact.is_empty()).ok_or_else(|| {
+        Error::new(ErrorKind::Malformed, format!("option {word}={value}: give it as {word}=BUCKET=VALUE"))
+    })?;
+    facts.insert(name.to_owned(), fact.to_owned());
+    Ok(())
 }
 
 fn parse_formats(value: &str) -> Result<Vec<OutputFormat>> {

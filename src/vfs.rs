@@ -11,6 +11,8 @@ mod draft;
 mod handle;
 mod inode;
 mod objects;
+mod permit;
+mod token;
 mod tree;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -30,6 +32,7 @@ use crate::catalog::Catalog;
 use crate::export::JobQueue;
 use crate::format::OutputFormat;
 use crate::metrics::Metrics;
+use crate::policy::{BucketFacts, Policy};
 use attributes::Attributes;
 use directory::RecentObjects;
 use draft::Draft;
@@ -43,6 +46,10 @@ pub struct VfsSettings {
     pub formats: Vec<OutputFormat>,
     /// Programs that read a file to its end, so that they may open a compressed one whose size is not known yet.
     pub read_to_end: Vec<String>,
+    /// What may be exported.
+    pub policy: Arc<Policy>,
+    /// What the policy is told of the buckets, by name.
+    pub bucket_facts: BTreeMap<String, BucketFacts>,
     /// Whether closing a copy waits until its job has ended.
     pub wait: bool,
     /// How long fsync and `wait` wait before they give up; the job goes on.
@@ -81,6 +88,8 @@ pub struct Vfs {
     made_directories: Mutex<HashSet<ObjectName>>,
     attributes: Attributes,
     recent: RecentObjects,
+    /// The names that clients gave to the exports to these keys.
+    tokens: Mutex<HashMap<ObjectName, String>>,
 }
 
 impl Vfs {
@@ -108,6 +117,7 @@ impl Vfs {
             made_directories: Mutex::default(),
             attributes: Attributes::default(),
             recent: RecentObjects::default(),
+            tokens: Mutex::default(),
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Modules by level, lowest first. Modules of one level do not import each other, but for those named in [`PEERS`].
 const LEVELS: [&[&str]; 9] = [
     &["error", "units", "format"],
-    &["codec", "extent", "header", "metrics", "settings", "storage", "vfile"],
+    &["codec", "extent", "header", "metrics", "policy", "settings", "storage", "vfile"],
     &["image", "layout"],
     &["bucket", "catalog", "convert"],
     &[],
@@ -17,13 +17,14 @@ const LEVELS: [&[&str]; 9] = [
 ];
 
 /// Imports within a level that are allowed, one way: (from, to).
-const PEERS: [(&str, &str); 6] = [
+const PEERS: [(&str, &str); 7] = [
     ("format", "error"),
     ("storage", "extent"),
     ("vfile", "extent"),
     ("catalog", "convert"),
     ("codec", "error"),
     ("settings", "error"),
+    ("settings", "policy"),
 ];
 
 fn level(module: &str) -> Option<usize> {

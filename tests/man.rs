@@ -35,7 +35,7 @@ fn errno_name(errno: i32) -> &'static str {
 fn the_status_page_lists_every_field() {
     let page = page("freightfs-status.5");
     let fields = "version job_id status progress image bucket key url size bytes_done bytes_uploaded begin_time end_time \
-                  eta_seconds md5 sha256 etag client_token host attempt error";
+                  eta_seconds md5 sha256 etag client_token repeated host attempt error";
     for field in fields.split_whitespace() {
         assert!(page.contains(field), "{field} is not in the manual");
     }
@@ -58,6 +58,32 @@ fn every_option_of_every_command_is_in_the_manual() {
     assert!(options > 15);
 }
 
+/// The keys that a policy may have are those of its types, and the page has all of them.
+#[test]
+fn the_policy_page_lists_every_key_and_profile() {
+    let page = page("freightfs-policy.5");
+    let sources = ["src/policy.rs", "src/policy/rule.rs"];
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text: String = sources.map(|source| std::fs::read_to_string(root.join(source)).unwrap()).concat();
+    let mut keys = 0;
+    for name in ["struct Limits", "struct Document", "struct Rule", "struct Conditions", "struct Letters"] {
+        let (_, after) = text.split_once(&format!("{name} {{")).unwrap();
+        for line in after.split("\n}").next().unwrap().lines() {
+            let field = line.trim().trim_start_matches("pub ").split_once(": ").map(|(field, _)| field);
+            let Some(field) = field.filter(|f| f.chars().all(|c| c.is_ascii_lowercase() || c == '_')) else {
+                continue;
+            };
+            let key = if field == "rules" { "rule" } else { field };
+            assert!(page.contains(key), "{key} is not in the manual");
+            keys += 1;
+        }
+    }
+    assert!(keys > 25, "{keys} keys");
+    for profile in freightfs::policy::Policy::profiles() {
+        assert!(page.contains(&format!(".TP\n.B {profile}\n")), "{profile} is not in the manual");
+    }
+}
+
 #[test]
 fn every_format_is_in_the_manual() {
     let (formats, program) = (page("freightfs-formats.7"), page("freightfs.1"));
@@ -77,7 +103,13 @@ fn the_pages_are_read_without_warnings() {
     if !has("man") {
         return skip("reading the manual pages with man, which is missing");
     }
-    for name in ["freightfs.1", "freightfs-status.5", "freightfs-semantics.7", "freightfs-formats.7"] {
+    for name in [
+        "freightfs.1",
+        "freightfs-status.5",
+        "freightfs-policy.5",
+        "freightfs-semantics.7",
+        "freightfs-formats.7",
+    ] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name);
         let mut man = command("man");
         man.args(["--warnings", "-E", "UTF-8", "-l"]).arg(path).env("MANWIDTH", "80").env("MANPAGER", "cat");

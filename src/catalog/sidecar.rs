@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
+use crate::units::line_number;
 
 /// Largest sidecar that is read, in bytes.
 const MAX_SIDECAR: u64 = 1 << 20;
@@ -24,6 +25,29 @@ pub enum ImageOrigin {
     Market,
     /// Shared by another account.
     Shared,
+}
+
+impl ImageOrigin {
+    /// As sidecars and policies write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Private => "private",
+            Self::Public => "public",
+            Self::Market => "market",
+            Self::Shared => "shared",
+        }
+    }
+}
+
+impl ImageKind {
+    /// As sidecars and policies write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::FullMachine => "full-machine",
+            Self::Backup => "backup",
+        }
+    }
 }
 
 /// What an image was made of.
@@ -54,9 +78,13 @@ pub struct Sidecar {
     /// Where it comes from.
     #[serde(default)]
     pub origin: ImageOrigin,
+    /// Where the image comes from that it was made of, when it was made of another one.
+    pub made_from: Option<ImageOrigin>,
     /// What it was made of.
     #[serde(default)]
     pub kind: ImageKind,
+    /// The region that it is in.
+    pub region: Option<String>,
     /// Whether it is encrypted.
     #[serde(default)]
     pub encrypted: bool,
@@ -98,7 +126,7 @@ impl Sidecar {
         }
         let text = std::fs::read_to_string(path).map_err(failed)?;
         let sidecar: Self = toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
+            let line = e.span().map_or(1, |span| line_number(&text, span.start));
             Error::new(ErrorKind::Malformed, format!("line {line}: {}", e.message())).in_file(&place)
         })?;
         match &sidecar.id {

@@ -22,7 +22,7 @@ use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
-use crate::settings::{MountSettings, default_state};
+use crate::settings::{JOBS, MountSettings, default_state};
 use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
@@ -35,12 +35,12 @@ const WAIT_LIMIT: Duration = Duration::from_secs(3 * 3600);
 /// Bytes from which a log is put aside at start.
 const LOG_LIMIT: u64 = 10 << 20;
 
-pub(super) fn run(arguments: MountArguments) -> Result<u8> {
-    let settings = settings(&arguments)?;
+pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
+    let settings = settings(arguments)?;
     if !arguments.foreground && !arguments.report_ready {
         return start_daemon();
     }
-    let mounted = Mounted::new(&arguments, &settings);
+    let mounted = Mounted::new(arguments, &settings);
     if arguments.report_ready {
         report(&mounted)?;
     }
@@ -57,6 +57,9 @@ fn settings(arguments: &MountArguments) -> Result<MountSettings> {
     let flags = [
         ("formats", &arguments.formats),
         ("read_to_end", &arguments.read_to_end),
+        ("policy", &arguments.policy),
+        ("jobs", &arguments.jobs),
+        ("on_limit", &arguments.on_limit),
         ("stage_limit", &arguments.stage_limit),
         ("state", &arguments.state),
         ("uid", &arguments.uid),
@@ -67,6 +70,9 @@ fn settings(arguments: &MountArguments) -> Result<MountSettings> {
         if let Some(value) = value {
             settings.apply(word, Some(value))?;
         }
+    }
+    for (word, values) in [("storage_class", &arguments.storage_classes), ("region", &arguments.regions)] {
+        values.iter().try_for_each(|value| settings.apply(word, Some(value)))?;
     }
     settings.wait |= arguments.wait;
     settings.allow_other |= arguments.allow_other;
@@ -153,17 +159,25 @@ impl Mounted {
             .build()
             .map_err(|e| Error::from_io("cannot start the runtime", e))?;
         let buckets = runtime.block_on(open_buckets(settings))?;
+        let policy = Arc::new(settings.policy()?);
+        let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();
+        if formats.is_empty() {
+            let what = format!("policy {:?} offers none of the formats that were chosen", policy.name);
+            return Err(Error::new(ErrorKind::Malformed, what));
+        }
         let metrics = Arc::new(Metrics::default());
         let handle = runtime.handle().clone();
         let jobs = JobQueue::new(
             buckets.clone(),
             state.journal(),
             Arc::clone(&metrics),
-            QueueSettings::default(),
+            QueueSettings { running: settings.jobs.unwrap_or(JOBS), policy: Arc::clone(&policy) },
             handle.clone(),
         );
         let vfs_settings = VfsSettings {
-            formats: settings.formats(),
+            formats,
+            policy,
+            bucket_facts: buckets.keys().map(|name| (name.clone(), settings.bucket_facts(name))).collect(),
             read_to_end: settings.read_to_end(),
             wait: settings.wait,
             wait_limit: WAIT_LIMIT,

@@ -99,6 +99,7 @@ impl Job {
             sha256: None,
             etag: None,
             client_token: request.client_token.clone(),
+            repeated: 0,
             host: nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default(),
             attempt: 0,
             error: None,

@@ -1,9 +1,9 @@
 //! The queue: accepts jobs durably, runs a bounded number of them, and takes up those of a daemon that died.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use super::upload::{Attempt, Uploaded};
 use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
+use crate::policy::{OnLimit, Policy};
 use crate::vfile::VirtualFile;
 
 /// How often, at most, a running job's status is written into the bucket.
@@ -38,15 +39,17 @@ const EARLY_LIMIT: Duration = Duration::from_secs(10);
 const ENDED_KEPT: usize = 1000;
 
 /// How a queue works.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct QueueSettings {
     /// Jobs that run at once; the others wait in the order in which they came.
     pub running: usize,
+    /// The policy in force: its limits, and the cloud's codes.
+    pub policy: Arc<Policy>,
 }
 
 impl Default for QueueSettings {
     fn default() -> Self {
-        Self { running: 4 }
+        Self { running: 4, policy: Arc::default() }
     }
 }
 
@@ -62,6 +65,7 @@ pub(super) struct Inner {
     metrics: Arc<Metrics>,
     running: Arc<Semaphore>,
     early: Arc<Semaphore>,
+    policy: Arc<Policy>,
     runtime: Handle,
     table: Mutex<Table>,
 }
@@ -72,6 +76,8 @@ struct Table {
     jobs: BTreeMap<String, Arc<Job>>,
     /// The newest job of each key.
     newest: HashMap<(String, ObjectKey), Arc<Job>>,
+    /// When exports were asked for in the last second.
+    asked: VecDeque<Instant>,
 }
 
 impl JobQueue {
@@ -87,8 +93,11 @@ impl JobQueue {
             buckets,
             journal,
             metrics,
-            running: Arc::new(Semaphore::new(settings.running.max(1))),
+            running: Arc::new(Semaphore::new(
+                settings.running.min(settings.policy.limits.jobs.unwrap_or(usize::MAX)).max(1),
+            )),
             early: Arc::new(Semaphore::new(EARLY_UPLOADS)),
+            policy: settings.policy,
             runtime,
             table: Mutex::default(),
         };
@@ -130,6 +139,23 @@ impl JobQueue {
         let error = error.clone();
         self.inner.runtime.spawn(async move { inner.end(&job, Err(error)).await });
         Ok(())
+    }
+
+    /// Notes that what a job does or did was asked for again.
+    pub fn repeat(&self, job: &Arc<Job>) {
+        job.update(|s| s.repeated += 1);
+        let status = job.status();
+        if !status.status.is_final() {
+            return;
+        }
+        let (inner, job) = (Arc::clone(&self.inner), Arc::clone(job));
+        self.inner.runtime.block_on(async move {
+            let written = inner.put_status(&job, status.to_json()).await;
+            if let Err(error) = inner.journal.save(&Record::new(job.request().clone(), status.clone())) {
+                warn!(job = status.job_id, "{}", error.report());
+            }
+            inner.note_written(&job, &status, written);
+        });
     }
 
     /// Takes up the jobs in the journal that have not ended, and remembers those that have. `resolver` finds the
@@ -273,6 +299,9 @@ impl JobQueue {
             let what = format!("job {} is making this object", other.id());
             return Err(Error::new(ErrorKind::Busy, what).in_file(url));
         }
+        if file.is_some() {
+            self.inner.check_limits(&mut table, &request).map_err(|e| e.in_file(&url))?;
+        }
         let job = Arc::new(Job::new(request, url, file));
         table.insert(&job);
         Ok(job)
@@ -312,6 +341,42 @@ impl Table {
 }
 
 impl Inner {
+    /// The limits of the policy on exports of images, before one more is accepted.
+    fn check_limits(&self, table: &mut Table, request: &JobRequest) -> Result<()> {
+        let JobSource::Image(image) = &request.source else { return Ok(()) };
+        let limits = &self.policy.limits;
+        let active = table.jobs.values().filter(|job| !job.status().status.is_final());
+        let images: Vec<_> = active
+            .filter_map(|job| match &job.request().source {
+                JobSource::Image(image) => Some(image.id.clone()),
+                JobSource::Staged(_) => None,
+            })
+            .collect();
+        let of_image = images.iter().filter(|id| **id == image.id).count();
+        if limits.jobs_of_image.is_some_and(|limit| of_image >= limit) {
+            let what =
+                format!("image {:?} is being exported already (policy {})", image.id, self.policy.name);
+            return Err(self.policy.with_cloud_code(Error::new(ErrorKind::Busy, what)));
+        }
+        let fails = limits.on_limit == Some(OnLimit::Fail);
+        let too_many = |what: String| {
+            let what = format!("{what} (policy {})", self.policy.name);
+            self.policy.with_cloud_code(Error::new(ErrorKind::TooManyJobs, what))
+        };
+        if let Some(limit) = limits.jobs.filter(|&limit| fails && images.len() >= limit) {
+            return Err(too_many(format!("{limit} exports are under way, and no more are allowed")));
+        }
+        if let Some(limit) = limits.requests_per_second {
+            let now = Instant::now();
+            table.asked.retain(|at| now.duration_since(*at) < Duration::from_secs(1));
+            if fails && table.asked.len() >= limit as usize {
+                return Err(too_many(format!("{limit} exports were asked for within a second")));
+            }
+            table.asked.push_back(now);
+        }
+        Ok(())
+    }
+
     pub(super) fn runtime(&self) -> &Handle {
         &self.runtime
     }
@@ -444,7 +509,7 @@ impl Inner {
                 info!(job = last.job_id, url = last.url, "export succeeded");
             }
             Err(error) => {
-                last.fail(error);
+                last.fail(&self.policy.with_cloud_code(error.clone()));
                 if last.status == JobState::Cancelled {
                     self.metrics.jobs_cancelled.add(1);
                 } else {

@@ -58,6 +58,9 @@ pub struct StatusError {
     pub details: String,
     /// The causes below it.
     pub cause: Option<String>,
+    /// What the cloud whose policy is in force calls it.
+    #[serde(default)]
+    pub cloud_code: Option<String>,
 }
 
 impl From<&Error> for StatusError {
@@ -67,6 +70,7 @@ impl From<&Error> for StatusError {
             description: error.what().to_owned(),
             details: error.to_string(),
             cause: error.cause(),
+            cloud_code: error.cloud_code().map(str::to_owned),
         }
     }
 }
@@ -110,6 +114,9 @@ pub struct Status {
     pub etag: Option<String>,
     /// The token that the client gave for this request.
     pub client_token: Option<String>,
+    /// How often the same was asked for again while nothing had to be done for it: no byte was uploaded twice.
+    #[serde(default)]
+    pub repeated: u32,
     /// The host that runs the job.
     pub host: String,
     /// How often the job was started, from 1.

@@ -17,8 +17,12 @@ struct ImageDocument<'a> {
     status: Option<&'a str>,
     os: Option<&'a str>,
     origin: crate::catalog::ImageOrigin,
+    made_from: Option<crate::catalog::ImageOrigin>,
     kind: crate::catalog::ImageKind,
+    region: Option<&'a str>,
     encrypted: bool,
+    /// The policy that decides what is exportable.
+    policy: &'a str,
     tags: &'a std::collections::BTreeMap<String, String>,
     /// Whether every disk can be exported in some format.
     exportable: bool,
@@ -53,7 +57,8 @@ struct FormatDocument {
 impl Vfs {
     /// The bytes of an image's `image.json`.
     pub(super) fn image_document(&self, image: &CatalogImage) -> Vec<u8> {
-        let Sidecar { name, status, os, origin, kind, encrypted, tags, .. } = &image.sidecar;
+        let Sidecar { name, status, os, origin, made_from, kind, region, encrypted, tags, .. } =
+            &image.sidecar;
         let disks: Vec<_> =
             image.disks.iter().enumerate().map(|(i, d)| self.disk_document(image, i, d)).collect();
         let document = ImageDocument {
@@ -63,8 +68,11 @@ impl Vfs {
             status: status.as_deref(),
             os: os.as_deref(),
             origin: *origin,
+            made_from: *made_from,
             kind: *kind,
+            region: region.as_deref(),
             encrypted: *encrypted,
+            policy: &self.settings.policy.name,
             tags,
             exportable: !disks.is_empty() && disks.iter().all(|d| d.formats.iter().any(|f| f.exportable)),
             error: image.error.as_ref().map(StatusError::from),
@@ -80,7 +88,11 @@ impl Vfs {
             Some(error) => Err(error.clone()),
             None => self.catalog.open_disk(disk),
         };
-        let formats = self.settings.formats.iter().map(|&f| format_document(&disk.name, f, &open)).collect();
+        let document = |&format| {
+            let permit = self.permit_image(image, &disk.name, format);
+            format_document(&disk.name, format, &open.clone().and_then(|open| permit.map(|()| open)))
+        };
+        let formats = self.settings.formats.iter().map(document).collect();
         DiskDocument {
             name: disk.name.clone(),
             role: if index == 0 { "system" } else { "data" },

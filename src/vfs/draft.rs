@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::export::{EarlyUpload, Job, JobRequest, JobSource, StatusImage, staged_file};
 use crate::format::OutputFormat;
 use crate::image;
+use crate::policy::ImageFacts;
 use crate::storage::FileStorage;
 use crate::units::FileOffset;
 use crate::vfile::VirtualFile;
@@ -40,6 +41,8 @@ pub(super) struct RangeSource {
     pub(super) shown_size: u64,
     pub(super) image: StatusImage,
     pub(super) format: OutputFormat,
+    /// What the policy is told of the image.
+    pub(super) facts: Arc<ImageFacts>,
 }
 
 /// An object being written. Shared by all handles on its key.
@@ -250,7 +253,8 @@ impl Draft {
             if length == 0 {
                 return Ok(0);
             }
-            if let Err(error) = self.check_name(source.format) {
+            let permit = || vfs.permit_export(&source.facts, source.format, &self.object());
+            if let Err(error) = self.check_name(source.format).and_then(|()| permit()) {
                 return state.refuse(error);
             }
             if from == at && state.content.accepts(source) {
@@ -369,7 +373,13 @@ impl Draft {
                 debug!("not published yet: {}", error.report());
                 return Ok(None);
             }
-            self.publish(vfs, state).or_else(|error| state.refuse(error))
+            self.publish(vfs, state).or_else(|error| {
+                // The program that closes may not look: the reason is there to be read later.
+                if let Content::Ranges { source, .. } = &state.content {
+                    vfs.record_refusal(self, &source.image, &error);
+                }
+                state.refuse(error)
+            })
         })?;
         // Nothing is locked while the upload runs: the file can be looked at meanwhile.
         match job.map(|job| job.wait(vfs.settings.wait_limit)) {
@@ -416,6 +426,9 @@ impl Draft {
     fn publish(&self, vfs: &Vfs, state: &mut State) -> Result<Option<Arc<Job>>> {
         let (job, wait) = match &state.content {
             Content::Ranges { source, ranges, file_size } if ranges.cover(source, *file_size)? => {
+                if let Some(job) = vfs.same_export(&self.object(), &source.image)? {
+                    return Ok(self.repeat(vfs, state, job));
+                }
                 let file = Arc::clone(&source.file);
                 (
                     self.submit(vfs, JobSource::Image(source.image.clone()), file, &mut None)?,
@@ -436,6 +449,15 @@ impl Draft {
         Ok(wait.then_some(job))
     }
 
+    /// What was asked for is done already, or under way.
+    fn repeat(&self, vfs: &Vfs, state: &mut State, job: Arc<Job>) -> Option<Arc<Job>> {
+        vfs.jobs.repeat(&job);
+        let file_size = job.status().size.unwrap_or(0);
+        state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
+        state.dirty = false;
+        vfs.settings.wait.then_some(job)
+    }
+
     fn submit(
         &self,
         vfs: &Vfs,
@@ -444,7 +466,11 @@ impl Draft {
         begun: &mut Option<EarlyUpload>,
     ) -> Result<Arc<Job>> {
         let (bucket, key) = self.object();
-        let request = JobRequest { bucket, key, source, client_token: None };
+        let client_token = match &source {
+            JobSource::Image(_) => vfs.client_token(&self.object()),
+            JobSource::Staged(_) => None,
+        };
+        let request = JobRequest { bucket, key, source, client_token };
         // The last close of an earlier handle may be publishing at this moment: that comes first.
         vfs.settle(&self.object());
         match vfs.jobs.submit(request.clone(), Arc::clone(&file), begun) {
@@ -661,6 +687,7 @@ impl Vfs {
             self.settle(object);
             match self.jobs.active(&object.0, &object.1) {
                 None => return Ok(()),
+                Some(job) if self.is_asked_again(object, &job) => return Ok(()),
                 Some(job) if matches!(job.request().source, JobSource::Image(_)) => break,
                 Some(_) => {}
             }

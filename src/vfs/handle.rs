@@ -7,6 +7,7 @@ use super::attr::Attr;
 use super::directory::OpenDirectory;
 use super::draft::{Draft, RangeSource};
 use super::inode::{Ino, Node};
+use super::token::TOKEN_XATTR;
 use super::tree::read_only;
 use super::{ObjectName, Vfs};
 use crate::bucket::ObjectFile;
@@ -80,12 +81,19 @@ impl Vfs {
             }
             (node, true) => return Err(read_only(node)),
             (Node::ImageFile { id, disk, format }, false) => {
-                let (file, image) = self.image_file(id, disk, *format)?;
+                let (file, image, facts) = self.exported_file(id, disk, *format)?;
                 // Who trusts the size that stat shows must not see one that is only an upper bound.
                 if file.known_size().is_none() && !self.reads_to_end(options.opener) {
                     file.exact_size()?;
                 }
-                Handle::Image(RangeSource { shown_size: file.file_size(), file, image, format: *format })
+                let shown_size = file.file_size();
+                Handle::Image(RangeSource {
+                    shown_size,
+                    file,
+                    image,
+                    format: *format,
+                    facts: Arc::new(facts),
+                })
             }
             (Node::ImageJson { id }, false) => {
                 Handle::Document(self.image_document(&self.catalog.image(id)?))
@@ -104,6 +112,7 @@ impl Vfs {
 
     fn open_object(&self, object: &ObjectName, write: bool, options: OpenOptions) -> Result<Handle> {
         if write {
+            self.permit_target(object)?;
             let draft = self.open_draft(object, options.truncate)?;
             if options.truncate {
                 draft.truncate(self, 0)?;
@@ -147,6 +156,7 @@ impl Vfs {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
+        self.permit_target(&object)?;
         let draft = self.open_draft(&object, options.truncate)?;
         let temporary = options.exclusive && rsync_target(name).is_some();
         if temporary && program(options.opener).as_deref() == Some("rsync") {
@@ -281,7 +291,7 @@ impl Vfs {
     pub fn error_text(&self, ino: Ino) -> Option<String> {
         match self.inodes.node(ino).ok()? {
             Node::ImageFile { id, disk, format } => {
-                self.image_file(&id, &disk, format).err().map(|e| e.report())
+                self.exported_file(&id, &disk, format).err().map(|e| e.report())
             }
             Node::Object { bucket, key } => {
                 if let Some(error) = self.draft(&(bucket.clone(), key.clone())).and_then(|d| d.refusal()) {
@@ -306,6 +316,9 @@ impl Vfs {
     /// The value of an extended attribute, if it is set.
     pub fn xattr(&self, ino: Ino, name: &str) -> Result<Option<Vec<u8>>> {
         match self.xattr_place(ino)? {
+            Some((object, false)) if name == TOKEN_XATTR => {
+                Ok(self.client_token(&object).map(String::into_bytes))
+            }
             Some((object, is_directory)) => self.user_xattr(&object, is_directory, name),
             None => Ok(None),
         }
@@ -329,6 +342,7 @@ impl Vfs {
         exists: Option<bool>,
     ) -> Result<bool> {
         match self.xattr_place(ino)? {
+            Some((object, false)) if name == TOKEN_XATTR => self.set_client_token(&object, value),
             Some((object, is_directory)) => {
                 self.change_user_xattr(&object, is_directory, name, value, exists)
             }

@@ -10,6 +10,7 @@ use crate::catalog::CatalogImage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Job, StatusImage};
 use crate::format::OutputFormat;
+use crate::policy::ImageFacts;
 use crate::vfile::VirtualFile;
 
 /// One name in a directory.
@@ -199,6 +200,20 @@ impl Vfs {
             Ok((modified, file)) => self.virtual_file_attr(node, &*file.virtual_file(), modified),
             Err(_) => self.file_attr(node, 0, 0o444, self.image_modified(&image)),
         })
+    }
+
+    /// The file of an image in a format, if the policy lets it be exported, how a job names it, and what the policy is
+    /// told of it.
+    pub(super) fn exported_file(
+        &self,
+        id: &str,
+        disk: &str,
+        format: OutputFormat,
+    ) -> Result<(Arc<dyn VirtualFile>, StatusImage, ImageFacts)> {
+        let image = self.catalog.image(id)?;
+        self.permit_image(&image, disk, format)?;
+        let (file, status) = self.image_file(id, disk, format)?;
+        Ok((file, status, self.image_facts(&image, disk)))
     }
 
     /// The file of an image in a format, and how a job names it.
