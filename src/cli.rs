@@ -1,7 +1,9 @@
 //! The command line: arguments, wiring, and what people see.
 
+mod check;
 mod convert;
 mod info;
+mod jobs;
 mod mount;
 mod wait;
 
@@ -37,6 +39,53 @@ enum Command {
     Info(InfoArguments),
     /// Wait until the exports of files have ended
     Wait(WaitArguments),
+    /// Say how far exports are, or how they ended
+    Status(StatusArguments),
+    /// List the exports of mounts
+    Jobs(JobsArguments),
+    /// Cancel the exports of files
+    Cancel(CancelArguments),
+    /// Say whether images of a mount may be exported, in which formats, and why not
+    Check(CheckArguments),
+}
+
+/// Arguments of `freightfs status`.
+#[derive(Debug, Args)]
+struct StatusArguments {
+    /// Objects in a mount, or status files; all jobs of all mounts when there are none
+    files: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `freightfs jobs`.
+#[derive(Debug, Args)]
+struct JobsArguments {
+    /// A mount, or anything in it; all mounts when it is not given
+    mountpoint: Option<PathBuf>,
+    /// List those that have ended too
+    #[arg(long, short)]
+    all: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `freightfs cancel`.
+#[derive(Debug, Args)]
+struct CancelArguments {
+    /// Objects in a mount that are being exported
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+}
+
+/// Arguments of `freightfs check`.
+#[derive(Debug, Args)]
+struct CheckArguments {
+    /// Directories of images in a mount, or files in them
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
 }
 
 /// Arguments of `freightfs mount`.
@@ -181,6 +230,10 @@ pub fn run() -> ExitCode {
         Command::Convert(arguments) => convert::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Wait(arguments) => wait::run(&arguments),
+        Command::Status(arguments) => jobs::status(&arguments),
+        Command::Jobs(arguments) => jobs::jobs(&arguments),
+        Command::Cancel(arguments) => jobs::cancel(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -218,3 +218,52 @@ fn a_damaged_source_fails_the_pass_and_the_export_with_its_reason() {
     assert!(!world.bucket().join("bad.stream.vmdk").exists());
     mount.unmount();
 }
+
+/// A daemon that was killed goes on inside compressed output: what was compressed before is not compressed again.
+#[test]
+fn a_pass_that_was_cut_off_goes_on() {
+    use freightfs::catalog::{Catalog, FormatFile};
+    use freightfs::convert::Workspace;
+    use freightfs::units::FileOffset;
+    use freightfs::vfile::VirtualFile;
+
+    let world = World::new();
+    images::noise(&world.catalog(), 40 << 20);
+    for (format, head) in
+        [(OutputFormat::StreamVmdk, 20 << 20), (OutputFormat::Zvhd, 20 << 20), (OutputFormat::Zvhd2, 9 << 20)]
+    {
+        let open = || {
+            let workspace = Workspace::in_directory(&world.path("state"));
+            let catalog = Catalog::open(&world.catalog()).unwrap().with_workspace(workspace);
+            let disk = catalog.open_disk(catalog.image("noise").unwrap().disk("noise").unwrap()).unwrap();
+            match disk.file(format).unwrap() {
+                FormatFile::Compressed(file) => file,
+                FormatFile::Plain(_) => panic!("not compressed"),
+            }
+        };
+        let read = |file: &dyn VirtualFile, length: usize| {
+            let mut bytes = vec![0; length];
+            assert_eq!(file.read_at(FileOffset(0), &mut bytes).unwrap(), length);
+            bytes
+        };
+        // Never finished.
+        let begun = read(&*open(), head);
+        let file = open();
+        let done = std::sync::atomic::AtomicU64::new(0);
+        let size = file
+            .complete(&|units| {
+                done.fetch_add(units, std::sync::atomic::Ordering::Relaxed);
+            })
+            .unwrap();
+        let done = done.into_inner() * file.unit_size();
+        assert!(
+            done > 0 && done <= (40 << 20) - head as u64,
+            "{format:?}: {done} bytes were compressed again"
+        );
+        let resumed = read(&*file, size as usize);
+        assert!(resumed.starts_with(&begun));
+        std::fs::remove_dir_all(world.path("state")).unwrap();
+        std::fs::create_dir(world.path("state")).unwrap();
+        assert!(read(&*open(), size as usize) == resumed, "{format:?}");
+    }
+}

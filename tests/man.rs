@@ -45,7 +45,7 @@ fn the_status_page_lists_every_field() {
 fn every_option_of_every_command_is_in_the_manual() {
     let page = page("freightfs.1").replace("\\-", "-");
     let mut options = 0;
-    for name in ["mount", "convert", "info", "wait"] {
+    for name in ["mount", "convert", "info", "wait", "status", "jobs", "cancel", "check"] {
         let help = succeed(freightfs().args([name, "--help"]));
         for word in
             help.split(|c: char| c.is_whitespace() || ",=".contains(c)).filter(|w| w.starts_with("--"))

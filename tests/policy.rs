@@ -614,3 +614,45 @@ fn a_wrong_policy_fails_the_mount_and_says_where() {
         assert!(parts.iter().all(|part| said.contains(part)), "{option}: {said}");
     }
 }
+
+#[test]
+fn the_commands_show_check_and_cancel() {
+    if !can_mount() {
+        return;
+    }
+    let world = world();
+    let mount = mount(&world, "huawei-ims");
+    let freight = |words: &[&str], path: &PathBuf| run(support::freightfs().args(words).arg(path));
+    let checked = freight(&["check"], &mount.path("images/large"));
+    assert!(checked.status.success(), "{}", text(&checked));
+    for part in ["large.qcow2", "no   too_large, IMG.0160", "large.zvhd2", "yes", "policy huawei-ims"] {
+        assert!(text(&checked).contains(part), "{part}: {}", text(&checked));
+    }
+    let one = freight(&["check"], &file(&mount, "large", "qcow2"));
+    assert!(!one.status.success() && text(&one).lines().count() == 1, "{}", text(&one));
+    assert!(freight(&["check"], &file(&mount, "plain", "vhd")).status.success());
+    assert!(text(&freight(&["check"], &mount.path("buckets"))).contains("no image"));
+
+    // A fixed VHD of nearly 128 GiB takes a while.
+    std::fs::copy(file(&mount, "just-below", "fixed.vhd"), mount.key("k.fixed.vhd")).unwrap();
+    let jobs = text(&freight(&["jobs"], &mount.path("")));
+    assert!(jobs.contains("b/k.fixed.vhd") && !jobs.contains("SUCCESS"), "{jobs}");
+    let status = text(&freight(&["status"], &mount.key("k.fixed.vhd")));
+    assert!(status.contains("RUNNING") || status.contains("INIT"), "{status}");
+    let cancelled = freight(&["cancel"], &mount.key("k.fixed.vhd"));
+    assert!(cancelled.status.success(), "{}", text(&cancelled));
+    assert!(!mount.key("k.fixed.vhd").exists());
+    assert_eq!(mount.status("k.fixed.vhd")["status"], "CANCELLED");
+    let again = freight(&["cancel"], &mount.key("k.fixed.vhd"));
+    assert!(!again.status.success() && text(&again).contains("CANCELLED"), "{}", text(&again));
+    assert!(!freight(&["status"], &mount.key("k.fixed.vhd")).status.success());
+    let json = text(&freight(&["jobs", "--all", "--json"], &mount.path("jobs")));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json[0]["status"], "CANCELLED");
+    // What has ended is not taken away by cancelling.
+    mount.cp(&file(&mount, "plain", "qcow2"), "done.qcow2");
+    assert_eq!(mount.wait("done.qcow2")["status"], "SUCCESS");
+    assert!(!freight(&["cancel"], &mount.key("done.qcow2")).status.success());
+    assert!(mount.key("done.qcow2").exists());
+    mount.unmount();
+}

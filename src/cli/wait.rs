@@ -1,10 +1,11 @@
 //! `freightfs wait`: blocks until exports have ended, by reading their status files.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use super::jobs::read_status;
 use super::{FAILED, OK, WaitArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
@@ -68,27 +69,6 @@ fn look(file: &Path, bar: &ProgressBar) -> Result<Option<Status>> {
     bar.set_length(status.size.unwrap_or(0));
     bar.set_position(status.bytes_uploaded);
     Ok(status.status.is_final().then_some(status))
-}
-
-/// Reads the status file that is, or stands beside, `file`.
-fn read_status(file: &Path) -> Result<Status> {
-    let path = if file.extension().is_some_and(|e| e == "status") {
-        file.to_owned()
-    } else {
-        let mut name = file.as_os_str().to_owned();
-        name.push(".status");
-        PathBuf::from(name)
-    };
-    let place = path.display().to_string();
-    let json = std::fs::read(&path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
-            Error::new(ErrorKind::NotFound, "there is no status file: nothing was exported to this name")
-                .in_file(&place)
-        }
-        _ => Error::from_io("cannot read the status file", e).in_file(&place),
-    })?;
-    serde_json::from_slice(&json)
-        .map_err(|e| Error::new(ErrorKind::Malformed, "is not a status file").in_file(place).because(e))
 }
 
 fn sentence(file: &Path, status: &Status) -> String {

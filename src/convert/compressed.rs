@@ -88,11 +88,14 @@ impl CompressedFile {
         Ok(file)
     }
 
-    /// Takes over the lengths of an earlier pass.
+    /// Takes over the lengths of an earlier pass, as far as it came.
     fn load_index(&self) -> Result<()> {
         let mut state = self.state.write();
         let State::Growing(index) = &mut *state else { return Ok(()) };
         let Some(lengths) = self.workspace.load_index(&self.key, index.map().allocated()) else {
+            for length in self.workspace.load_growing(&self.key, index.map().allocated()) {
+                index.push(&*self.layout, length);
+            }
             return Ok(());
         };
         for length in lengths {
@@ -203,11 +206,13 @@ impl CompressedFile {
         let State::Growing(index) = &mut *state else { return Ok(true) };
         let (first, first_group) = (index.lengths().is_empty(), index.groups().saturating_sub(1));
         let mut records = Vec::with_capacity(payloads.len());
+        let start = index.lengths().len();
         for payload in payloads {
             let payload_size = u32::try_from(payload.len())
                 .map_err(|e| Error::new(ErrorKind::Internal, "a compressed unit is too large").because(e))?;
             records.extend(index.push(&*self.layout, payload_size).map(|record| (record, payload)));
         }
+        self.workspace.keep_growing(&self.key, start as u64, &index.lengths()[start..]);
         drop(state);
         if first {
             self.open_body();

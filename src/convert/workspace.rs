@@ -116,9 +116,35 @@ impl Workspace {
         lengths
     }
 
+    /// The lengths, from the first one on, of a pass under the same key that was cut off.
+    pub(super) fn load_growing(&self, key: &str, count: u64) -> Vec<u32> {
+        let read = self.growing_path(key).and_then(|path| std::fs::read(path).ok());
+        let mut lengths = read.map(|bytes| parse_growing(&bytes, key)).unwrap_or_default();
+        lengths.truncate(usize::try_from(count).unwrap_or(usize::MAX));
+        lengths
+    }
+
+    /// Keeps lengths of a pass that goes on, of which `start` came before.
+    pub(super) fn keep_growing(&self, key: &str, start: u64, lengths: &[u32]) {
+        let Some(path) = self.growing_path(key) else { return };
+        let appended = File::options()
+            .append(true)
+            .create(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(&encode_growing(key, start, lengths)));
+        if let Err(error) = appended {
+            debug!(path = %path.display(), "lengths of a pass could not be kept: {error}");
+        }
+    }
+
+    fn growing_path(&self, key: &str) -> Option<PathBuf> {
+        Some(self.index_path(key)?.with_extension("growing"))
+    }
+
     /// Keeps the lengths of a finished pass.
     pub(super) fn save_index(&self, key: &str, lengths: &[u32]) {
         let Some(path) = self.index_path(key) else { return };
+        let _ = std::fs::remove_file(path.with_extension("growing"));
         if let Err(error) = write_index(&path, key, lengths) {
             warn!(path = %path.display(), "an index of compressed lengths could not be kept: {error}");
         }
@@ -163,6 +189,45 @@ fn parse_index(bytes: &[u8], key: &str, count: u64) -> Option<Vec<u32>> {
     Some(lengths.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }
 
+/// One piece of a pass: its first length's number, how many, the lengths, and a digest of key and piece. Pieces follow
+/// one another in the file; of two passes at once both may write, the same lengths.
+fn encode_growing(key: &str, start: u64, lengths: &[u32]) -> Vec<u8> {
+    let mut piece = start.to_le_bytes().to_vec();
+    piece.extend((lengths.len() as u64).to_le_bytes());
+    piece.extend(lengths.iter().flat_map(|length| length.to_le_bytes()));
+    let digest = growing_digest(key, &piece);
+    piece.extend(digest);
+    piece
+}
+
+fn growing_digest(key: &str, piece: &[u8]) -> [u8; DIGEST] {
+    Sha256::new().chain_update(key.as_bytes()).chain_update(piece).finalize().into()
+}
+
+/// The lengths of all pieces up to the first that is cut off, damaged or out of order.
+fn parse_growing(mut bytes: &[u8], key: &str) -> Vec<u32> {
+    let number = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_le_bytes);
+    let mut lengths: Vec<u32> = Vec::new();
+    while bytes.len() >= 16 {
+        let (start, count) = (number(&bytes[..8]), number(&bytes[8..16]));
+        let Some(end) =
+            count.checked_mul(4).and_then(|n| usize::try_from(n).ok()).and_then(|n| n.checked_add(16))
+        else {
+            break;
+        };
+        let Some((piece, rest)) = bytes.split_at_checked(end) else { break };
+        let Some((digest, rest)) = rest.split_at_checked(DIGEST) else { break };
+        if growing_digest(key, piece) != digest || start > lengths.len() as u64 {
+            break;
+        }
+        let known = lengths.len() - start as usize;
+        let new = piece[16..].chunks_exact(4).skip(known);
+        lengths.extend(new.map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+        bytes = rest;
+    }
+    lengths
+}
+
 fn write_index(path: &Path, key: &str, lengths: &[u32]) -> std::io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(directory)?;
@@ -176,7 +241,7 @@ fn drop_oldest(directory: &Path) {
     let Ok(entries) = std::fs::read_dir(directory) else { return };
     let mut indices: Vec<_> = entries
         .flatten()
-        .filter(|entry| entry.path().extension().is_some_and(|e| e == "lengths"))
+        .filter(|entry| entry.path().extension().is_some_and(|e| e == "lengths" || e == "growing"))
         .filter_map(|entry| {
             let metadata = entry.metadata().ok()?;
             Some((metadata.modified().ok()?, metadata.len(), entry.path()))
@@ -278,6 +343,32 @@ mod tests {
         std::fs::write(&path, &good[1..]).unwrap();
         assert_eq!(workspace.load_index("key", 4), None);
         assert!(!path.exists(), "a damaged index stays");
+    }
+
+    #[test]
+    fn a_pass_that_was_cut_off_is_known_up_to_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let workspace = Workspace::in_directory(directory.path());
+        workspace.keep_growing("key", 0, &[1, 2, 3]);
+        workspace.keep_growing("key", 2, &[3, 4]);
+        workspace.keep_growing("key", 4, &[5]);
+        workspace.keep_growing("key", 9, &[6]);
+        assert_eq!(workspace.load_growing("key", 100), [1, 2, 3, 4, 5]);
+        assert_eq!(workspace.load_growing("key", 4), [1, 2, 3, 4]);
+        let path = workspace.growing_path("key").unwrap();
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            let expected: [u32; 5] = [1, 2, 3, 4, 5];
+            for bytes in [&bad[..], &good[..at]] {
+                let lengths = parse_growing(bytes, "key");
+                assert!(expected.starts_with(&lengths), "byte {at}: {lengths:?}");
+            }
+        }
+        assert!(parse_growing(&good, "other").is_empty());
+        workspace.save_index("key", &[1, 2]);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -61,6 +61,8 @@ impl Vfs {
             self.jobs.active(&name.0, &name.1).and_then(|job| Some((job.file()?, status_time(&job))))
         {
             let attr = self.virtual_file_attr(&node, &*file.0, file.1);
+            // A job that fails or is cancelled takes the name away.
+            let attr = Attr { ttl: Duration::ZERO, ..attr };
             return Ok((node, self.overridden(&name, attr)));
         }
         let recent = self.recent.get(&name).filter(|_| self.jobs.newest(&name.0, &name.1).is_none());
@@ -191,6 +193,9 @@ impl Vfs {
 
     /// Removes an object, or cancels the job that is making it.
     pub fn unlink(&self, parent: Ino, name: &str) -> Result<()> {
+        if let Node::Jobs = self.inodes.node(parent)? {
+            return self.cancel_job(name);
+        }
         let object = self.writable_child(parent, name)?;
         let (bucket, key) = &object;
         let held = self.status_job(bucket, key);
@@ -233,6 +238,25 @@ impl Vfs {
             self.made_directories.lock().insert((bucket.clone(), parent));
         }
         Ok(())
+    }
+
+    /// Removing the file of a job that runs cancels it; what the object's name has stays.
+    fn cancel_job(&self, name: &str) -> Result<()> {
+        let job =
+            name.strip_suffix(".json").and_then(|id| self.jobs.job(id)).ok_or_else(|| no_entry(name))?;
+        if job.status().status.is_final() {
+            return Err(
+                Error::new(ErrorKind::ReadOnly, "the job has ended, and its record stays").in_file(name)
+            );
+        }
+        job.cancel();
+        match job.wait(CANCEL_LIMIT) {
+            Ok(_) => {
+                Err(Error::new(ErrorKind::Busy, "the job ended before it could be cancelled").in_file(name))
+            }
+            Err(error) if error.kind() == ErrorKind::TimedOut => Err(error),
+            Err(_) => Ok(()),
+        }
     }
 
     /// What is being written under a name that a rename takes over is published no more.

@@ -1,0 +1,207 @@
+//! `freightfs status`, `jobs` and `cancel`: what jobs there are, how far they are, and their end.
+
+use std::path::{Path, PathBuf};
+
+use super::{CancelArguments, FAILED, JobsArguments, OK, StatusArguments, complain};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::{JobState, Status};
+use crate::units::human_bytes;
+
+/// The file that tells a mount's root.
+const MARK: &str = ".freightfs/version";
+
+/// The status files of some objects.
+pub(super) fn status(arguments: &StatusArguments) -> Result<u8> {
+    let mut code = OK;
+    let mut found = Vec::new();
+    for file in &arguments.files {
+        match read_status(file) {
+            Ok(status) => found.push(status),
+            Err(error) => {
+                complain(&error);
+                code = FAILED;
+            }
+        }
+    }
+    if arguments.files.is_empty() {
+        for mount in mounts()? {
+            found.extend(jobs_of(&mount)?);
+        }
+    }
+    show(&found, arguments.json);
+    if found.iter().any(|s| matches!(s.status, JobState::Fail | JobState::Cancelled))
+        && !arguments.files.is_empty()
+    {
+        code = FAILED;
+    }
+    Ok(code)
+}
+
+/// The jobs of a mount, or of all.
+pub(super) fn jobs(arguments: &JobsArguments) -> Result<u8> {
+    let roots = match &arguments.mountpoint {
+        Some(path) => vec![root_of(path)?],
+        None => mounts()?,
+    };
+    let mut found = Vec::new();
+    for root in roots {
+        found.extend(jobs_of(&root)?);
+    }
+    found.retain(|status| arguments.all || !status.status.is_final());
+    show(&found, arguments.json);
+    Ok(OK)
+}
+
+/// Ends the jobs that make some objects.
+pub(super) fn cancel(arguments: &CancelArguments) -> Result<u8> {
+    let mut code = OK;
+    for file in &arguments.files {
+        match cancel_one(file) {
+            Ok(()) => println!("{}: CANCELLED", file.display()),
+            Err(error) => {
+                complain(&error);
+                code = FAILED;
+            }
+        }
+    }
+    Ok(code)
+}
+
+fn cancel_one(file: &Path) -> Result<()> {
+    let status = read_status(file)?;
+    let place = file.display().to_string();
+    if status.status.is_final() {
+        let what = format!("the job has ended already: {}", word(status.status));
+        return Err(Error::new(ErrorKind::NotFound, what).in_file(place));
+    }
+    // Not the object's own name: it could be complete by now, and would be removed.
+    let job = root_of(file)?.join("jobs").join(format!("{}.json", status.job_id));
+    std::fs::remove_file(job).map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY | libc::EROFS) => {
+            Error::new(ErrorKind::Busy, "the job ended before it could be cancelled").in_file(&place)
+        }
+        _ => Error::from_io("cannot cancel the job", e).in_file(&place),
+    })
+}
+
+/// Reads the status file that is, or stands beside, `file`.
+pub(super) fn read_status(file: &Path) -> Result<Status> {
+    let path = if file.extension().is_some_and(|e| e == "status") {
+        file.to_owned()
+    } else {
+        let mut name = file.as_os_str().to_owned();
+        name.push(".status");
+        PathBuf::from(name)
+    };
+    let place = path.display().to_string();
+    let json = std::fs::read(&path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::new(ErrorKind::NotFound, "there is no status file: nothing was exported to this name")
+                .in_file(&place)
+        }
+        _ => Error::from_io("cannot read the status file", e).in_file(&place),
+    })?;
+    serde_json::from_slice(&json)
+        .map_err(|e| Error::new(ErrorKind::Malformed, "is not a status file").in_file(place).because(e))
+}
+
+/// The jobs that a mount knows, oldest first.
+fn jobs_of(root: &Path) -> Result<Vec<Status>> {
+    let directory = root.join("jobs");
+    let place = directory.display().to_string();
+    let entries = std::fs::read_dir(&directory)
+        .map_err(|e| Error::from_io("cannot list the jobs", e).in_file(place))?;
+    let mut found: Vec<Status> = entries
+        .flatten()
+        // A job may be forgotten between its listing and its reading.
+        .filter_map(|entry| serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok())
+        .collect();
+    found.sort_by(|a, b| a.job_id.cmp(&b.job_id));
+    Ok(found)
+}
+
+/// The mount that a path lies in.
+pub(super) fn root_of(path: &Path) -> Result<PathBuf> {
+    let place = path.display().to_string();
+    let absolute = std::path::absolute(path)
+        .map_err(|e| Error::from_io("cannot resolve the path", e).in_file(&place))?;
+    let found = absolute.ancestors().find(|directory| directory.join(MARK).is_file());
+    let missing = || Error::new(ErrorKind::NotFound, "this is in no freightfs mount").in_file(&place);
+    found.map(Path::to_owned).ok_or_else(missing)
+}
+
+/// All mounts of this host that this user can look into.
+fn mounts() -> Result<Vec<PathBuf>> {
+    let table = std::fs::read_to_string("/proc/self/mounts")
+        .map_err(|e| Error::from_io("cannot read the mount table", e).in_file("/proc/self/mounts"))?;
+    let place = |line: &str| {
+        let mut fields = line.split(' ').skip(1);
+        let (place, kind) = (fields.next()?, fields.next()?);
+        (kind == "fuse.freightfs").then(|| unescaped(place))
+    };
+    Ok(table.lines().filter_map(place).filter(|root| root.join(MARK).is_file()).collect())
+}
+
+/// A path of the mount table, in which blanks and backslashes are written as three octal digits (fstab(5)).
+fn unescaped(text: &str) -> PathBuf {
+    let mut path = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('\\') {
+        path.push_str(before);
+        let code = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => path.push(code as char),
+            None => path.push('\\'),
+        }
+        rest = if code.is_some() { &after[3..] } else { after };
+    }
+    path.push_str(rest);
+    PathBuf::from(path)
+}
+
+fn word(state: JobState) -> &'static str {
+    match state {
+        JobState::Init => "INIT",
+        JobState::Running => "RUNNING",
+        JobState::Success => "SUCCESS",
+        JobState::Fail => "FAIL",
+        JobState::Cancelled => "CANCELLED",
+    }
+}
+
+fn show(found: &[Status], json: bool) {
+    if json {
+        let text =
+            serde_json::to_string_pretty(found).expect("a status has only string keys and finite numbers");
+        println!("{text}");
+        return;
+    }
+    let width = found.iter().map(|s| s.bucket.len() + s.key.len() + 1).max().unwrap_or(0).clamp(6, 48);
+    if !found.is_empty() {
+        println!("{:width$}  {:9}  {:>4}  {:>9}  {:>7}", "OBJECT", "STATUS", "%", "SIZE", "LEFT");
+    }
+    for status in found {
+        let object = format!("{}/{}", status.bucket, status.key);
+        let size = status.size.map_or("-".to_owned(), human_bytes);
+        let left = status.eta_seconds.map_or("-".to_owned(), |seconds| format!("{seconds} s"));
+        println!("{object:width$}  {:9}  {:>3}%  {size:>9}  {left:>7}", word(status.status), status.progress);
+        if let Some(error) = &status.error {
+            let code = error.cloud_code.as_ref().map(|code| format!(", {code}")).unwrap_or_default();
+            println!("  {}{code}: {}", error.code, error.details);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_the_mount_table_are_unescaped() {
+        for (escaped, plain) in
+            [("/mnt/a\\040b", "/mnt/a b"), ("/a\\134b", "/a\\b"), ("/plain", "/plain"), ("/x\\", "/x\\")]
+        {
+            assert_eq!(unescaped(escaped), Path::new(plain));
+        }
+    }
+}
