@@ -11,9 +11,10 @@ mod remote;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use md5::{Digest, Md5};
 use object_store::ObjectStore;
 use object_store::multipart::MultipartStore;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -32,6 +33,13 @@ pub const CONTROL_PREFIX: &str = ".freightfs";
 
 /// Largest of our own files that is read: the attributes of about a million files.
 const MAX_CONTROL_SIZE: u64 = 128 * MIB;
+
+/// How often, and after which pause, a store is asked for what was just uploaded.
+const VERIFY_TRIES: u32 = 3;
+const VERIFY_PAUSE: Duration = Duration::from_millis(200);
+
+/// What a probe writes.
+const PROBE: &[u8] = b"freightfs\n";
 
 /// Smallest part that is sent.
 const PART_SIZE: u64 = 8 * MIB;
@@ -185,12 +193,32 @@ impl Bucket {
         Ok(part_size)
     }
 
-    /// Finds out whether the bucket is there and can be written, by a small object that is removed again.
+    /// Finds out whether the bucket is there and can be used as exports use it: listed, written, read, written in parts,
+    /// removed from. The object that it takes is removed again.
     pub async fn probe(&self) -> Result<()> {
         let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/probe-{}", unique()));
+        let content = Bytes::from_static(PROBE);
         // Listing first: some stores answer a put into a bucket that is not there with an internal error.
         self.has_prefix(&key).await?;
-        self.put(&key, Bytes::from_static(b"freightfs\n")).await?;
+        self.put(&key, content.clone()).await?;
+        let read = self.read(&key, 0..PROBE.len() as u64, None).await?;
+        if read != content {
+            let what = "the store gives other bytes than were written";
+            return Err(self.named(Error::new(ErrorKind::Io, what), &key));
+        }
+        if let Backend::Remote(store) = &self.inner.backend {
+            let upload = self.start_upload(&key, PART_SIZE).await?;
+            let part = match self.put_part(&key, &upload, 0, content).await {
+                Ok(part) => part,
+                Err(error) => {
+                    let _ = self.abort_upload(&key, &upload).await;
+                    return Err(error);
+                }
+            };
+            let meta = self.complete_upload(&key, &upload, vec![part.clone()], PROBE.len() as u64).await?;
+            let is_md5 = part.trim_matches('"') == hex::encode(Md5::digest(PROBE));
+            store.set_md5_etags(is_md5 && meta.etag == remote::composite_etag(&[part]));
+        }
         self.delete(&key).await
     }
 
@@ -364,7 +392,7 @@ impl Bucket {
         }
     }
 
-    /// Makes the object out of its parts, and asks the store whether it has the right size.
+    /// Makes the object out of its parts, and asks the store whether it is what was sent.
     pub async fn complete_upload(
         &self,
         key: &ObjectKey,
@@ -372,23 +400,47 @@ impl Bucket {
         parts: Vec<String>,
         object_size: u64,
     ) -> Result<ObjectMeta> {
+        let etag = remote::composite_etag(&parts);
         match &self.inner.backend {
             Backend::Local(store) => store.complete_upload(key, upload, object_size).await,
             Backend::Remote(store) => store.complete_upload(key, upload, parts).await,
         }
         .map_err(|e| self.named(e, key))?;
-        let wrong = |what: String| self.named(Error::new(ErrorKind::UploadFailed, what), key);
-        let meta = self
-            .head(key)
-            .await?
-            .ok_or_else(|| wrong("the object is not there after its upload".to_owned()))?;
-        if meta.object_size != object_size {
-            return Err(wrong(format!(
-                "the object has {} bytes after its upload, not {object_size}",
-                meta.object_size
-            )));
+        self.verify(key, object_size, etag.as_deref()).await
+    }
+
+    /// Asks the store whether an object is the one that was just sent: its size, and the entity tag where this store
+    /// makes it as S3 does.
+    pub async fn verify(&self, key: &ObjectKey, object_size: u64, etag: Option<&str>) -> Result<ObjectMeta> {
+        let etag = etag.filter(|_| match &self.inner.backend {
+            Backend::Local(_) => false,
+            Backend::Remote(store) => store.has_md5_etags(),
+        });
+        let wrong = |what: String| Error::new(ErrorKind::UploadFailed, what);
+        // The object is in place, right or wrong: one bad answer does not decide about it.
+        let mut tries = 1;
+        loop {
+            let error = match self.head(key).await {
+                Err(error) => error,
+                Ok(None) => wrong("the object is not there after its upload".to_owned()),
+                Ok(Some(meta)) if meta.object_size != object_size => {
+                    let size = meta.object_size;
+                    wrong(format!("the object has {size} bytes after its upload, not {object_size}"))
+                }
+                Ok(Some(meta)) if etag.is_some() && meta.etag.as_deref() != etag => {
+                    let (found, sent) = (meta.etag.unwrap_or_default(), etag.unwrap_or_default());
+                    wrong(format!(
+                        "the object's entity tag is {found} after its upload; what was sent has {sent}"
+                    ))
+                }
+                Ok(Some(meta)) => return Ok(meta),
+            };
+            if tries == VERIFY_TRIES {
+                return Err(self.named(error, key));
+            }
+            tries += 1;
+            tokio::time::sleep(VERIFY_PAUSE).await;
         }
-        Ok(meta)
     }
 
     /// Gives an upload up; one that is not there any more is no failure.

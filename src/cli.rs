@@ -113,7 +113,7 @@ struct MountArguments {
     /// Region of a bucket, for the policy; may be repeated
     #[arg(long = "region", value_name = "NAME=REGION")]
     regions: Vec<String>,
-    /// Exports that run at once, 4 if not given
+    /// Exports into each bucket that run at once, 4 if not given
     #[arg(long, value_name = "N")]
     jobs: Option<String>,
     /// What an export beyond the policy's limits does: queue or fail

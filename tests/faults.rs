@@ -177,3 +177,67 @@ fn what_a_store_does_once_is_tried_again_and_what_it_goes_on_with_is_told() {
     mount.unmount();
     setup.assert_no_upload_is_left();
 }
+
+/// One fault at the nth request of an export, for every n: the right object and SUCCESS, or the old object, FAIL and
+/// the reason.
+#[test]
+fn a_fault_at_any_request_makes_no_wrong_object() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let chosen = Arc::new(std::sync::Mutex::new((usize::MAX, Fate::Forward)));
+    let (counter, choice) = (Arc::clone(&asked), Arc::clone(&chosen));
+    let decide = move |request: &Request| {
+        // What other parts of the mount ask for is not counted: look-ups of names by the test itself.
+        if !request.target.contains("k-") || request.target.contains("prefix=") {
+            return Fate::Forward;
+        }
+        let number = counter.fetch_add(1, Ordering::SeqCst);
+        let (hit, fate) = *choice.lock().unwrap();
+        if number == hit { fate } else { Fate::Forward }
+    };
+    let Some(setup) = Setup::new("nth", decide) else { return };
+    let raw = images::noise(&setup.world.catalog(), 17 << 20);
+    let mount = setup.mount(&["-o", "formats=raw"]);
+    let image = mount.path("images/noise/noise.raw");
+    let faults = [Fate::Answer(403), Fate::Answer(503), Fate::Cut, Fate::CutAnswer, Fate::WrongEtag];
+    let (mut failed, mut copies, mut requests) = (0, 0, usize::MAX);
+    for fault in faults {
+        let mut n = 0;
+        while n < requests {
+            let key = format!("k-{}-{n}", format!("{fault:?}").replace(['(', ')'], "").to_lowercase());
+            std::fs::write(mount.key(&key), OLD).unwrap();
+            *chosen.lock().unwrap() = (asked.load(Ordering::SeqCst) + n, fault);
+            let first = asked.load(Ordering::SeqCst);
+            let copied = run(command("cp").arg(&image).arg(mount.key(&key)));
+            // The jobs of the mount are looked at without a request to the store.
+            until("the end of the job", || {
+                let jobs = text(&run(support::freightfs().arg("jobs").arg(mount.path("jobs"))));
+                !jobs.contains(&key)
+            });
+            *chosen.lock().unwrap() = (usize::MAX, Fate::Forward);
+            let status = if copied.status.success() { mount.wait(&key) } else { serde_json::Value::Null };
+            // The first copy is hit by nothing that matters, and counts the requests.
+            if requests == usize::MAX {
+                requests = asked.load(Ordering::SeqCst) - first;
+                assert!((8..40).contains(&requests), "{requests} requests");
+            }
+            let object = std::fs::read(setup.fetch(&key)).unwrap();
+            if status["status"] == "SUCCESS" {
+                assert!(object == std::fs::read(&raw).unwrap(), "{key}: not what SUCCESS says");
+            } else {
+                failed += 1;
+                let told = status.is_null() || status["error"]["details"].is_string();
+                assert!(told, "{key}: {status}");
+                // A store that gave a wrong tag has the right object all the same.
+                let right = fault == Fate::WrongEtag && object == std::fs::read(&raw).unwrap();
+                assert!(right || object == OLD, "{key}: a failed job touched the object: {status}");
+            }
+            copies += 1;
+            n += 1;
+        }
+    }
+    assert!(failed >= 4 && failed < copies / 2, "{failed} of {copies} failed");
+    mount.unmount();
+    // Where the answer to the start of an upload was lost, nobody knows its id.
+    let left = uploads(&setup.endpoint, &setup.bucket);
+    assert!(left.lines().all(|line| line.contains("k-cutanswer-")), "{left}");
+}

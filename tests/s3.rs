@@ -169,13 +169,7 @@ fn a_large_directory_is_listed_page_by_page() {
 
 /// Puts the files of a directory below `many/`, many at once.
 fn put_tree(endpoint: &str, bucket: &str, tree: &Path) {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let store = object_store::aws::AmazonS3Builder::from_env()
-        .with_endpoint(endpoint)
-        .with_allow_http(true)
-        .with_bucket_name(bucket)
-        .build()
-        .unwrap();
+    let store = support::s3::client(endpoint, bucket);
     let files = sh(&format!("cd {} && find . -type f -printf '%P\n'", tree.display()));
     let puts = files.lines().map(|name| {
         let (path, content) =

@@ -172,7 +172,9 @@ fn an_object_that_was_completed_unheard_is_found_and_not_made_again() {
     let lost = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&lost);
     let decide = move |request: &Request| {
-        let completes = request.method == "POST" && request.target.contains("uploadId=");
+        let completes = request.method == "POST"
+            && request.target.contains("/k.raw?")
+            && request.target.contains("uploadId=");
         if completes && !seen.swap(true, Ordering::SeqCst) { Fate::Delay(700) } else { Fate::Forward }
     };
     let Some(setup) = Setup::new("unheard", decide) else { return };
@@ -188,6 +190,70 @@ fn an_object_that_was_completed_unheard_is_found_and_not_made_again() {
     assert_same(&setup.fetch("k.raw"), &raw);
     let parts = setup.parts("/k.raw?");
     assert!(parts.len() == 3 && parts.values().all(|&count| count == 1), "{parts:?}");
+    mount.unmount();
+    setup.assert_no_upload_is_left();
+}
+
+/// Kills at random moments; as many as `FREIGHTFS_TEST_KILLS` says, of three kinds of exports in turn.
+#[test]
+fn a_daemon_killed_at_any_moment_ends_its_jobs() {
+    let kills: usize = std::env::var("FREIGHTFS_TEST_KILLS").ok().map_or(6, |text| text.parse().unwrap());
+    let Some(setup) =
+        Setup::new("any-moment", |request| if request.is_part() { Fate::Delay(60) } else { Fate::Forward })
+    else {
+        return;
+    };
+    let raw = images::noise(&setup.world.catalog(), 4 * PART);
+    let converted = setup.world.out("noise.stream.vmdk");
+    succeed(freightfs().args(["convert", "-q"]).arg(&raw).arg(&converted));
+    let mut random = Random(std::process::id().into());
+    let mut mount = setup.mount(&["-o", "formats=raw:stream.vmdk"]);
+    let mut interrupted = 0;
+    for kill in 0..kills {
+        let kind = ["raw", "stream.vmdk", "bin"][kill % 3];
+        let key = format!("{kill}.{kind}");
+        let (from, to) = match kind {
+            "bin" => (raw.clone(), mount.key(&key)),
+            kind => (mount.path(&format!("images/noise/noise.{kind}")), mount.key(&key)),
+        };
+        let writer = std::thread::spawn(move || drop(run(command("cp").arg(from).arg(to))));
+        let jobs = setup.world.path("state/jobs");
+        let is_recorded = || {
+            std::fs::read_dir(&jobs).unwrap().flatten().any(|record| {
+                let text = std::fs::read_to_string(record.path()).unwrap_or_default();
+                text.contains(&format!("\"key\": \"{key}\""))
+            })
+        };
+        until("the job is recorded", is_recorded);
+        std::thread::sleep(std::time::Duration::from_millis(random.below(900)));
+        setup.kill(mount);
+        writer.join().unwrap();
+        // The parts that the daemon knew of: those must not be sent again.
+        let known: Vec<String> = std::fs::read_dir(setup.world.path("state/uploads"))
+            .unwrap()
+            .flatten()
+            .flat_map(|log| {
+                let text = std::fs::read_to_string(log.path()).unwrap();
+                let part = |line: &str| {
+                    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+                    Some((line["part"]["index"].as_u64()? + 1).to_string())
+                };
+                text.lines().filter_map(part).collect::<Vec<_>>()
+            })
+            .collect();
+        interrupted += usize::from(!known.is_empty());
+        mount = setup.mount(&["-o", "formats=raw:stream.vmdk"]);
+        let status = mount.wait(&key);
+        assert_eq!(status["status"], "SUCCESS", "{key}: {status}");
+        let fetched = setup.fetch(&key);
+        assert_eq!(status["sha256"], sha256(&fetched), "{key}");
+        assert_same(&fetched, if kind == "stream.vmdk" { &converted } else { &raw });
+        let parts = setup.parts(&format!("/{key}?"));
+        for number in &known {
+            assert_eq!(parts[number], 1, "{key}: part {number} was sent again: {parts:?}");
+        }
+    }
+    println!("{interrupted} of {kills} exports were interrupted after a part");
     mount.unmount();
     setup.assert_no_upload_is_left();
 }

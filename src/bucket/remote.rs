@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,11 +37,13 @@ pub(super) struct RemoteStore {
     pages: Option<Arc<dyn PaginatedListStore>>,
     /// Segments before every key, from the bucket's URL.
     prefix: Option<String>,
+    /// Whether entity tags are MD5s, and those of objects made of parts follow from the parts' tags.
+    md5_etags: AtomicBool,
 }
 
 impl RemoteStore {
     pub(super) fn new(store: Arc<dyn ObjectStore>, uploads: Arc<dyn MultipartStore>) -> Self {
-        Self { store, uploads, pages: None, prefix: None }
+        Self { store, uploads, pages: None, prefix: None, md5_etags: AtomicBool::new(false) }
     }
 
     /// S3 by the AWS_* variables, and the shared files where those are silent.
@@ -92,7 +95,22 @@ impl RemoteStore {
         let uploads: Arc<dyn MultipartStore> = Arc::<object_store::aws::AmazonS3>::clone(&store);
         let pages: Option<Arc<dyn PaginatedListStore>> =
             Some(Arc::<object_store::aws::AmazonS3>::clone(&store));
-        Ok(Self { store, uploads, pages, prefix: (!prefix.is_empty()).then_some(prefix) })
+        Ok(Self {
+            store,
+            uploads,
+            pages,
+            prefix: (!prefix.is_empty()).then_some(prefix),
+            md5_etags: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether an object's entity tag tells what is in it.
+    pub(super) fn has_md5_etags(&self) -> bool {
+        self.md5_etags.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_md5_etags(&self, has: bool) {
+        self.md5_etags.store(has, Ordering::Relaxed);
     }
 
     fn path(&self, key: &ObjectKey) -> Result<Path> {

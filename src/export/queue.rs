@@ -41,7 +41,7 @@ const ENDED_KEPT: usize = 1000;
 /// How a queue works.
 #[derive(Clone, Debug)]
 pub struct QueueSettings {
-    /// Jobs that run at once; the others wait in the order in which they came.
+    /// Jobs of each bucket that run at once; the others wait in the order in which they came.
     pub running: usize,
     /// The policy in force: its limits, and the cloud's codes.
     pub policy: Arc<Policy>,
@@ -63,7 +63,12 @@ pub(super) struct Inner {
     buckets: BTreeMap<String, Bucket>,
     journal: Journal,
     metrics: Arc<Metrics>,
-    running: Arc<Semaphore>,
+    /// Rights to run, of each bucket: one that does not answer slows no other.
+    running: BTreeMap<String, Arc<Semaphore>>,
+    /// Rights to run over all buckets, where the policy limits them.
+    allowed: Arc<Semaphore>,
+    /// Held by every task of a job: the end of the mount waits until nobody else does.
+    tasks: Arc<()>,
     early: Arc<Semaphore>,
     policy: Arc<Policy>,
     runtime: Handle,
@@ -89,13 +94,16 @@ impl JobQueue {
         settings: QueueSettings,
         runtime: Handle,
     ) -> Self {
+        let per_bucket = |name: &String| (name.clone(), Arc::new(Semaphore::new(settings.running.max(1))));
+        let running = buckets.keys().map(per_bucket).collect();
+        let allowed = settings.policy.limits.jobs.unwrap_or(Semaphore::MAX_PERMITS);
         let inner = Inner {
             buckets,
             journal,
             metrics,
-            running: Arc::new(Semaphore::new(
-                settings.running.min(settings.policy.limits.jobs.unwrap_or(usize::MAX)).max(1),
-            )),
+            running,
+            allowed: Arc::new(Semaphore::new(allowed.clamp(1, Semaphore::MAX_PERMITS))),
+            tasks: Arc::default(),
             early: Arc::new(Semaphore::new(EARLY_UPLOADS)),
             policy: settings.policy,
             runtime,
@@ -277,7 +285,7 @@ impl JobQueue {
         for job in self.jobs() {
             job.stop.send_if_modified(|stop| std::mem::replace(stop, Stop::Shutdown) == Stop::No);
         }
-        while Arc::strong_count(&self.inner.running) > 1 {
+        while Arc::strong_count(&self.inner.tasks) > 1 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         // What is not given up by then is given up by the next mount.
@@ -309,11 +317,10 @@ impl JobQueue {
 
     fn spawn(&self, job: Arc<Job>) {
         let inner = Arc::clone(&self.inner);
-        let running = Arc::clone(&self.inner.running);
+        let task = Arc::clone(&self.inner.tasks);
         self.inner.runtime.spawn(async move {
-            // `running` is held to the end of the task: `stop` waits until nobody else holds it.
-            inner.run(&job, &running).await;
-            drop(running);
+            inner.run(&job).await;
+            drop(task);
         });
     }
 }
@@ -392,9 +399,9 @@ impl Inner {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no bucket {name:?} is mounted here")))
     }
 
-    async fn run(self: &Arc<Self>, job: &Arc<Job>, running: &Semaphore) {
+    async fn run(self: &Arc<Self>, job: &Arc<Job>) {
         let mut stop = job.stop.subscribe();
-        let mut attempt = std::pin::pin!(self.attempt(job, running));
+        let mut attempt = std::pin::pin!(self.attempt(job));
         let mut result = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop != Stop::No) => None,
@@ -418,12 +425,16 @@ impl Inner {
         }
     }
 
-    async fn attempt(self: &Arc<Self>, job: &Arc<Job>, running: &Semaphore) -> Result<Uploaded> {
-        let _permit = running
-            .acquire()
-            .await
-            .map_err(|e| Error::new(ErrorKind::Internal, "queue closed").because(e))?;
+    async fn attempt(self: &Arc<Self>, job: &Arc<Job>) -> Result<Uploaded> {
         let request = job.request();
+        let closed = |e| Error::new(ErrorKind::Internal, "queue closed").because(e);
+        let running = self.running.get(&request.bucket);
+        let running = running.ok_or_else(|| Error::new(ErrorKind::NotFound, "the bucket is not mounted"))?;
+        let _permit = running.acquire().await.map_err(closed)?;
+        let _allowed = match request.source {
+            JobSource::Image(_) => Some(self.allowed.acquire().await.map_err(closed)?),
+            JobSource::Staged(_) => None,
+        };
         let bucket = self.bucket(&request.bucket)?;
         let file = job.file().ok_or_else(|| Error::new(ErrorKind::Internal, "the job has no source"))?;
         job.start(Arc::clone(&file));

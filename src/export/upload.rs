@@ -154,17 +154,26 @@ impl Attempt<'_> {
     async fn complete(&self, log: &PartLog, parts: usize, size: u64) -> Result<ObjectMeta> {
         self.job.set_publishing();
         let ids = log.ids(parts)?;
-        if let Some(mark) = log.completing()
-            && let Some(meta) = self.bucket.head(self.key).await?
-            && meta.object_size == size
-            && meta.etag.as_ref().is_some_and(|etag| etag.starts_with(&mark))
-        {
+        if let Some(meta) = self.in_place(log, size).await? {
             return Ok(meta);
         }
         if let Some(mark) = self.bucket.completion_mark(&log.name().id, &ids).await? {
             log.complete(&mark)?;
         }
-        self.bucket.complete_upload(self.key, &log.name().id, ids, size).await
+        match self.bucket.complete_upload(self.key, &log.name().id, ids, size).await {
+            // The store may have done it, and its answer been lost: asked again, it knows no such upload.
+            Err(error) if error.kind() == ErrorKind::NotFound => self.in_place(log, size).await?.ok_or(error),
+            completed => completed,
+        }
+    }
+
+    /// The object, if it is the one that this upload was about to make.
+    async fn in_place(&self, log: &PartLog, size: u64) -> Result<Option<ObjectMeta>> {
+        let Some(mark) = log.completing() else { return Ok(None) };
+        let is_ours = |meta: &ObjectMeta| {
+            meta.object_size == size && meta.etag.as_ref().is_some_and(|etag| etag.starts_with(&mark))
+        };
+        Ok(self.bucket.head(self.key).await?.filter(is_ours))
     }
 
     /// All bytes have been read; the file must agree.
@@ -195,19 +204,10 @@ impl Attempt<'_> {
         let (sha256, md5) = digests.finish().await?;
         self.job.set_publishing();
         self.bucket.put(self.key, bytes).await?;
-        let meta =
-            self.bucket.head(self.key).await?.ok_or_else(|| self.wrong("is not there after its upload"))?;
-        if meta.object_size != size {
-            return Err(self.wrong(&format!("has {} bytes after its upload, not {size}", meta.object_size)));
-        }
+        let meta = self.bucket.verify(self.key, size, Some(&format!("\"{md5}\""))).await?;
         self.job.uploaded(size, size);
         self.metrics.uploaded_bytes.add(size);
         Ok(Uploaded { meta, sha256, md5 })
-    }
-
-    fn wrong(&self, what: &str) -> Error {
-        Error::new(ErrorKind::UploadFailed, format!("the object {what}"))
-            .in_file(self.bucket.url_of(self.key))
     }
 }
 

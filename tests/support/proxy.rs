@@ -34,6 +34,8 @@ pub enum Fate {
     Cut,
     /// The server gets it, and its answer is lost.
     CutAnswer,
+    /// The server gets it, and its answer has another entity tag.
+    WrongEtag,
     /// The server does not get it, and there never is an answer.
     Hang,
 }
@@ -127,7 +129,7 @@ fn serve(
             );
         }
         Fate::Delay(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
-        Fate::Forward | Fate::CutAnswer => {}
+        Fate::Forward | Fate::CutAnswer | Fate::WrongEtag => {}
     }
     reader.read_exact(&mut body)?;
     let mut server = TcpStream::connect(upstream)?;
@@ -146,6 +148,23 @@ fn serve(
         if read == 0 || fate == Fate::CutAnswer {
             return client.shutdown(Shutdown::Both);
         }
+        if first && fate == Fate::WrongEtag {
+            spoil_etag(&mut chunk[..read]);
+        }
         client.write_all(&chunk[..read])?;
+    }
+}
+
+/// Turns the digits of an answer's entity tags around, in its head and in an XML body.
+fn spoil_etag(answer: &mut [u8]) {
+    let lower = answer.to_ascii_lowercase();
+    for name in [&b"etag: "[..], b"<etag>"] {
+        if let Some(at) = lower.windows(name.len()).position(|window| window == name) {
+            let value = &mut answer[at + name.len()..];
+            let digits = value.iter_mut().skip_while(|byte| !byte.is_ascii_hexdigit());
+            for byte in digits.take_while(|byte| byte.is_ascii_hexdigit()) {
+                *byte = if *byte == b'0' { b'1' } else { b'0' };
+            }
+        }
     }
 }

@@ -2,6 +2,9 @@
 
 use std::process::Command;
 
+use object_store::ObjectStoreExt;
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+
 use super::mount::World;
 use super::{command, skip, succeed};
 
@@ -36,4 +39,21 @@ pub fn uploads(endpoint: &str, bucket: &str) -> String {
     let list =
         ["s3api", "list-multipart-uploads", "--bucket", bucket, "--query", "Uploads", "--output", "text"];
     succeed(&mut aws(endpoint, &list))
+}
+
+/// A client of a library, for tests that ask for much: the AWS program takes most of a second to start.
+pub fn client(endpoint: &str, bucket: &str) -> AmazonS3 {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let builder = AmazonS3Builder::from_env().with_endpoint(endpoint).with_allow_http(true);
+    builder.with_bucket_name(bucket).build().unwrap()
+}
+
+/// An object's bytes.
+pub fn get(endpoint: &str, bucket: &str, key: &str) -> Vec<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let path = object_store::path::Path::from(key);
+        let got = client(endpoint, bucket).get(&path).await.unwrap();
+        got.bytes().await.unwrap().to_vec()
+    })
 }
