@@ -319,6 +319,44 @@ impl Bucket {
         self.put(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}")), bytes).await
     }
 
+    /// Writes one of our own files unless it is there; says whether it did.
+    pub async fn create_control(&self, name: &str, bytes: Bytes) -> Result<bool> {
+        let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"));
+        match &self.inner.backend {
+            Backend::Local(store) => store.create(&key, bytes).await,
+            Backend::Remote(store) => store.create(&key, bytes).await,
+        }
+        .map_err(|e| self.named(e, &key))
+    }
+
+    /// The names of our own files in a directory of them.
+    pub async fn list_control(&self, name: &str) -> Result<Vec<String>> {
+        let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"));
+        match &self.inner.backend {
+            Backend::Local(store) => store.list_names(&key).await,
+            Backend::Remote(store) => store.list_names(&key).await,
+        }
+        .map_err(|e| self.named(e, &key))
+    }
+
+    /// Finds out whether the store refuses to create what is there: some accept the condition and ignore it.
+    ///
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported) when it does not.
+    pub async fn probe_create(&self) -> Result<()> {
+        let name = format!("probe-{}", unique());
+        let first = self.create_control(&name, Bytes::from_static(PROBE)).await;
+        let second = self.create_control(&name, Bytes::from_static(PROBE)).await;
+        self.delete_control(&name).await?;
+        match (first?, second?) {
+            (true, false) => Ok(()),
+            _ => {
+                let what = "the store does not keep to conditional puts, so that hosts cannot agree in it: it cannot be shared";
+                Err(Error::unsupported(what).in_file(self.url()))
+            }
+        }
+    }
+
     /// Removes one of our own files.
     pub async fn delete_control(&self, name: &str) -> Result<()> {
         self.delete(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"))).await

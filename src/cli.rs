@@ -119,6 +119,12 @@ struct MountArguments {
     /// What an export beyond the policy's limits does: queue or fail
     #[arg(long, value_name = "WORD")]
     on_limit: Option<String>,
+    /// Other hosts mount the same buckets: each export is done by one of them
+    #[arg(long)]
+    shared: bool,
+    /// Seconds for which a host that shares buckets may be silent before others take its jobs over, 30 if not given
+    #[arg(long, value_name = "SECONDS")]
+    lease: Option<String>,
     /// Closing a copy waits until its export has ended, and fails if it failed
     #[arg(long)]
     wait: bool,

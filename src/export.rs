@@ -9,6 +9,7 @@ mod digests;
 mod early;
 mod job;
 mod journal;
+mod lease;
 mod part_log;
 mod queue;
 mod staged;

@@ -38,6 +38,10 @@ pub struct MountSettings {
     pub jobs: Option<usize>,
     /// `on_limit=queue|fail`, for the limits of the policy; its own word when it is not given.
     pub on_limit: Option<OnLimit>,
+    /// `shared`: other hosts mount the same buckets and do the same exports.
+    pub shared: bool,
+    /// `lease=SECONDS`: how long a host may be silent; [`LEASE`] when it is not given.
+    pub lease: Option<u32>,
     /// `wait`: closing a copy waits for its export.
     pub wait: bool,
     /// `state=DIR`.
@@ -80,7 +84,8 @@ const IGNORED: &[&str] = &[
 ];
 
 /// Options that have a value.
-const WITH_VALUE: [&str; 13] = [
+const WITH_VALUE: [&str; 14] = [
+    "lease",
     "bucket",
     "formats",
     "policy",
@@ -98,6 +103,9 @@ const WITH_VALUE: [&str; 13] = [
 
 /// Exports that run at once.
 pub const JOBS: usize = 4;
+
+/// Seconds for which a host that shares buckets may be silent.
+pub const LEASE: u32 = 30;
 
 /// More than this many exports at once hold more memory than any machine gains by them.
 const MAX_JOBS: usize = 64;
@@ -139,6 +147,12 @@ impl MountSettings {
             ("on_limit", Some("queue")) => self.on_limit = Some(OnLimit::Queue),
             ("on_limit", Some("fail")) => self.on_limit = Some(OnLimit::Fail),
             ("on_limit", Some(value)) => return Err(wrong(word, value)),
+            ("shared", None) => self.shared = true,
+            ("lease", Some(value)) => {
+                let seconds = number(word, value, 10)?;
+                self.lease =
+                    Some(Some(seconds).filter(|s| (1..=3600).contains(s)).ok_or_else(|| wrong(word, value))?);
+            }
             ("wait", None) => self.wait = true,
             ("state", Some(value)) if !value.is_empty() => self.state = Some(PathBuf::from(value)),
             ("allow_other", None) => self.allow_other = true,
@@ -154,7 +168,7 @@ impl MountSettings {
             (word, _) if WITH_VALUE.contains(&word) => {
                 return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} needs a value")));
             }
-            ("wait" | "allow_other", Some(_)) => {
+            ("wait" | "shared" | "allow_other", Some(_)) => {
                 return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} takes no value")));
             }
             (word, _) => {
@@ -220,6 +234,8 @@ impl MountSettings {
             format!("state = {:?}", state.display().to_string()),
             format!("policy = {:?}", self.policy.as_deref().unwrap_or("none")),
             format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
+            format!("shared = {}", self.shared),
+            format!("lease = {}", self.lease.unwrap_or(LEASE)),
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
         ];

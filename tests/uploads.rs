@@ -257,3 +257,40 @@ fn a_daemon_killed_at_any_moment_ends_its_jobs() {
     mount.unmount();
     setup.assert_no_upload_is_left();
 }
+
+/// A bucket that does not answer slows no other, and a thousand jobs that wait for it cost little.
+#[test]
+fn a_bucket_that_hangs_slows_no_other_and_holds_a_thousand_jobs() {
+    let hanging = Arc::new(AtomicBool::new(false));
+    let hangs = Arc::clone(&hanging);
+    let decide = move |_: &Request| if hangs.load(Ordering::SeqCst) { Fate::Hang } else { Fate::Forward };
+    let Some(setup) = Setup::new("hanging", decide) else { return };
+    let raw = images::noise(&setup.world.catalog(), 2 * PART);
+    let other = format!("other=file://{}", setup.world.bucket().display());
+    let mount = setup.mount(&["--bucket", &other, "-o", "formats=raw"]);
+    let image = mount.path("images/noise/noise.raw");
+    let before = mount.resident();
+    // Names are looked up in the store before they are written, so they are opened while it answers.
+    let files: Vec<_> = (0..1000).map(|n| File::create(mount.key(&format!("{n:04}.raw"))).unwrap()).collect();
+    hanging.store(true, Ordering::SeqCst);
+    for mut file in files {
+        std::io::copy(&mut File::open(&image).unwrap(), &mut file).unwrap();
+    }
+    let waiting = || {
+        let jobs = support::text(&run(freightfs().args(["jobs", "--json"]).arg(mount.path("jobs"))));
+        let jobs: Vec<serde_json::Value> = serde_json::from_str(&jobs).unwrap();
+        jobs.len()
+    };
+    until("a thousand jobs", || waiting() == 1000);
+    for n in 0..8 {
+        let to = mount.path(&format!("buckets/other/{n}.raw"));
+        succeed(command("cp").arg(&image).arg(&to));
+        succeed(freightfs().args(["wait", "--quiet"]).arg(&to));
+        assert_same(&setup.world.bucket().join(format!("{n}.raw")), &raw);
+    }
+    assert_eq!(waiting(), 1000, "the bucket that hangs was not asked for anything");
+    let grown = mount.resident().saturating_sub(before) >> 20;
+    println!("{grown} MiB for 1000 jobs");
+    assert!(grown < 400, "{grown} MiB");
+    mount.signal("TERM");
+}

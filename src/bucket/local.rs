@@ -17,9 +17,9 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat2, renameat};
+use nix::fcntl::{AtFlags, FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::{CONTROL_PREFIX, Listing, ObjectKey, ObjectMeta, unique};
 use crate::error::{Error, ErrorKind, Result};
@@ -174,6 +174,22 @@ impl LocalStore {
         Ok(listing)
     }
 
+    /// The names directly below a key.
+    pub(super) async fn list_names(&self, key: &ObjectKey) -> Result<Vec<String>> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let opened = match store.open_at(key.as_str(), OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+                Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
+                opened => opened.map_err(|e| failed("cannot list", e))?,
+            };
+            let mut directory = Dir::from_fd(opened).map_err(|e| failed("cannot list", e))?;
+            let names =
+                directory.iter().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+            Ok(names.collect())
+        })
+        .await
+    }
+
     pub(super) async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
         let (key, etag) = (key.clone(), etag.map(str::to_owned));
         self.blocking(move |store| {
@@ -200,6 +216,26 @@ impl LocalStore {
             written.inspect_err(|_| {
                 let _ = store.remove_upload(&upload);
             })
+        })
+        .await
+    }
+
+    /// Writes an object unless there is one: the whole file gets its name by a link, which fails where there is one.
+    pub(super) async fn create(&self, key: &ObjectKey, bytes: Bytes) -> Result<bool> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let upload = store.create_upload(bytes.len() as u64)?;
+            let linked = store.write_part(&upload, 0, &bytes).and_then(|()| {
+                let (parent, name) = store.parent(key.as_str(), true)?;
+                let path = upload_path(&upload)?;
+                match linkat(store.root.as_fd(), path.as_str(), &parent, name, AtFlags::empty()) {
+                    Ok(()) => Ok(true),
+                    Err(Errno::EEXIST) => Ok(false),
+                    Err(errno) => Err(failed("cannot create the object", errno)),
+                }
+            });
+            store.remove_upload(&upload)?;
+            linked
         })
         .await
     }

@@ -13,7 +13,8 @@ use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{
-    BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
+    BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    PutPayload, RetryConfig,
 };
 
 use super::{Listing, ObjectKey, ObjectMeta, credentials};
@@ -202,6 +203,13 @@ impl RemoteStore {
         Ok((listing, next))
     }
 
+    /// The names of the objects directly below a key.
+    pub(super) async fn list_names(&self, key: &ObjectKey) -> Result<Vec<String>> {
+        let found = self.store.list_with_delimiter(Some(&self.path(key)?)).await;
+        let found = found.map_err(|e| translated("cannot list", ErrorKind::Io, e))?;
+        Ok(found.objects.iter().filter_map(|meta| meta.location.filename()).map(str::to_owned).collect())
+    }
+
     pub(super) async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
         let options = GetOptions {
             if_match: etag.map(str::to_owned),
@@ -215,6 +223,18 @@ impl RemoteStore {
     pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
         let put = self.store.put(&self.path(key)?, PutPayload::from_bytes(bytes)).await;
         put.map(drop).map_err(|e| translated("cannot write the object", ErrorKind::UploadFailed, e))
+    }
+
+    /// Writes an object unless there is one.
+    pub(super) async fn create(&self, key: &ObjectKey, bytes: Bytes) -> Result<bool> {
+        let options = PutOptions::from(PutMode::Create);
+        match self.store.put_opts(&self.path(key)?, PutPayload::from_bytes(bytes), options).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(false)
+            }
+            Err(error) => Err(translated("cannot write the object", ErrorKind::UploadFailed, error)),
+        }
     }
 
     pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {

@@ -22,7 +22,7 @@ use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
-use crate::settings::{JOBS, MountSettings, default_state};
+use crate::settings::{JOBS, LEASE, MountSettings, default_state};
 use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
@@ -60,6 +60,7 @@ fn settings(arguments: &MountArguments) -> Result<MountSettings> {
         ("policy", &arguments.policy),
         ("jobs", &arguments.jobs),
         ("on_limit", &arguments.on_limit),
+        ("lease", &arguments.lease),
         ("stage_limit", &arguments.stage_limit),
         ("state", &arguments.state),
         ("uid", &arguments.uid),
@@ -75,6 +76,7 @@ fn settings(arguments: &MountArguments) -> Result<MountSettings> {
         values.iter().try_for_each(|value| settings.apply(word, Some(value)))?;
     }
     settings.wait |= arguments.wait;
+    settings.shared |= arguments.shared;
     settings.allow_other |= arguments.allow_other;
     arguments.options.iter().try_for_each(|options| settings.apply_options(options))?;
     Ok(settings)
@@ -165,13 +167,15 @@ impl Mounted {
             let what = format!("policy {:?} offers none of the formats that were chosen", policy.name);
             return Err(Error::new(ErrorKind::Malformed, what));
         }
+        let seconds = settings.lease.unwrap_or(LEASE);
+        let lease = settings.shared.then(|| Duration::from_secs(seconds.into()));
         let metrics = Arc::new(Metrics::default());
         let handle = runtime.handle().clone();
         let jobs = JobQueue::new(
             buckets.clone(),
             state.journal(),
             Arc::clone(&metrics),
-            QueueSettings { running: settings.jobs.unwrap_or(JOBS), policy: Arc::clone(&policy) },
+            QueueSettings { running: settings.jobs.unwrap_or(JOBS), lease, policy: Arc::clone(&policy) },
             handle.clone(),
         );
         let vfs_settings = VfsSettings {
@@ -244,6 +248,9 @@ async fn open_buckets(settings: &MountSettings) -> Result<BTreeMap<String, Bucke
         let named = |e: Error| Error::new(e.kind(), format!("bucket {}: {}", setting.name, e.report()));
         let bucket = Bucket::open(&setting.name, &setting.url).map_err(named)?;
         bucket.probe().await.map_err(named)?;
+        if settings.shared {
+            bucket.probe_create().await.map_err(named)?;
+        }
         buckets.insert(setting.name.clone(), bucket);
     }
     Ok(buckets)

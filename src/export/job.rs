@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::early::EarlyUpload;
+use super::lease::Lease;
 use super::part_log::PartLog;
 use super::status::{JobState, STATUS_VERSION, Status, StatusImage};
 use crate::bucket::ObjectKey;
@@ -67,6 +68,10 @@ pub struct Job {
     /// Whether the bucket has an older status than this job: it could not be written there at the end.
     status_unwritten: AtomicBool,
     pub(super) stop: watch::Sender<Stop>,
+    /// The right to make the object, where hosts share the bucket.
+    lease: Mutex<Option<Arc<Lease>>>,
+    /// Whether another host makes the object, and its status is the one in the bucket.
+    following: AtomicBool,
     /// Whether the object is being put in place, which cannot be taken back.
     publishing: AtomicBool,
     /// Held by a step that must not be cut off half-way; the job ends after it.
@@ -124,6 +129,8 @@ impl Job {
             early_upload: Mutex::default(),
             status_unwritten: AtomicBool::new(false),
             stop: watch::Sender::new(Stop::No),
+            lease: Mutex::default(),
+            following: AtomicBool::new(false),
             publishing: AtomicBool::new(false),
             step: Arc::default(),
         }
@@ -225,7 +232,8 @@ impl Job {
 
     /// Whether the status has to be taken from here, because the bucket's file is not the newest.
     pub fn holds_status(&self) -> bool {
-        !self.status.lock().status.is_final() || self.status_unwritten.load(Ordering::Relaxed)
+        !self.is_following() && !self.status.lock().status.is_final()
+            || self.status_unwritten.load(Ordering::Relaxed)
     }
 
     /// Remembers whether the bucket lacks the final status.
@@ -246,6 +254,24 @@ impl Job {
             result
         });
         running.await.map_err(|e| Error::new(ErrorKind::Internal, "a step of the job panicked").because(e))
+    }
+
+    pub(super) fn set_lease(&self, lease: Option<Arc<Lease>>) {
+        *self.lease.lock() = lease;
+    }
+
+    /// The right to make the object, where hosts share the bucket.
+    pub(super) fn lease(&self) -> Option<Arc<Lease>> {
+        self.lease.lock().clone()
+    }
+
+    pub(super) fn set_following(&self, following: bool) {
+        self.following.store(following, Ordering::Relaxed);
+    }
+
+    /// Whether another host makes the object.
+    pub(super) fn is_following(&self) -> bool {
+        self.following.load(Ordering::Relaxed)
     }
 
     /// From here on a stop waits for the attempt's own end.

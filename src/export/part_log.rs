@@ -184,6 +184,18 @@ impl PartLog {
         Ok(())
     }
 
+    /// All that was recorded, for another host.
+    pub(super) fn text(&self) -> Option<String> {
+        fs::read_to_string(&self.inner.lock().path).ok()
+    }
+
+    /// The log that another host wrote, as one of this host's.
+    pub(super) fn adopt(path: &Path, text: &str) -> Result<Option<Self>> {
+        let failed = |e| Error::from_io("cannot record the upload", e).in_file(path.display().to_string());
+        fs::write(path, text).map_err(failed)?;
+        Self::open(path)
+    }
+
     /// The upload is over.
     pub(super) fn remove(&self) {
         let _ = fs::remove_file(&self.inner.lock().path);

@@ -14,6 +14,7 @@ use tracing::{error, info, warn};
 use super::early::EarlyUpload;
 use super::job::{Job, JobRequest, JobSource, Stop};
 use super::journal::{Journal, Record};
+use super::lease::{self, Claimed};
 use super::part_log::{PartLog, UploadName};
 use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
@@ -43,13 +44,16 @@ const ENDED_KEPT: usize = 1000;
 pub struct QueueSettings {
     /// Jobs of each bucket that run at once; the others wait in the order in which they came.
     pub running: usize,
+    /// How long a host that shares the buckets may be silent before others take its jobs over; `None` when this host
+    /// has the buckets for itself.
+    pub lease: Option<Duration>,
     /// The policy in force: its limits, and the cloud's codes.
     pub policy: Arc<Policy>,
 }
 
 impl Default for QueueSettings {
     fn default() -> Self {
-        Self { running: 4, policy: Arc::default() }
+        Self { running: 4, lease: None, policy: Arc::default() }
     }
 }
 
@@ -71,6 +75,7 @@ pub(super) struct Inner {
     tasks: Arc<()>,
     early: Arc<Semaphore>,
     policy: Arc<Policy>,
+    lease: Option<Duration>,
     runtime: Handle,
     table: Mutex<Table>,
 }
@@ -105,6 +110,7 @@ impl JobQueue {
             allowed: Arc::new(Semaphore::new(allowed.clamp(1, Semaphore::MAX_PERMITS))),
             tasks: Arc::default(),
             early: Arc::new(Semaphore::new(EARLY_UPLOADS)),
+            lease: settings.lease,
             policy: settings.policy,
             runtime,
             table: Mutex::default(),
@@ -425,7 +431,79 @@ impl Inner {
         }
     }
 
+    /// Makes the object, or waits until another host that shares the bucket has made it.
     async fn attempt(self: &Arc<Self>, job: &Arc<Job>) -> Result<Uploaded> {
+        let Some(lease) = self.lease else { return self.upload(job).await };
+        let bucket = self.bucket(&job.request().bucket)?;
+        // Uploads of this host that another one may have gone on with.
+        let mut lost: Vec<Arc<PartLog>> = Vec::new();
+        loop {
+            let claimed = lease::claim(bucket, job, lease).await?;
+            for log in lost.drain(..) {
+                // That one has completed it, or has never known of it; or it comes back to this host.
+                let inherited = match &claimed {
+                    Claimed::Held(_, Some(before)) => before.upload.contains(&log.name().id),
+                    _ => false,
+                };
+                if !inherited {
+                    self.abort(&log).await;
+                }
+            }
+            let (held, before) = match claimed {
+                Claimed::Held(held, before) => (Arc::new(held), before),
+                Claimed::Done(status) => {
+                    job.set_following(true);
+                    return self.done_elsewhere(bucket, job, *status).await;
+                }
+            };
+            job.set_following(false);
+            if let Some(before) = before {
+                let log = PartLog::adopt(&self.journal.upload_path(&job.id()), &before.upload)?.map(Arc::new);
+                match log {
+                    Some(log) if !before.is_same => self.abort(&log).await,
+                    log => job.set_upload(log),
+                }
+            }
+            job.set_lease(Some(Arc::clone(&held)));
+            let uploaded = {
+                let mut upload = std::pin::pin!(self.upload(job));
+                let log = || job.upload().and_then(|log| log.text());
+                tokio::select! {
+                    uploaded = &mut upload => uploaded,
+                    () = held.keep(log) => upload.await,
+                }
+            };
+            if uploaded.is_err() && !held.is_newest().await? {
+                lost.extend(job.upload());
+                job.set_upload(None);
+                job.set_lease(None);
+                warn!(job = job.id(), "another host has taken the job over");
+                continue;
+            }
+            return uploaded;
+        }
+    }
+
+    /// The end of a job that another host has done.
+    async fn done_elsewhere(&self, bucket: &Bucket, job: &Job, status: Status) -> Result<Uploaded> {
+        if let Some(error) = status.error {
+            let kind = ErrorKind::ALL.into_iter().find(|kind| kind.code() == error.code);
+            let error = Error::new(kind.unwrap_or(ErrorKind::UploadFailed), error.description);
+            return Err(error.in_file(format!("{}, on host {}", status.url, status.host)));
+        }
+        let key = &job.request().key;
+        let gone = || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(key));
+        let meta = bucket.head(key).await?.ok_or_else(gone)?;
+        job.update(|s| {
+            s.size = status.size;
+            (s.bytes_done, s.repeated) = (status.bytes_done, s.repeated + 1);
+        });
+        let (sha256, md5) = (status.sha256.unwrap_or_default(), status.md5.unwrap_or_default());
+        Ok(Uploaded { meta, sha256, md5 })
+    }
+
+    /// Sends what the job exports.
+    async fn upload(self: &Arc<Self>, job: &Arc<Job>) -> Result<Uploaded> {
         let request = job.request();
         let closed = |e| Error::new(ErrorKind::Internal, "queue closed").because(e);
         let running = self.running.get(&request.bucket);
@@ -536,8 +614,13 @@ impl Inner {
             log.remove();
         }
         // The bucket has the status before anybody is told of the end, unless the store is full or gone.
-        let written = self.put_status(job, last.to_json()).await;
-        self.note_written(job, &last, written);
+        if !job.is_following() {
+            let written = self.put_status(job, last.to_json()).await;
+            self.note_written(job, &last, written);
+        }
+        if let Some(lease) = job.lease() {
+            lease.end().await;
+        }
         job.end(last, result.as_ref().err());
         if let JobSource::Staged(path) = &job.request().source {
             let _ = std::fs::remove_file(path);

@@ -160,6 +160,11 @@ impl Attempt<'_> {
         if let Some(mark) = self.bucket.completion_mark(&log.name().id, &ids).await? {
             log.complete(&mark)?;
         }
+        if let Some(lease) = self.job.lease()
+            && !lease.is_newest().await?
+        {
+            return Err(Error::new(ErrorKind::Busy, "another host has taken the job over"));
+        }
         match self.bucket.complete_upload(self.key, &log.name().id, ids, size).await {
             // The store may have done it, and its answer been lost: asked again, it knows no such upload.
             Err(error) if error.kind() == ErrorKind::NotFound => self.in_place(log, size).await?.ok_or(error),

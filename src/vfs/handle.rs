@@ -145,6 +145,8 @@ impl Vfs {
     /// Creates an object's file and opens it for writing.
     pub fn create(&self, parent: Ino, name: &str, options: OpenOptions) -> Result<(Attr, HandleId)> {
         let object = self.writable_child(parent, name)?;
+        // What comes into being from here on, by another host, is what this file will replace.
+        let mut truncate = options.truncate;
         match self.resolve_object(object.0.clone(), object.1.clone()) {
             Ok((Node::Directory { .. }, _)) => {
                 return Err(Error::new(ErrorKind::IsDirectory, format!("{} is a directory", object.1)));
@@ -153,11 +155,11 @@ impl Vfs {
                 return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", object.1)));
             }
             Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => truncate = true,
             Err(error) => return Err(error),
         }
         self.permit_target(&object)?;
-        let draft = self.open_draft(&object, options.truncate)?;
+        let draft = self.open_draft(&object, truncate)?;
         let temporary = options.exclusive && rsync_target(name).is_some();
         if temporary && program(options.opener).as_deref() == Some("rsync") {
             draft.park();

@@ -125,7 +125,7 @@ fn serve(
             let length = xml.len();
             return write!(
                 client,
-                "HTTP/1.1 {status} Fault\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{xml}"
+                "HTTP/1.1 {status} Fault\r\netag: \"0\"\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{xml}"
             );
         }
         Fate::Delay(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),

@@ -50,10 +50,15 @@ pub fn client(endpoint: &str, bucket: &str) -> AmazonS3 {
 
 /// An object's bytes.
 pub fn get(endpoint: &str, bucket: &str, key: &str) -> Vec<u8> {
+    find(endpoint, bucket, key).unwrap()
+}
+
+/// An object's bytes, if it is there.
+pub fn find(endpoint: &str, bucket: &str, key: &str) -> Option<Vec<u8>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let path = object_store::path::Path::from(key);
-        let got = client(endpoint, bucket).get(&path).await.unwrap();
-        got.bytes().await.unwrap().to_vec()
+        let got = client(endpoint, bucket).get(&path).await.ok()?;
+        Some(got.bytes().await.ok()?.to_vec())
     })
 }

@@ -1,0 +1,235 @@
+//! Leases: which of several hosts makes an object, agreed upon in the bucket itself.
+//!
+//! Below `.freightfs/leases/HASH/`, HASH being that of the key, stands one object for each epoch, created by a put that
+//! fails when it is there: who creates epoch n + 1 is the holder. Beside it the holder puts its heartbeat every third of
+//! the lease, with the log of its upload. A host that has seen the same heartbeat for a whole lease, by its own clock,
+//! creates the next epoch and goes on with that upload. Only the holder of the newest epoch completes; a holder that
+//! was asleep finds that it is not any more.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tracing::{info, warn};
+
+use super::job::{Job, JobSource};
+use super::status::{Status, StatusImage};
+use crate::bucket::{Bucket, ObjectKey};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Beats in the time of a lease.
+const BEATS: u32 = 3;
+
+/// Looks of a follower in the time of a lease.
+const LOOKS: u32 = 5;
+
+/// What the holder of an epoch makes.
+#[derive(Debug, Serialize, Deserialize)]
+struct Claim {
+    host: String,
+    job_id: String,
+    /// The image; `None` for what a program wrote, which is like nothing else.
+    image: Option<StatusImage>,
+}
+
+/// A sign of life.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Beat {
+    number: u64,
+    /// Whether the job has ended, however.
+    ended: bool,
+    /// The log of the upload under way.
+    upload: Option<String>,
+}
+
+/// The right to make an object.
+pub(super) struct Lease {
+    bucket: Bucket,
+    /// The name below our own files of the key's leases.
+    directory: String,
+    epoch: u64,
+    lease: Duration,
+}
+
+/// How a job that several hosts may have begins.
+pub(super) enum Claimed {
+    /// This host makes the object.
+    Held(Lease, Option<Inherited>),
+    /// Another host has made it, or has failed.
+    Done(Box<Status>),
+}
+
+/// What the holder before left.
+pub(super) struct Inherited {
+    /// The log of its upload.
+    pub(super) upload: String,
+    /// Whether it made the same, so that the upload can be gone on with.
+    pub(super) is_same: bool,
+}
+
+/// Gets the right to make the job's object, or waits until another host has made the same.
+///
+/// # Errors
+/// [`Busy`](ErrorKind::Busy) while another host makes something else of the key.
+pub(super) async fn claim(bucket: &Bucket, job: &Job, lease: Duration) -> Result<Claimed> {
+    let key = &job.request().key;
+    let directory = format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32]);
+    let held = |epoch| Lease { bucket: bucket.clone(), directory: directory.clone(), epoch, lease };
+    let mut seen: Option<(u64, Beat, Instant)> = None;
+    loop {
+        let epoch = newest(bucket, &directory).await?;
+        let claim: Option<Claim> = read(bucket, &epoch_name(&directory, epoch)).await?;
+        let beat: Beat = read(bucket, &beat_name(&directory, epoch)).await?.unwrap_or_default();
+        let Some(claim) = claim.filter(|_| !beat.ended) else {
+            let done = same_before(bucket, key, job).await?;
+            if let Some(status) = done {
+                return Ok(Claimed::Done(Box::new(status)));
+            }
+            if create(bucket, &directory, epoch + 1, job).await? {
+                return Ok(Claimed::Held(held(epoch + 1), None));
+            }
+            // Another host was faster.
+            tokio::time::sleep(lease / LOOKS).await;
+            continue;
+        };
+        if claim.job_id == job.id() {
+            return Ok(Claimed::Held(held(epoch), None));
+        }
+        let is_same = is_same(claim.image.as_ref(), image_of(job));
+        let (is_alive, since) = match &seen {
+            Some((known, last, since)) if (known, last) == (&epoch, &beat) => (false, *since),
+            Some((known, ..)) => (*known == epoch, Instant::now()),
+            None => (false, Instant::now()),
+        };
+        if since.elapsed() > lease && create(bucket, &directory, epoch + 1, job).await? {
+            info!(job = job.id(), host = claim.host, "taking over the job of a host that is silent");
+            let inherited = beat.upload.map(|upload| Inherited { upload, is_same });
+            return Ok(Claimed::Held(held(epoch + 1), inherited));
+        }
+        if is_alive && !is_same {
+            let what = format!("host {} is making something else of this key", claim.host);
+            return Err(Error::new(ErrorKind::Busy, what).in_file(bucket.url_of(key)));
+        }
+        seen = Some((epoch, beat, since));
+        job.set_following(true);
+        tokio::time::sleep(lease / LOOKS).await;
+    }
+}
+
+impl Lease {
+    /// Shows that this host is alive, until it is dropped; `upload` gives the log of the upload under way.
+    pub(super) async fn keep(&self, upload: impl Fn() -> Option<String>) {
+        let mut beat = Beat::default();
+        loop {
+            beat.number += 1;
+            beat.upload = upload();
+            if let Err(error) = self.put(&beat).await {
+                warn!("a lease could not be renewed: {}", error.report());
+            }
+            tokio::time::sleep(self.lease / BEATS).await;
+        }
+    }
+
+    /// Whether no other host has taken the job over.
+    pub(super) async fn is_newest(&self) -> Result<bool> {
+        Ok(newest(&self.bucket, &self.directory).await? == self.epoch)
+    }
+
+    /// The job has ended, and its status is in the bucket: who follows reads that. Older epochs are of no use.
+    pub(super) async fn end(&self) {
+        let beat = Beat { number: u64::MAX, ended: true, upload: None };
+        if let Err(error) = self.put(&beat).await {
+            warn!("the end of a lease could not be told: {}", error.report());
+        }
+        for epoch in (1..self.epoch).rev().take(8) {
+            let _ = self.bucket.delete_control(&beat_name(&self.directory, epoch)).await;
+            let _ = self.bucket.delete_control(&epoch_name(&self.directory, epoch)).await;
+        }
+    }
+
+    async fn put(&self, beat: &Beat) -> Result<()> {
+        let json = serde_json::to_vec(beat).expect("a beat has only string keys");
+        self.bucket.put_control(&beat_name(&self.directory, self.epoch), Bytes::from(json)).await
+    }
+}
+
+/// Whether an export that ended before made what the job is to make, and the object is still that.
+async fn same_before(bucket: &Bucket, key: &ObjectKey, job: &Job) -> Result<Option<Status>> {
+    let status_key = key.with_suffix(".status")?;
+    let Some(meta) = bucket.head(&status_key).await?.filter(|meta| meta.object_size < MAX_STATUS) else {
+        return Ok(None);
+    };
+    let json = match bucket.read(&status_key, 0..meta.object_size, meta.etag.as_deref()).await {
+        // It is being replaced: by whom, the next look tells.
+        Err(error) if matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::NotFound) => {
+            return Ok(None);
+        }
+        json => json?,
+    };
+    let Ok(status) = serde_json::from_slice::<Status>(&json) else { return Ok(None) };
+    if !status.status.is_final() || !is_same(status.image.as_ref(), image_of(job)) {
+        return Ok(None);
+    }
+    if status.error.is_some() {
+        // A failure that was followed is the follower's too; one from before it was asked is not.
+        return Ok(job.is_following().then_some(status));
+    }
+    let object = bucket.head(key).await?;
+    let unchanged = object.as_ref().is_some_and(|meta| status.etag.is_some() && meta.etag == status.etag);
+    Ok(unchanged.then_some(status))
+}
+
+/// Largest status file that is read.
+const MAX_STATUS: u64 = 1 << 20;
+
+fn image_of(job: &Job) -> Option<&StatusImage> {
+    match &job.request().source {
+        JobSource::Image(image) => Some(image),
+        JobSource::Staged(_) => None,
+    }
+}
+
+/// Whether two hosts mean the same bytes: device and inode, with which a generation begins, differ between them.
+fn is_same(a: Option<&StatusImage>, b: Option<&StatusImage>) -> bool {
+    fn shared(generation: &str) -> &str {
+        generation.splitn(3, '-').nth(2).unwrap_or(generation)
+    }
+    match (a, b) {
+        (Some(a), Some(b)) => {
+            (&a.id, &a.disk, &a.format) == (&b.id, &b.disk, &b.format)
+                && shared(&a.generation) == shared(&b.generation)
+        }
+        _ => false,
+    }
+}
+
+fn epoch_name(directory: &str, epoch: u64) -> String {
+    format!("{directory}/{epoch:010}")
+}
+
+fn beat_name(directory: &str, epoch: u64) -> String {
+    format!("{directory}/{epoch:010}.beat")
+}
+
+/// The newest epoch, 0 when there is none.
+async fn newest(bucket: &Bucket, directory: &str) -> Result<u64> {
+    let names = bucket.list_control(directory).await?;
+    Ok(names.iter().filter_map(|name| name.parse().ok()).max().unwrap_or(0))
+}
+
+async fn create(bucket: &Bucket, directory: &str, epoch: u64, job: &Job) -> Result<bool> {
+    let host = nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default();
+    let claim = Claim { host, job_id: job.id(), image: image_of(job).cloned() };
+    let json = serde_json::to_vec(&claim).expect("a claim has only string keys");
+    bucket.create_control(&epoch_name(directory, epoch), Bytes::from(json)).await
+}
+
+async fn read<T: serde::de::DeserializeOwned>(bucket: &Bucket, name: &str) -> Result<Option<T>> {
+    match bucket.read_control(name).await {
+        Ok(bytes) => Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok())),
+        // It was replaced between two requests: the next look tells.
+        Err(error) if matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::NotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
