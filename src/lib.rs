@@ -52,17 +52,27 @@
 //! records that range. At close(2) the kernel sends a flush: when the recorded ranges cover the whole file,
 //! [`export::JobQueue::submit`] writes a record into the journal, synced, and close returns. If anything else
 //! arrives, parts, other offsets, plain writes, the bytes are staged in a file, and close waits for its upload,
-//! because a writer of plain bytes expects close to tell.
+//! because a writer of plain bytes expects close to tell. Of a large one, parts that the writer has passed are sent
+//! meanwhile; the job at the end takes that upload over and sends what is missing or was written again.
 //!
-//! A job waits for a place among those that run, opens a multipart upload, records its id, and then reads the
-//! converted file part by part to its end, which of a compressed file is known only then; each part is uploaded while two threads hash it and the next one is read. At most
-//! 10 parts of one job are in memory. When the store has put the parts together, the object's size is asked back and compared;
+//! What may be exported is a [`policy::Policy`], data: the vfs asks it when an image's file is opened, when a name in a
+//! bucket is created, and when a copy brings both together.
+//!
+//! A job waits for a place among those of its bucket that run, opens a multipart upload, begins its log, and then reads
+//! the converted file part by part to its end, which of a compressed file is known only then; each part is uploaded
+//! while two threads hash it and the next one is read. At most 10 parts of one job are in memory. When the store has put
+//! the parts together, the object's size and entity tag are asked back and compared;
 //! then `KEY.sha256`, `KEY.md5` and at last `KEY.status` are written. Before that nothing is visible in the bucket
 //! but the status; in the mount the key already has its final size and reads through the converter. A job that
 //! fails or is cancelled aborts its upload and leaves a status that says why.
 //!
-//! A daemon that is killed leaves its records; the next one over the same state directory aborts what was under
-//! way and starts those jobs again, if their source still is of the recorded generation.
+//! A daemon that is killed leaves its records and, for each upload, a log of the parts that the store has and of the
+//! hashes' states; the next one over the same state directory goes on there, if the source still is of the recorded
+//! generation. Compressed output goes on where its lengths end, which are logged too. What the entity tag will begin
+//! with is recorded before the object is put in place, so that a daemon that dies in that moment finds its object.
+//!
+//! Hosts that share a bucket agree in it: an object for each epoch of a key's lease, created by a put that fails when it
+//! is there, and heartbeats that carry the upload's log. Who sees no heartbeat for a lease takes the job over.
 //!
 //! # Trust
 //!

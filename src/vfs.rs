@@ -8,6 +8,7 @@ mod attributes;
 mod directory;
 mod document;
 mod draft;
+mod drafts;
 mod handle;
 mod inode;
 mod objects;

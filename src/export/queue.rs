@@ -14,14 +14,13 @@ use tracing::{error, info, warn};
 use super::early::EarlyUpload;
 use super::job::{Job, JobRequest, JobSource, Stop};
 use super::journal::{Journal, Record};
-use super::lease::{self, Claimed};
 use super::part_log::{PartLog, UploadName};
 use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
 use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::policy::{OnLimit, Policy};
+use crate::policy::Policy;
 use crate::vfile::VirtualFile;
 
 /// How often, at most, a running job's status is written into the bucket.
@@ -65,7 +64,7 @@ pub struct JobQueue {
 
 pub(super) struct Inner {
     buckets: BTreeMap<String, Bucket>,
-    journal: Journal,
+    pub(super) journal: Journal,
     metrics: Arc<Metrics>,
     /// Rights to run, of each bucket: one that does not answer slows no other.
     running: BTreeMap<String, Arc<Semaphore>>,
@@ -74,20 +73,20 @@ pub(super) struct Inner {
     /// Held by every task of a job: the end of the mount waits until nobody else does.
     tasks: Arc<()>,
     early: Arc<Semaphore>,
-    policy: Arc<Policy>,
-    lease: Option<Duration>,
+    pub(super) policy: Arc<Policy>,
+    pub(super) lease: Option<Duration>,
     runtime: Handle,
     table: Mutex<Table>,
 }
 
 #[derive(Default)]
-struct Table {
+pub(super) struct Table {
     /// By id, so by time.
-    jobs: BTreeMap<String, Arc<Job>>,
+    pub(super) jobs: BTreeMap<String, Arc<Job>>,
     /// The newest job of each key.
     newest: HashMap<(String, ObjectKey), Arc<Job>>,
     /// When exports were asked for in the last second.
-    asked: VecDeque<Instant>,
+    pub(super) asked: VecDeque<Instant>,
 }
 
 impl JobQueue {
@@ -354,42 +353,6 @@ impl Table {
 }
 
 impl Inner {
-    /// The limits of the policy on exports of images, before one more is accepted.
-    fn check_limits(&self, table: &mut Table, request: &JobRequest) -> Result<()> {
-        let JobSource::Image(image) = &request.source else { return Ok(()) };
-        let limits = &self.policy.limits;
-        let active = table.jobs.values().filter(|job| !job.status().status.is_final());
-        let images: Vec<_> = active
-            .filter_map(|job| match &job.request().source {
-                JobSource::Image(image) => Some(image.id.clone()),
-                JobSource::Staged(_) => None,
-            })
-            .collect();
-        let of_image = images.iter().filter(|id| **id == image.id).count();
-        if limits.jobs_of_image.is_some_and(|limit| of_image >= limit) {
-            let what =
-                format!("image {:?} is being exported already (policy {})", image.id, self.policy.name);
-            return Err(self.policy.with_cloud_code(Error::new(ErrorKind::Busy, what)));
-        }
-        let fails = limits.on_limit == Some(OnLimit::Fail);
-        let too_many = |what: String| {
-            let what = format!("{what} (policy {})", self.policy.name);
-            self.policy.with_cloud_code(Error::new(ErrorKind::TooManyJobs, what))
-        };
-        if let Some(limit) = limits.jobs.filter(|&limit| fails && images.len() >= limit) {
-            return Err(too_many(format!("{limit} exports are under way, and no more are allowed")));
-        }
-        if let Some(limit) = limits.requests_per_second {
-            let now = Instant::now();
-            table.asked.retain(|at| now.duration_since(*at) < Duration::from_secs(1));
-            if fails && table.asked.len() >= limit as usize {
-                return Err(too_many(format!("{limit} exports were asked for within a second")));
-            }
-            table.asked.push_back(now);
-        }
-        Ok(())
-    }
-
     pub(super) fn runtime(&self) -> &Handle {
         &self.runtime
     }
@@ -407,7 +370,7 @@ impl Inner {
 
     async fn run(self: &Arc<Self>, job: &Arc<Job>) {
         let mut stop = job.stop.subscribe();
-        let mut attempt = std::pin::pin!(self.attempt(job));
+        let mut attempt = std::pin::pin!(self.make(job));
         let mut result = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop != Stop::No) => None,
@@ -431,79 +394,8 @@ impl Inner {
         }
     }
 
-    /// Makes the object, or waits until another host that shares the bucket has made it.
-    async fn attempt(self: &Arc<Self>, job: &Arc<Job>) -> Result<Uploaded> {
-        let Some(lease) = self.lease else { return self.upload(job).await };
-        let bucket = self.bucket(&job.request().bucket)?;
-        // Uploads of this host that another one may have gone on with.
-        let mut lost: Vec<Arc<PartLog>> = Vec::new();
-        loop {
-            let claimed = lease::claim(bucket, job, lease).await?;
-            for log in lost.drain(..) {
-                // That one has completed it, or has never known of it; or it comes back to this host.
-                let inherited = match &claimed {
-                    Claimed::Held(_, Some(before)) => before.upload.contains(&log.name().id),
-                    _ => false,
-                };
-                if !inherited {
-                    self.abort(&log).await;
-                }
-            }
-            let (held, before) = match claimed {
-                Claimed::Held(held, before) => (Arc::new(held), before),
-                Claimed::Done(status) => {
-                    job.set_following(true);
-                    return self.done_elsewhere(bucket, job, *status).await;
-                }
-            };
-            job.set_following(false);
-            if let Some(before) = before {
-                let log = PartLog::adopt(&self.journal.upload_path(&job.id()), &before.upload)?.map(Arc::new);
-                match log {
-                    Some(log) if !before.is_same => self.abort(&log).await,
-                    log => job.set_upload(log),
-                }
-            }
-            job.set_lease(Some(Arc::clone(&held)));
-            let uploaded = {
-                let mut upload = std::pin::pin!(self.upload(job));
-                let log = || job.upload().and_then(|log| log.text());
-                tokio::select! {
-                    uploaded = &mut upload => uploaded,
-                    () = held.keep(log) => upload.await,
-                }
-            };
-            if uploaded.is_err() && !held.is_newest().await? {
-                lost.extend(job.upload());
-                job.set_upload(None);
-                job.set_lease(None);
-                warn!(job = job.id(), "another host has taken the job over");
-                continue;
-            }
-            return uploaded;
-        }
-    }
-
-    /// The end of a job that another host has done.
-    async fn done_elsewhere(&self, bucket: &Bucket, job: &Job, status: Status) -> Result<Uploaded> {
-        if let Some(error) = status.error {
-            let kind = ErrorKind::ALL.into_iter().find(|kind| kind.code() == error.code);
-            let error = Error::new(kind.unwrap_or(ErrorKind::UploadFailed), error.description);
-            return Err(error.in_file(format!("{}, on host {}", status.url, status.host)));
-        }
-        let key = &job.request().key;
-        let gone = || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(key));
-        let meta = bucket.head(key).await?.ok_or_else(gone)?;
-        job.update(|s| {
-            s.size = status.size;
-            (s.bytes_done, s.repeated) = (status.bytes_done, s.repeated + 1);
-        });
-        let (sha256, md5) = (status.sha256.unwrap_or_default(), status.md5.unwrap_or_default());
-        Ok(Uploaded { meta, sha256, md5 })
-    }
-
     /// Sends what the job exports.
-    async fn upload(self: &Arc<Self>, job: &Arc<Job>) -> Result<Uploaded> {
+    pub(super) async fn upload(self: &Arc<Self>, job: &Arc<Job>) -> Result<Uploaded> {
         let request = job.request();
         let closed = |e| Error::new(ErrorKind::Internal, "queue closed").because(e);
         let running = self.running.get(&request.bucket);

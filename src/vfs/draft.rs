@@ -9,10 +9,10 @@ mod staged;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use self::ranges::Ranges;
 use self::staged::Staged;
@@ -26,12 +26,6 @@ use crate::policy::ImageFacts;
 use crate::storage::FileStorage;
 use crate::units::FileOffset;
 use crate::vfile::VirtualFile;
-
-/// How often a job may begin just after the one before was waited for.
-const SETTLE_ATTEMPTS: usize = 5;
-
-/// How long a new writer waits for the job of the one before.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// An image file as the source of a range.
 #[derive(Clone)]
@@ -52,7 +46,7 @@ pub(super) struct Draft {
     object: Mutex<ObjectName>,
     state: Mutex<State>,
     view: Mutex<View>,
-    handles: AtomicUsize,
+    pub(super) handles: AtomicUsize,
     /// A file under a temporary name, which is published when it gets its own.
     parked: AtomicBool,
 }
@@ -194,6 +188,11 @@ impl Draft {
 
     pub(super) fn open_handle(&self) {
         self.handles.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Whether the last close has something to publish.
+    pub(super) fn is_unpublished(&self) -> bool {
+        self.view.lock().unpublished
     }
 
     /// Bytes that the file has now.
@@ -400,7 +399,7 @@ impl Draft {
 
     /// What the last close publishes: an empty file that nobody refused becomes an empty object, and what a flush
     /// left alone because more could come is published now, or refused. Afterwards there is nothing to publish.
-    fn publish_last(&self, vfs: &Vfs) {
+    pub(super) fn publish_last(&self, vfs: &Vfs) {
         let published = self.change(|state| {
             state.check()?;
             if !state.dirty || state.discarded {
@@ -594,114 +593,6 @@ impl Content {
             Self::Empty => true,
             Self::Ranges { source: known, .. } => known.image == source.image,
             _ => false,
-        }
-    }
-}
-
-impl Vfs {
-    /// The draft of a key for one more writer: the one there is, or a new one over what the bucket has.
-    pub(super) fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
-        self.check_settled(object)?;
-        if self.status_job(&object.0, &object.1).is_some() {
-            return Err(Error::new(ErrorKind::Busy, "the job is running and writes this file")
-                .in_file(object.1.as_str()));
-        }
-        let published = match self.draft(object) {
-            Some(_) => None,
-            None if truncate => None,
-            None => {
-                let bucket = self.bucket(&object.0)?;
-                self.runtime.block_on(bucket.head(&object.1))?.map(|meta| meta.object_size)
-            }
-        };
-        let mut drafts = self.drafts.lock();
-        let draft =
-            drafts.entry(object.clone()).or_insert_with(|| Arc::new(Draft::new(object.clone(), published)));
-        // Somebody else writes what rsync left of a transfer: it is an ordinary file from now on.
-        draft.unpark();
-        draft.open_handle();
-        Ok(Arc::clone(draft))
-    }
-
-    /// The draft of a key that has bytes which are not published, for one more reader.
-    pub(super) fn open_draft_to_read(&self, object: &ObjectName) -> Option<Arc<Draft>> {
-        let drafts = self.drafts.lock();
-        let draft = drafts.get(object).filter(|draft| !draft.is_published())?;
-        draft.open_handle();
-        Some(Arc::clone(draft))
-    }
-
-    /// One handle fewer. The last one publishes and takes the draft away; who opens the key meanwhile shares it.
-    pub(super) fn close_draft(&self, draft: &Arc<Draft>) {
-        loop {
-            {
-                // Handles are counted under this lock, so that nobody opens a draft that is being taken away.
-                let mut drafts = self.drafts.lock();
-                let is_last = draft.handles.load(Ordering::SeqCst) == 1;
-                if !is_last || draft.is_parked() || !draft.view.lock().unpublished {
-                    draft.handles.fetch_sub(1, Ordering::SeqCst);
-                    let known = drafts.get(&draft.object()).is_some_and(|known| Arc::ptr_eq(known, draft));
-                    if is_last && known && !draft.is_parked() {
-                        drafts.remove(&draft.object());
-                    }
-                    return;
-                }
-            }
-            draft.publish_last(self);
-        }
-    }
-
-    /// The mount has ended: what is being written is not published any more.
-    pub fn end_drafts(&self) {
-        let drafts: Vec<_> = self.drafts.lock().drain().map(|(_, draft)| draft).collect();
-        drafts.iter().for_each(|draft| draft.give_up_early_upload());
-    }
-
-    /// Leaves a FAIL status beside a key whose writer ended before its end.
-    fn record_incomplete(&self, draft: &Draft, error: &Error) {
-        let (bucket, key) = draft.object();
-        let source = JobSource::Staged(std::path::PathBuf::new());
-        let request = JobRequest { bucket, key, source, client_token: None };
-        if let Err(error) = self.jobs.record_refusal(request, error) {
-            warn!("an incomplete file could not be recorded: {}", error.report());
-        }
-    }
-
-    /// Waits for a job that publishes bytes that were written: the store has them all already, or soon. Jobs of
-    /// images take longer, and are not waited for.
-    pub(super) fn settle(&self, object: &ObjectName) {
-        let deadline = Instant::now() + SETTLE_LIMIT;
-        // Another one may follow: that of a handle whose last close came late.
-        while let Some(job) = self.jobs.active(&object.0, &object.1)
-            && matches!(job.request().source, JobSource::Staged(_))
-            && Instant::now() < deadline
-        {
-            // How it ends is for those who asked for it.
-            let _ = job.wait(deadline.saturating_duration_since(Instant::now()));
-        }
-    }
-
-    /// Refuses to touch what a job is making; one that publishes what a program wrote is waited for.
-    pub(super) fn check_settled(&self, object: &ObjectName) -> Result<()> {
-        for _ in 0..SETTLE_ATTEMPTS {
-            self.settle(object);
-            match self.jobs.active(&object.0, &object.1) {
-                None => return Ok(()),
-                Some(job) if self.is_asked_again(object, &job) => return Ok(()),
-                Some(job) if matches!(job.request().source, JobSource::Image(_)) => break,
-                Some(_) => {}
-            }
-        }
-        let busy = Error::new(ErrorKind::Busy, "a job is making this object");
-        Err(busy.in_file(object.1.as_str()))
-    }
-
-    /// Leaves a FAIL status beside a key whose copy was refused, so that the reason can be read later.
-    pub(super) fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
-        let (bucket, key) = draft.object();
-        let request = JobRequest { bucket, key, source: JobSource::Image(image.clone()), client_token: None };
-        if let Err(error) = self.jobs.record_refusal(request, error) {
-            warn!("a refusal could not be recorded: {}", error.report());
         }
     }
 }
