@@ -28,6 +28,16 @@ pub enum JobSource {
     Staged(PathBuf),
 }
 
+impl JobSource {
+    /// The image, where it is one; what a program wrote is none.
+    pub fn image(&self) -> Option<&StatusImage> {
+        match self {
+            Self::Image(image) => Some(image),
+            Self::Staged(_) => None,
+        }
+    }
+}
+
 /// What is to be exported, and where to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobRequest {
@@ -87,10 +97,7 @@ impl Job {
             job_id: new_job_id(),
             status: JobState::Init,
             progress: 0,
-            image: match &request.source {
-                JobSource::Image(image) => Some(image.clone()),
-                JobSource::Staged(_) => None,
-            },
+            image: request.source.image().cloned(),
             bucket: request.bucket.clone(),
             key: request.key.to_string(),
             url,

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
-use super::job::{Job, JobSource};
+use super::job::Job;
 use super::status::{Status, StatusImage};
 use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
@@ -96,7 +96,7 @@ pub(super) async fn claim(bucket: &Bucket, job: &Job, lease: Duration) -> Result
         if claim.job_id == job.id() {
             return Ok(Claimed::Held(held(epoch), None));
         }
-        let is_same = is_same(claim.image.as_ref(), image_of(job));
+        let is_same = is_same(claim.image.as_ref(), job.request().source.image());
         let (is_alive, since) = match &seen {
             Some((known, last, since)) if (known, last) == (&epoch, &beat) => (false, *since),
             Some((known, ..)) => (*known == epoch, Instant::now()),
@@ -168,7 +168,7 @@ async fn same_before(bucket: &Bucket, key: &ObjectKey, job: &Job) -> Result<Opti
         json => json?,
     };
     let Ok(status) = serde_json::from_slice::<Status>(&json) else { return Ok(None) };
-    if !status.status.is_final() || !is_same(status.image.as_ref(), image_of(job)) {
+    if !status.status.is_final() || !is_same(status.image.as_ref(), job.request().source.image()) {
         return Ok(None);
     }
     if status.error.is_some() {
@@ -182,13 +182,6 @@ async fn same_before(bucket: &Bucket, key: &ObjectKey, job: &Job) -> Result<Opti
 
 /// Largest status file that is read.
 const MAX_STATUS: u64 = 1 << 20;
-
-fn image_of(job: &Job) -> Option<&StatusImage> {
-    match &job.request().source {
-        JobSource::Image(image) => Some(image),
-        JobSource::Staged(_) => None,
-    }
-}
 
 /// Whether two hosts mean the same bytes: device and inode, with which a generation begins, differ between them.
 fn is_same(a: Option<&StatusImage>, b: Option<&StatusImage>) -> bool {
@@ -219,8 +212,9 @@ async fn newest(bucket: &Bucket, directory: &str) -> Result<u64> {
 }
 
 async fn create(bucket: &Bucket, directory: &str, epoch: u64, job: &Job) -> Result<bool> {
-    let host = nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default();
-    let claim = Claim { host, job_id: job.id(), image: image_of(job).cloned() };
+    let status = job.status();
+    let claim =
+        Claim { host: status.host, job_id: status.job_id, image: job.request().source.image().cloned() };
     let json = serde_json::to_vec(&claim).expect("a claim has only string keys");
     bucket.create_control(&epoch_name(directory, epoch), Bytes::from(json)).await
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::job::{JobRequest, JobSource};
+use super::job::JobRequest;
 use super::queue::{Inner, Table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::policy::OnLimit;
@@ -10,15 +10,11 @@ use crate::policy::OnLimit;
 impl Inner {
     /// The limits of the policy on exports of images, before one more is accepted.
     pub(super) fn check_limits(&self, table: &mut Table, request: &JobRequest) -> Result<()> {
-        let JobSource::Image(image) = &request.source else { return Ok(()) };
+        let Some(image) = request.source.image() else { return Ok(()) };
         let limits = &self.policy.limits;
         let active = table.jobs.values().filter(|job| !job.status().status.is_final());
-        let images: Vec<_> = active
-            .filter_map(|job| match &job.request().source {
-                JobSource::Image(image) => Some(image.id.clone()),
-                JobSource::Staged(_) => None,
-            })
-            .collect();
+        let images: Vec<_> =
+            active.filter_map(|job| Some(job.request().source.image()?.id.clone())).collect();
         let of_image = images.iter().filter(|id| **id == image.id).count();
         if limits.jobs_of_image.is_some_and(|limit| of_image >= limit) {
             let what =

@@ -56,7 +56,8 @@ impl Inner {
                     () = held.keep(log) => upload.await,
                 }
             };
-            if uploaded.is_err() && !held.is_newest().await? {
+            // When the store does not tell, the failure's own reason is the one to report.
+            if uploaded.is_err() && matches!(held.is_newest().await, Ok(false)) {
                 lost.extend(job.upload());
                 job.set_upload(None);
                 job.set_lease(None);

@@ -88,8 +88,9 @@ impl Vfs {
             Some(error) => Err(error.clone()),
             None => self.catalog.open_disk(disk),
         };
+        let facts = self.image_facts(image, &disk.name);
         let document = |&format| {
-            let permit = self.permit_image(image, &disk.name, format);
+            let permit = self.permit_image(&facts, format, (&image.id, &disk.name));
             format_document(&disk.name, format, &open.clone().and_then(|open| permit.map(|()| open)))
         };
         let formats = self.settings.formats.iter().map(document).collect();

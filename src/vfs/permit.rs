@@ -24,17 +24,21 @@ impl Vfs {
         }
     }
 
-    /// Whether the policy lets an image be exported in a format, wherever to.
+    /// Whether the policy lets an image be exported in a format, wherever to. `id` and `disk` name it.
     ///
     /// # Errors
     /// Its refusal.
-    pub(super) fn permit_image(&self, image: &CatalogImage, disk: &str, format: OutputFormat) -> Result<()> {
-        let facts = self.image_facts(image, disk);
-        let request = PolicyRequest { image: Some(&facts), format: Some(format), ..PolicyRequest::default() };
+    pub(super) fn permit_image(
+        &self,
+        facts: &ImageFacts,
+        format: OutputFormat,
+        (id, disk): (&str, &str),
+    ) -> Result<()> {
+        let request = PolicyRequest { image: Some(facts), format: Some(format), ..PolicyRequest::default() };
         self.settings
             .policy
             .check(&request)
-            .map_err(|e| e.in_file(format!("{}/{disk}.{}", image.id, format.suffix())))
+            .map_err(|e| e.in_file(format!("{id}/{disk}.{}", format.suffix())))
     }
 
     /// Whether the policy lets anything be written to a key.

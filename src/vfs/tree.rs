@@ -211,9 +211,10 @@ impl Vfs {
         format: OutputFormat,
     ) -> Result<(Arc<dyn VirtualFile>, StatusImage, ImageFacts)> {
         let image = self.catalog.image(id)?;
-        self.permit_image(&image, disk, format)?;
+        let facts = self.image_facts(&image, disk);
+        self.permit_image(&facts, format, (id, disk))?;
         let (file, status) = self.image_file(id, disk, format)?;
-        Ok((file, status, self.image_facts(&image, disk)))
+        Ok((file, status, facts))
     }
 
     /// The file of an image in a format, and how a job names it.
