@@ -1,14 +1,17 @@
-//! Buckets: objects by key, in an S3 bucket or in a local directory, and the uploads that make them.
+//! Buckets: objects by key, in an object store or in a local directory, and the uploads that make them.
 //!
 //! The only module that writes to an object store. Everything here is asynchronous; a local directory is served
 //! from blocking threads. An object appears, whole, when its upload is completed, and never before.
 
+mod connect;
 mod credentials;
 mod key;
 mod local;
 mod object_file;
+mod pace;
 mod remote;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -22,9 +25,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub use key::ObjectKey;
 use object_file::AHEAD_BLOCKS;
 pub use object_file::ObjectFile;
+pub use pace::Pace;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::settings::{REQUEST_TIMEOUT, Secret};
 use crate::units::{GIB, MIB, TIB};
+use connect::Place;
 use local::LocalStore;
 use remote::RemoteStore;
 
@@ -55,6 +61,24 @@ const MAX_COPY: u64 = 5 * GIB;
 
 /// Largest object that this many of these parts make.
 const MAX_OBJECT_SIZE: u64 = 48 * TIB;
+
+/// Tags of an object: names and values, as S3 has them.
+pub type Tags = BTreeMap<String, String>;
+
+/// How requests to a store are made.
+#[derive(Clone, Debug)]
+pub struct RequestLimits {
+    /// How long one of them may take before it is tried again.
+    pub timeout: Duration,
+    /// How fast bytes are uploaded; `None` for as fast as it goes.
+    pub pace: Option<Arc<Pace>>,
+}
+
+impl Default for RequestLimits {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(REQUEST_TIMEOUT.into()), pace: None }
+    }
+}
 
 /// What is known of an object.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,6 +116,7 @@ struct Inner {
     largest_copy: u64,
     /// Rights to keep blocks of objects that were read ahead.
     ahead: Arc<Semaphore>,
+    pace: Option<Arc<Pace>>,
 }
 
 enum Backend {
@@ -100,13 +125,24 @@ enum Backend {
 }
 
 impl Bucket {
-    /// Opens `file:///directory` or `s3://bucket/prefix`. Nothing is asked of a remote store yet, see
-    /// [`probe`](Self::probe).
+    /// Opens `file:///directory`, `s3://bucket/prefix`, `az://container/prefix` or `gs://bucket/prefix`.
+    /// Nothing is asked of a remote store yet, see [`probe`](Self::probe).
     pub fn open(name: &str, url: &str) -> Result<Self> {
+        Self::open_with(name, url, &RequestLimits::default(), &BTreeMap::new())
+    }
+
+    /// The same with limits, and with settings of the store's client by object_store's names for them, which come
+    /// before the environment's.
+    pub fn open_with(
+        name: &str,
+        url: &str,
+        limits: &RequestLimits,
+        client: &BTreeMap<String, Secret>,
+    ) -> Result<Self> {
         let malformed = |what: String| Error::new(ErrorKind::Malformed, what).in_file(redacted(url));
         let parsed = url::Url::parse(url).map_err(|e| malformed("not a URL".to_owned()).because(e))?;
         if !parsed.username().is_empty() || parsed.password().is_some() {
-            let what = "a bucket's URL holds no credentials: give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY";
+            let what = "a bucket's URL holds no credentials: give them in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY";
             return Err(malformed(what.to_owned()));
         }
         if parsed.query().is_some() || parsed.fragment().is_some() {
@@ -114,16 +150,23 @@ impl Bucket {
         }
         let backend = match parsed.scheme() {
             "file" => {
+                if let Some(key) = client.keys().next() {
+                    return Err(malformed(format!("a local directory has no setting {key:?}")));
+                }
                 let path =
                     parsed.to_file_path().map_err(|()| malformed("not a local directory".to_owned()))?;
                 Backend::Local(LocalStore::open(&path)?)
             }
-            "s3" => Backend::Remote(RemoteStore::s3(&parsed)?),
+            "s3" => Backend::Remote(Place::parse(&parsed, limits.timeout, client)?.s3()?),
+            "az" => Backend::Remote(Place::parse(&parsed, limits.timeout, client)?.azure()?),
+            "gs" => Backend::Remote(Place::parse(&parsed, limits.timeout, client)?.google()?),
             other => {
-                return Err(malformed(format!("the scheme {other:?} is not known; known are file and s3")));
+                let what = format!("the scheme {other:?} is not known; known are file, s3, az and gs");
+                return Err(malformed(what));
             }
         };
-        Ok(Self::new(name, parsed.as_str().trim_end_matches('/'), backend, MAX_COPY))
+        let url = parsed.as_str().trim_end_matches('/');
+        Ok(Self::new(name, url, backend, MAX_COPY, limits.pace.clone()))
     }
 
     /// A bucket over given stores, for tests that let requests fail.
@@ -133,7 +176,7 @@ impl Bucket {
         store: Arc<dyn ObjectStore>,
         uploads: Arc<dyn MultipartStore>,
     ) -> Self {
-        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), MAX_COPY)
+        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), MAX_COPY, None)
     }
 
     /// As [`with_stores`](Self::with_stores), over a store that copies no object larger than this with one request.
@@ -144,10 +187,10 @@ impl Bucket {
         uploads: Arc<dyn MultipartStore>,
         largest_copy: u64,
     ) -> Self {
-        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), largest_copy)
+        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), largest_copy, None)
     }
 
-    fn new(name: &str, url: &str, backend: Backend, largest_copy: u64) -> Self {
+    fn new(name: &str, url: &str, backend: Backend, largest_copy: u64, pace: Option<Arc<Pace>>) -> Self {
         let ahead = Arc::new(Semaphore::new(AHEAD_BLOCKS));
         Self {
             inner: Arc::new(Inner {
@@ -156,6 +199,7 @@ impl Bucket {
                 backend,
                 largest_copy,
                 ahead,
+                pace,
             }),
         }
     }
@@ -178,6 +222,19 @@ impl Bucket {
     /// An object's URL, for people: the key is not escaped.
     pub fn url_of(&self, key: &ObjectKey) -> String {
         format!("{}/{key}", self.inner.url)
+    }
+
+    /// Whether objects can have tags.
+    pub fn has_tags(&self) -> bool {
+        matches!(&self.inner.backend, Backend::Remote(store) if store.has_tags())
+    }
+
+    /// What the store cannot do that others can, in words.
+    pub fn lacks(&self) -> &[&'static str] {
+        match &self.inner.backend {
+            Backend::Local(_) => &[],
+            Backend::Remote(store) => store.lacks(),
+        }
     }
 
     /// Bytes of each part but the last for an object of `object_size` bytes: 8 MiB, or as much as keeps the
@@ -207,7 +264,7 @@ impl Bucket {
             return Err(self.named(Error::new(ErrorKind::Io, what), &key));
         }
         if let Backend::Remote(store) = &self.inner.backend {
-            let upload = self.start_upload(&key, PART_SIZE).await?;
+            let upload = self.start_upload(&key, PART_SIZE, &Tags::new()).await?;
             let part = match self.put_part(&key, &upload, 0, content).await {
                 Ok(part) => part,
                 Err(error) => {
@@ -293,9 +350,15 @@ impl Bucket {
 
     /// Writes a small object at once.
     pub async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
+        self.put_tagged(key, bytes, &Tags::new()).await
+    }
+
+    /// Writes an object with these tags at once.
+    pub async fn put_tagged(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
+        self.keep_pace(&bytes).await;
         match &self.inner.backend {
             Backend::Local(store) => store.put(key, bytes).await,
-            Backend::Remote(store) => store.put(key, bytes).await,
+            Backend::Remote(store) => store.put(key, bytes, tags).await,
         }
         .map_err(|e| self.named(e, key))
     }
@@ -404,17 +467,18 @@ impl Bucket {
         }
     }
 
-    /// Starts an upload. Its id is good for later processes too.
-    pub async fn start_upload(&self, key: &ObjectKey, part_size: u64) -> Result<String> {
+    /// Starts the upload of an object with these tags. Its id is good for later processes too.
+    pub async fn start_upload(&self, key: &ObjectKey, part_size: u64, tags: &Tags) -> Result<String> {
         match &self.inner.backend {
             Backend::Local(store) => store.start_upload(part_size).await,
-            Backend::Remote(store) => store.start_upload(key).await,
+            Backend::Remote(store) => store.start_upload(key, tags).await,
         }
         .map_err(|e| self.named(e, key))
     }
 
     /// Sends part `index`, counted from 0; returns the id by which it is put together.
     pub async fn put_part(&self, key: &ObjectKey, upload: &str, index: usize, part: Bytes) -> Result<String> {
+        self.keep_pace(&part).await;
         match &self.inner.backend {
             Backend::Local(store) => store.put_part(upload, index, part).await,
             Backend::Remote(store) => store.put_part(key, upload, index, part).await,
@@ -496,6 +560,12 @@ impl Bucket {
         match &self.inner.backend {
             Backend::Local(store) => store.sweep(kept).await,
             Backend::Remote(_) => Ok(()),
+        }
+    }
+
+    async fn keep_pace(&self, bytes: &Bytes) {
+        if let Some(pace) = &self.inner.pace {
+            pace.wait(bytes.len() as u64).await;
         }
     }
 

@@ -10,10 +10,11 @@ mod wait;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Error;
 use crate::format::ImageFormat;
+use crate::settings::OPTIONS;
 use crate::units::parse_bytes;
 
 /// Exit code when everything succeeded.
@@ -91,61 +92,12 @@ struct CheckArguments {
 /// Arguments of `freightfs mount`.
 #[derive(Debug, Args)]
 struct MountArguments {
-    /// Directory with image files
+    /// Directory with image files, or a configuration file that ends in .toml
     catalog: PathBuf,
     /// Directory to mount on
     mountpoint: PathBuf,
-    /// A bucket as NAME=URL, with file:///directory or s3://bucket/prefix; may be repeated
-    #[arg(long = "bucket", value_name = "NAME=URL")]
-    buckets: Vec<String>,
-    /// Formats that image directories list, separated by colons
-    #[arg(long, value_name = "FORMAT:…")]
-    formats: Option<String>,
-    /// Programs that read to the end, so that compressed files open for them before their size is known
-    #[arg(long, value_name = "PROGRAM:…")]
-    read_to_end: Option<String>,
-    /// What may be exported: none, huawei-ims, otc-ims, alibaba-ecs, tencent-cvm, zstack, or a file
-    #[arg(long, value_name = "PROFILE|FILE")]
-    policy: Option<String>,
-    /// Storage class of a bucket, for the policy; may be repeated
-    #[arg(long = "storage-class", value_name = "NAME=CLASS")]
-    storage_classes: Vec<String>,
-    /// Region of a bucket, for the policy; may be repeated
-    #[arg(long = "region", value_name = "NAME=REGION")]
-    regions: Vec<String>,
-    /// Exports into each bucket that run at once, 4 if not given
-    #[arg(long, value_name = "N")]
-    jobs: Option<String>,
-    /// What an export beyond the policy's limits does: queue or fail
-    #[arg(long, value_name = "WORD")]
-    on_limit: Option<String>,
-    /// Other hosts mount the same buckets: each export is done by one of them
-    #[arg(long)]
-    shared: bool,
-    /// Seconds for which a host that shares buckets may be silent before others take its jobs over, 30 if not given
-    #[arg(long, value_name = "SECONDS")]
-    lease: Option<String>,
-    /// Closing a copy waits until its export has ended, and fails if it failed
-    #[arg(long)]
-    wait: bool,
-    /// Bytes that may be staged before they are uploaded, as 10G; writing more fails with ENOSPC
-    #[arg(long, value_name = "SIZE")]
-    stage_limit: Option<String>,
-    /// Directory for the journal of jobs and for staging
-    #[arg(long, value_name = "DIR")]
-    state: Option<String>,
-    /// Let other users enter the mount
-    #[arg(long)]
-    allow_other: bool,
-    /// Owner of all files
-    #[arg(long)]
-    uid: Option<String>,
-    /// Group of all files
-    #[arg(long)]
-    gid: Option<String>,
-    /// Permission bits to take away, octal
-    #[arg(long)]
-    umask: Option<String>,
+    #[command(flatten)]
+    flags: OptionFlags,
     /// Mount options, separated by commas: the same words as the flags, and what mount(8) passes
     #[arg(short = 'o', value_name = "OPTION,…")]
     options: Vec<String>,
@@ -155,6 +107,50 @@ struct MountArguments {
     /// Set by freightfs itself on the process that becomes the daemon
     #[arg(long, hide = true)]
     report_ready: bool,
+}
+
+/// The mount's options as flags, in the order of [`OPTIONS`].
+#[derive(Debug, Default)]
+struct OptionFlags(Vec<(&'static str, Option<String>)>);
+
+impl Args for OptionFlags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        OPTIONS.iter().fold(command, |command, option| {
+            let argument = Arg::new(option.word)
+                .long(option.flag())
+                .help(option.summary)
+                .long_help(format!("{}. {}", option.summary, option.details));
+            command.arg(match option.value {
+                Some(value) if option.is_repeated => argument.value_name(value).action(ArgAction::Append),
+                Some(value) => argument.value_name(value),
+                None => argument.action(ArgAction::SetTrue),
+            })
+        })
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for OptionFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut flags = Vec::new();
+        for option in &OPTIONS {
+            if option.value.is_some() {
+                let values = matches.get_many::<String>(option.word).into_iter().flatten();
+                flags.extend(values.map(|value| (option.word, Some(value.clone()))));
+            } else if matches.get_flag(option.word) {
+                flags.push((option.word, None));
+            }
+        }
+        Ok(Self(flags))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 /// Arguments of `freightfs convert`.

@@ -208,6 +208,12 @@ impl Error {
         Self::new(kind, what).because(source)
     }
 
+    /// A TOML document that is not well-formed, by its line.
+    pub fn from_toml(error: &toml::de::Error, text: &str) -> Self {
+        let line = error.span().map_or(1, |span| line_number(text, span.start));
+        Self::new(ErrorKind::Malformed, format!("line {line}: {}", error.message()))
+    }
+
     /// Names the file, URL or key in which it happened; the first name given stays.
     #[must_use]
     pub fn in_file(mut self, place: impl Into<String>) -> Self {
@@ -307,6 +313,11 @@ impl std::error::Error for Error {
     }
 }
 
+/// The line, counted from 1, of a byte of a text.
+fn line_number(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,5 +337,10 @@ mod tests {
         assert_eq!(error.to_string(), "a.qcow2: at byte 512: cannot read");
         assert_eq!(error.report(), format!("a.qcow2: at byte 512: cannot read: {text}"));
         assert_eq!(error.clone().in_file("b").to_string(), error.to_string());
+    }
+
+    #[test]
+    fn lines_are_counted_from_one() {
+        assert_eq!([0, 1, 2, 3, 9].map(|at| line_number("a\n\nb", at)), [1, 1, 2, 3, 3]);
     }
 }

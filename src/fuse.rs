@@ -36,6 +36,8 @@ pub struct FuseOptions {
     pub source: String,
     /// Whether other users may enter the mount.
     pub allow_other: bool,
+    /// Whether the kernel refuses every change.
+    pub read_only: bool,
     /// Dispatcher threads.
     pub threads: usize,
 }
@@ -65,6 +67,9 @@ impl MountedSession {
             MountOption::NoSuid,
             MountOption::NoDev,
         ];
+        if options.read_only {
+            config.mount_options.push(MountOption::RO);
+        }
         config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(options.threads.max(2));
         config.clone_fd = true;

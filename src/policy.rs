@@ -16,7 +16,6 @@ pub use rule::{BucketFacts, ImageFacts, PolicyRequest, Rule};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
-use crate::units::line_number;
 
 /// The built-in profiles by name.
 const PROFILES: [(&str, &str); 6] = [
@@ -124,10 +123,8 @@ impl Policy {
     fn parse(name: &str, text: &str, depth: usize) -> Result<Self> {
         let malformed =
             |what: String| Error::new(ErrorKind::Malformed, what).in_file(format!("policy {name}"));
-        let document: Document = toml::from_str(text).map_err(|e| {
-            let line = e.span().map_or(1, |span| line_number(text, span.start));
-            malformed(format!("line {line}: {}", e.message()))
-        })?;
+        let document: Document =
+            toml::from_str(text).map_err(|e| Error::from_toml(&e, text).in_file(format!("policy {name}")))?;
         for format in document.formats.iter().flatten() {
             if !OutputFormat::ALL.iter().any(|known| is_of(*known, format)) {
                 return Err(malformed(format!("unknown format {format:?}")));

@@ -1,20 +1,27 @@
-//! The mount's options: the same words in flags and in `-o`, checked in one place.
+//! The mount's options: the same words in flags, in `-o` and in the configuration file, checked in one place.
+
+mod document;
+mod option;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use document::Secret;
+pub use option::{MountOption, OPTIONS};
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
 use crate::policy::{BucketFacts, OnLimit, Policy};
-use crate::units::parse_bytes;
 
 /// A bucket to mount: the name of its directory, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BucketSetting {
     /// The directory under `buckets/`.
     pub name: String,
-    /// `file:///directory` or `s3://bucket/prefix`.
+    /// `file:///directory`, `s3://bucket/prefix`, `az://container/prefix` or `gs://bucket/prefix`.
     pub url: String,
+    /// Settings of the store's client, such as credentials and endpoint; only a configuration file has them.
+    pub client: BTreeMap<String, Secret>,
 }
 
 /// Everything that can be said of a mount besides catalog and mount point.
@@ -42,6 +49,10 @@ pub struct MountSettings {
     pub shared: bool,
     /// `lease=SECONDS`: how long a host may be silent; [`LEASE`] when it is not given.
     pub lease: Option<u32>,
+    /// `timeout=SECONDS` of one request to a store; [`REQUEST_TIMEOUT`] when it is not given.
+    pub timeout: Option<u32>,
+    /// `rate=SIZE`: bytes to upload in a second, over all buckets; no limit when it is not given.
+    pub rate: Option<u64>,
     /// `wait`: closing a copy waits for its export.
     pub wait: bool,
     /// `state=DIR`.
@@ -54,6 +65,8 @@ pub struct MountSettings {
     pub gid: Option<u32>,
     /// `umask=OCTAL`.
     pub umask: Option<u16>,
+    /// `ro`: nothing can be written, so that no export can be asked for.
+    pub read_only: bool,
 }
 
 /// Options that mount(8) and fstab use among themselves: taken and without meaning here.
@@ -81,34 +94,32 @@ const IGNORED: &[&str] = &[
     "norelatime",
     "async",
     "sync",
+    "diratime",
+    "nodiratime",
+    "strictatime",
+    "lazytime",
+    "nolazytime",
+    "iversion",
+    "noiversion",
+    "mand",
+    "nomand",
+    "silent",
+    "loud",
 ];
 
-/// Options that have a value.
-const WITH_VALUE: [&str; 14] = [
-    "lease",
-    "bucket",
-    "formats",
-    "policy",
-    "storage_class",
-    "region",
-    "jobs",
-    "on_limit",
-    "read_to_end",
-    "stage_limit",
-    "state",
-    "uid",
-    "gid",
-    "umask",
-];
+/// Whether an option is one of mount(8)'s own: `user=NAME` is what it says to helpers.
+fn is_ignored(word: &str) -> bool {
+    word.is_empty() || IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-")
+}
 
 /// Exports that run at once.
 pub const JOBS: usize = 4;
 
+/// Seconds that one request to a store may take: the largest common part, 64 MiB, at 2 Mbit/s.
+pub const REQUEST_TIMEOUT: u32 = 300;
+
 /// Seconds for which a host that shares buckets may be silent.
 pub const LEASE: u32 = 30;
-
-/// More than this many exports at once hold more memory than any machine gains by them.
-const MAX_JOBS: usize = 64;
 
 /// Programs that read on to the end of a file and do not trust the size that stat shows, as the kernel names them.
 pub const READ_TO_END: [&str; 7] = ["cp", "install", "cat", "dd", "sha256sum", "md5sum", "cmp"];
@@ -127,55 +138,20 @@ impl MountSettings {
     /// # Errors
     /// [`Malformed`](ErrorKind::Malformed), with the option's name, when it is unknown or its value is wrong.
     pub fn apply(&mut self, word: &str, value: Option<&str>) -> Result<()> {
-        match (word, value) {
-            ("bucket", Some(value)) => self.add_bucket(value)?,
-            ("formats", Some(value)) => self.formats = Some(parse_formats(value)?),
-            ("read_to_end", Some(value)) => {
-                self.read_to_end = Some(value.split(':').map(str::to_owned).collect());
+        let malformed = |what: String| Err(Error::new(ErrorKind::Malformed, what));
+        match OPTIONS.iter().find(|option| option.word == word) {
+            Some(option) => match (option.value, value) {
+                (Some(_), None | Some("")) => malformed(format!("option {word:?} needs a value")),
+                (None, Some(_)) => malformed(format!("option {word:?} takes no value")),
+                _ => (option.take)(self, value.unwrap_or_default()),
+            },
+            None if word == "ro" && value.is_none() => {
+                self.read_only = true;
+                Ok(())
             }
-            ("stage_limit", Some(value)) => {
-                self.stage_limit = Some(parse_bytes(value).map_err(|_| wrong(word, value))?);
-            }
-            ("policy", Some(value)) if !value.is_empty() => self.policy = Some(value.to_owned()),
-            ("storage_class", Some(value)) => add_fact(&mut self.storage_classes, word, value)?,
-            ("region", Some(value)) => add_fact(&mut self.regions, word, value)?,
-            ("jobs", Some(value)) => {
-                let jobs =
-                    usize::try_from(number(word, value, 10)?).ok().filter(|n| (1..=MAX_JOBS).contains(n));
-                self.jobs = Some(jobs.ok_or_else(|| wrong(word, value))?);
-            }
-            ("on_limit", Some("queue")) => self.on_limit = Some(OnLimit::Queue),
-            ("on_limit", Some("fail")) => self.on_limit = Some(OnLimit::Fail),
-            ("on_limit", Some(value)) => return Err(wrong(word, value)),
-            ("shared", None) => self.shared = true,
-            ("lease", Some(value)) => {
-                let seconds = number(word, value, 10)?;
-                self.lease =
-                    Some(Some(seconds).filter(|s| (1..=3600).contains(s)).ok_or_else(|| wrong(word, value))?);
-            }
-            ("wait", None) => self.wait = true,
-            ("state", Some(value)) if !value.is_empty() => self.state = Some(PathBuf::from(value)),
-            ("allow_other", None) => self.allow_other = true,
-            ("uid", Some(value)) => self.uid = Some(number(word, value, 10)?),
-            ("gid", Some(value)) => self.gid = Some(number(word, value, 10)?),
-            ("umask", Some(value)) => {
-                let mask = number(word, value, 8)?;
-                self.umask =
-                    Some(u16::try_from(mask).ok().filter(|m| *m <= 0o777).ok_or_else(|| wrong(word, value))?);
-            }
-            ("" | "x", _) => {}
-            (word, _) if IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-") => {}
-            (word, _) if WITH_VALUE.contains(&word) => {
-                return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} needs a value")));
-            }
-            ("wait" | "shared" | "allow_other", Some(_)) => {
-                return Err(Error::new(ErrorKind::Malformed, format!("option {word:?} takes no value")));
-            }
-            (word, _) => {
-                return Err(Error::new(ErrorKind::Malformed, format!("unknown mount option {word:?}")));
-            }
+            None if is_ignored(word) => Ok(()),
+            None => malformed(format!("unknown mount option {word:?}")),
         }
-        Ok(())
     }
 
     fn add_bucket(&mut self, value: &str) -> Result<()> {
@@ -190,7 +166,11 @@ impl MountSettings {
         if self.buckets.iter().any(|b| b.name == name) {
             return Err(malformed("that name is given twice"));
         }
-        self.buckets.push(BucketSetting { name: name.to_owned(), url: url.to_owned() });
+        self.buckets.push(BucketSetting {
+            name: name.to_owned(),
+            url: url.to_owned(),
+            client: BTreeMap::new(),
+        });
         Ok(())
     }
 
@@ -236,10 +216,12 @@ impl MountSettings {
             format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
             format!("shared = {}", self.shared),
             format!("lease = {}", self.lease.unwrap_or(LEASE)),
+            format!("timeout = {}", self.timeout.unwrap_or(REQUEST_TIMEOUT)),
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
         ];
         lines.extend(self.stage_limit.map(|limit| format!("stage_limit = {limit}")));
+        lines.extend(self.rate.map(|rate| format!("rate = {rate}")));
         let programs: Vec<_> = self.read_to_end().iter().map(|p| format!("{p:?}")).collect();
         lines.push(format!("read_to_end = [{}]", programs.join(", ")));
         let formats: Vec<_> = self.formats().iter().map(|f| format!("{:?}", f.suffix())).collect();

@@ -121,18 +121,12 @@ pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
     number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
 }
 
-/// The line, counted from 1, of a byte of a text.
-pub fn line_number(text: &str, offset: usize) -> usize {
-    text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn rounding_and_printing() {
-        assert_eq!([0, 1, 2, 3, 9].map(|at| line_number("a\n\nb", at)), [1, 1, 2, 3, 3]);
         assert_eq!(round_up(1, 512), 512);
         assert_eq!(checked_round_up(u64::MAX, 512), None);
         assert_eq!(parse_bytes("64K"), Ok(65536));

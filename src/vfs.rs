@@ -13,6 +13,7 @@ mod handle;
 mod inode;
 mod objects;
 mod permit;
+mod tags;
 mod token;
 mod tree;
 
@@ -28,7 +29,7 @@ pub use handle::{HandleId, OpenOptions, ReadPath, Whence};
 pub use inode::{Ino, ROOT_INO};
 pub use tree::DirectoryEntry;
 
-use crate::bucket::{Bucket, ObjectKey};
+use crate::bucket::{Bucket, ObjectKey, Tags};
 use crate::catalog::Catalog;
 use crate::export::JobQueue;
 use crate::format::OutputFormat;
@@ -91,6 +92,7 @@ pub struct Vfs {
     recent: RecentObjects,
     /// The names that clients gave to the exports to these keys.
     tokens: Mutex<HashMap<ObjectName, String>>,
+    tags: Mutex<HashMap<ObjectName, Tags>>,
 }
 
 impl Vfs {
@@ -119,6 +121,7 @@ impl Vfs {
             attributes: Attributes::default(),
             recent: RecentObjects::default(),
             tokens: Mutex::default(),
+            tags: Mutex::default(),
         }
     }
 

@@ -1,18 +1,19 @@
-//! One suite for every store: the local directory, S3 (SeaweedFS), and the store in memory of the fault tests.
+//! One suite for every store: the local directory, S3 (SeaweedFS, moto), Azure Blob Storage (Azurite), and the store in memory of the fault tests.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, ObjectFile, ObjectKey};
+use freightfs::bucket::{Bucket, ObjectFile, ObjectKey, RequestLimits, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::units::FileOffset;
 use freightfs::vfile::VirtualFile;
 use support::faulty::FaultyStore;
 use support::images::Random;
-use support::{command, skip, succeed};
+use support::{azure, command, skip, succeed};
 
 fn key(key: &str) -> ObjectKey {
     ObjectKey::parse(key).unwrap()
@@ -25,6 +26,16 @@ async fn conformance(bucket: &Bucket) {
     objects(bucket).await;
     uploads(bucket).await;
     listings(bucket).await;
+}
+
+/// What hosts agree by.
+async fn conditions(bucket: &Bucket) {
+    bucket.probe_create().await.unwrap();
+    assert!(bucket.create_control("once", Bytes::from_static(b"first")).await.unwrap());
+    assert!(!bucket.create_control("once", Bytes::from_static(b"second")).await.unwrap());
+    assert_eq!(bucket.read_control("once").await.unwrap().unwrap(), "first");
+    bucket.delete_control("once").await.unwrap();
+    assert_eq!(bucket.read_control("once").await.unwrap(), None);
 }
 
 async fn objects(bucket: &Bucket) {
@@ -60,7 +71,7 @@ async fn uploads(bucket: &Bucket) {
     let bytes = Bytes::from(content.clone());
     bucket.put(&k, Bytes::from_static(b"old")).await.unwrap();
     for round in 0..2 {
-        let upload = bucket.start_upload(&k, part_size).await.unwrap();
+        let upload = bucket.start_upload(&k, part_size, &Tags::new()).await.unwrap();
         let part = |index: usize| {
             let range = index * part_size as usize..((index + 1) * part_size as usize).min(bytes.len());
             bucket.put_part(&k, &upload, index, bytes.slice(range))
@@ -139,6 +150,7 @@ fn local() -> (tempfile::TempDir, Bucket) {
 fn a_local_directory_conforms() {
     let (directory, bucket) = local();
     runtime().block_on(conformance(&bucket));
+    runtime().block_on(conditions(&bucket));
     assert_eq!(std::fs::read_dir(directory.path().join(".freightfs/uploads")).unwrap().count(), 0);
 }
 
@@ -148,41 +160,58 @@ fn a_store_in_memory_conforms() {
     let (objects, uploads) = (Arc::<FaultyStore>::clone(&store), Arc::<FaultyStore>::clone(&store));
     let bucket = Bucket::with_stores("b", "memory://b", objects, uploads);
     runtime().block_on(conformance(&bucket));
+    runtime().block_on(conditions(&bucket));
 }
 
-#[test]
-fn s3_conforms() {
-    let Ok(endpoint) = std::env::var("FREIGHTFS_TEST_S3") else {
-        return skip(
-            "the stores' suite against S3: FREIGHTFS_TEST_S3 is not set; scripts/test starts a server",
-        );
+/// Runs the suite in two places of a bucket at a server that scripts/test started.
+fn conforms_at(scheme: &str, name: &str, client: &[(&str, &str)]) -> Bucket {
+    let client: BTreeMap<_, _> =
+        client.iter().map(|(key, value)| ((*key).to_owned(), (*value).into())).collect();
+    let open = |prefix: &str| {
+        let url = format!("{scheme}://{name}{prefix}");
+        Bucket::open_with("b", &url, &RequestLimits::default(), &client).unwrap()
+    };
+    runtime().block_on(open("").probe()).unwrap();
+    let bucket = open("/a prefix");
+    runtime().block_on(conformance(&bucket));
+    bucket
+}
+
+fn s3_conforms_at(variable: &str) {
+    let Ok(endpoint) = std::env::var(variable) else {
+        return skip(&format!(
+            "the stores' suite against S3: {variable} is not set; scripts/test starts a server"
+        ));
     };
     let name = format!("conformance-{}", std::process::id());
     succeed(command("aws").args(["--endpoint-url", &endpoint, "s3api", "create-bucket", "--bucket", &name]));
-    // The library reads the environment, which a test must not change: a child with it runs the suite.
-    if std::env::var("AWS_ENDPOINT_URL").is_err() {
-        let mut child = command(std::env::current_exe().unwrap());
-        child.args(["--exact", "s3_conforms_in_its_environment", "--ignored", "--nocapture"]);
-        child
-            .env("AWS_ENDPOINT_URL", &endpoint)
-            .env("AWS_ALLOW_HTTP", "true")
-            .env("CONFORMANCE_BUCKET", &name);
-        succeed(&mut child);
-    }
+    let bucket = conforms_at("s3", &name, &[("endpoint", &endpoint), ("allow_http", "true")]);
+    runtime().block_on(conditions(&bucket));
 }
 
 #[test]
-#[ignore = "run by s3_conforms with the server's environment"]
-fn s3_conforms_in_its_environment() {
-    let name = std::env::var("CONFORMANCE_BUCKET").unwrap();
-    for prefix in ["", "/a prefix"] {
-        let bucket = Bucket::open("b", &format!("s3://{name}{prefix}")).unwrap();
-        if !prefix.is_empty() {
-            runtime().block_on(conformance(&bucket));
-        } else {
-            runtime().block_on(bucket.probe()).unwrap();
-        }
-    }
+fn seaweedfs_conforms() {
+    s3_conforms_at("FREIGHTFS_TEST_S3");
+}
+
+#[test]
+fn moto_conforms() {
+    s3_conforms_at("FREIGHTFS_TEST_MOTO");
+}
+
+#[test]
+fn azurite_conforms() {
+    let Some(endpoint) = azure::endpoint() else { return };
+    let name = format!("conformance-{}", std::process::id());
+    azure::make_container(&endpoint, &name);
+    let client = [
+        ("endpoint", endpoint.as_str()),
+        ("allow_http", "true"),
+        ("account_name", azure::ACCOUNT),
+        ("access_key", azure::KEY),
+    ];
+    let bucket = conforms_at("az", &name, &client);
+    runtime().block_on(conditions(&bucket));
 }
 
 #[test]

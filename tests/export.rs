@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, ObjectKey};
+use freightfs::bucket::{Bucket, ObjectKey, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
     JobQueue, JobRequest, JobSource, JobState, QueueSettings, StateDir, Status, StatusImage, staged_file,
@@ -74,6 +74,7 @@ fn request(key: &str) -> JobRequest {
         key: ObjectKey::parse(key).unwrap(),
         source: JobSource::Image(image),
         client_token: None,
+        tags: Tags::new(),
     }
 }
 

@@ -196,9 +196,10 @@ fn a_fault_at_any_request_makes_no_wrong_object() {
     };
     let Some(setup) = Setup::new("nth", decide) else { return };
     let raw = images::noise(&setup.world.catalog(), 17 << 20);
-    let mount = setup.mount(&["-o", "formats=raw"]);
+    let mount = setup.mount(&["-o", "formats=raw,timeout=2"]);
     let image = mount.path("images/noise/noise.raw");
-    let faults = [Fate::Answer(403), Fate::Answer(503), Fate::Cut, Fate::CutAnswer, Fate::WrongEtag];
+    let faults =
+        [Fate::Answer(403), Fate::Answer(503), Fate::Cut, Fate::CutAnswer, Fate::WrongEtag, Fate::Hang];
     let (mut failed, mut copies, mut requests) = (0, 0, usize::MAX);
     for fault in faults {
         let mut n = 0;

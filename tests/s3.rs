@@ -11,7 +11,7 @@ use object_store::ObjectStoreExt;
 use support::images::{self, Random};
 use support::proxy::{Fate, Proxy};
 use support::s3::{aws, endpoint, uploads, world};
-use support::{assert_same, can_mount, command, fail, sh, sha256, succeed};
+use support::{assert_same, can_mount, command, fail, run, sh, sha256, succeed};
 
 #[test]
 fn an_export_to_s3_is_byte_identical_by_the_real_client() {
@@ -179,4 +179,51 @@ fn put_tree(endpoint: &str, bucket: &str, tree: &Path) {
     });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(futures::stream::iter(puts).buffer_unordered(32).try_collect::<()>()).unwrap();
+}
+
+#[test]
+fn tags_of_a_key_become_tags_of_its_object() {
+    let (Some(endpoint), true) = (endpoint(), can_mount()) else { return };
+    let bucket = format!("tags-{}", std::process::id());
+    let world = world(&endpoint, &bucket);
+    let raw = images::noise(&world.catalog(), 20 << 20);
+    std::fs::write(world.catalog().join("small.raw"), Random(4).bytes(4096)).unwrap();
+    let (url, local) = (format!("b=s3://{bucket}"), format!("l=file://{}", world.bucket().display()));
+    let mount = world.mount_exactly(&["--bucket", &url, "--bucket", &local]);
+    let set = |path: &Path, name: &str, value: &str| {
+        run(command("setfattr").args(["-n", &format!("user.freightfs.tag.{name}"), "-v", value]).arg(path))
+    };
+    let tags = |key: &str| {
+        let get = ["s3api", "get-object-tagging", "--bucket", &bucket, "--key", key, "--query"];
+        let query = ["sort_by(TagSet,&Key)[].[Key,Value]", "--output", "text"];
+        succeed(aws(&endpoint, &get).args(query)).trim().replace('\t', "=")
+    };
+    // An export in parts, one in one piece, and what a program writes.
+    let (image, small) = (mount.path("images/noise/noise.raw"), mount.path("images/small/small.raw"));
+    for (key, from) in [("parts.raw", &image), ("small.raw", &small), ("written.raw", &raw)] {
+        std::fs::write(mount.key(key), "").unwrap();
+        assert!(set(&mount.key(key), "env", "a b/c+d").status.success());
+        assert!(set(&mount.key(key), "owner", "me").status.success());
+        mount.cp(from, key);
+        assert_eq!(mount.wait(key)["status"], "SUCCESS");
+        assert_eq!(tags(key), "env=a b/c+d\nowner=me", "{key}");
+    }
+    // Other tags make it another export; the same ones do not.
+    let uploaded = mount.metric("freightfs_uploaded_bytes_total");
+    mount.cp(&image, "parts.raw");
+    assert_eq!(mount.metric("freightfs_uploaded_bytes_total"), uploaded);
+    assert!(set(&mount.key("parts.raw"), "env", "test").status.success());
+    mount.cp(&image, "parts.raw");
+    assert_eq!(mount.wait("parts.raw")["status"], "SUCCESS");
+    assert_eq!(tags("parts.raw"), "env=test\nowner=me");
+    for (name, value, reason) in
+        [("x", "\u{7}", "Invalid"), ("", "v", "Invalid"), ("x", &"v".repeat(257), "Invalid")]
+    {
+        let refused = support::text(&set(&mount.key("parts.raw"), name, value));
+        assert!(refused.contains(reason), "{name:?}={value:?}: {refused}");
+    }
+    std::fs::write(mount.path("buckets/l/x"), "").unwrap();
+    let refused = support::text(&set(&mount.path("buckets/l/x"), "env", "test"));
+    assert!(refused.contains("not supported"), "{refused}");
+    mount.unmount();
 }

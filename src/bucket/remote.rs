@@ -3,32 +3,23 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use md5::{Digest, Md5};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::aws::AmazonS3;
+use object_store::azure::MicrosoftAzure;
+use object_store::gcp::GoogleCloudStorage;
 use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{
-    BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
-    PutPayload, RetryConfig,
+    GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload,
+    TagSet,
 };
 
-use super::{Listing, ObjectKey, ObjectMeta, credentials};
+use super::{Listing, ObjectKey, ObjectMeta, Tags};
 use crate::error::{Error, ErrorKind, Result};
-
-/// How long a connection may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long one request may take: the largest common part, 64 MiB, at 2 Mbit/s.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(300);
-
-/// How often and how long a request is retried before it fails for good.
-const RETRIES: usize = 8;
-const RETRY_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A store behind object_store's traits.
 pub(super) struct RemoteStore {
@@ -40,69 +31,64 @@ pub(super) struct RemoteStore {
     prefix: Option<String>,
     /// Whether entity tags are MD5s, and those of objects made of parts follow from the parts' tags.
     md5_etags: AtomicBool,
+    /// Whether objects can have tags.
+    has_tags: bool,
+    /// What else it cannot do.
+    lacks: Vec<&'static str>,
 }
 
 impl RemoteStore {
     pub(super) fn new(store: Arc<dyn ObjectStore>, uploads: Arc<dyn MultipartStore>) -> Self {
-        Self { store, uploads, pages: None, prefix: None, md5_etags: AtomicBool::new(false) }
-    }
-
-    /// S3 by the AWS_* variables, and the shared files where those are silent.
-    pub(super) fn s3(url: &url::Url) -> Result<Self> {
-        // The process's TLS; it stays what it is when somebody has chosen already.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let malformed = |what: &str| Error::new(ErrorKind::Malformed, what).in_file(url.as_str());
-        let bucket =
-            url.host_str().filter(|h| !h.is_empty()).ok_or_else(|| malformed("the URL names no bucket"))?;
-        let prefix = url.path().trim_matches('/');
-        let prefix = percent_encoding::percent_decode_str(prefix).decode_utf8();
-        let prefix = prefix.map_err(|e| malformed("the prefix is not UTF-8").because(e))?.into_owned();
-        if !prefix.is_empty() {
-            Path::parse(&prefix).map_err(|e| malformed("the prefix is not a key").because(e))?;
-        }
-        let mut builder = AmazonS3Builder::from_env();
-        let mut endpoint = std::env::var("AWS_ENDPOINT_URL").ok();
-        for (variable, value) in credentials::from_files() {
-            let in_environment = std::env::var_os(variable).is_some()
-                || variable == "AWS_REGION" && std::env::var_os("AWS_DEFAULT_REGION").is_some();
-            if let (false, Ok(key)) =
-                (in_environment, variable.to_ascii_lowercase().parse::<AmazonS3ConfigKey>())
-            {
-                if variable == "AWS_ENDPOINT_URL" {
-                    endpoint = Some(value.clone());
-                }
-                builder = builder.with_config(key, value);
-            }
-        }
-        let options = ClientOptions::new()
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_timeout(REQUEST_TIMEOUT)
-            .with_allow_http(
-                std::env::var("AWS_ALLOW_HTTP").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true")),
-            );
-        let retry = RetryConfig {
-            backoff: BackoffConfig::default(),
-            max_retries: RETRIES,
-            retry_timeout: RETRY_TIMEOUT,
-        };
-        let store = builder
-            .with_bucket_name(bucket)
-            .with_client_options(options)
-            .with_retry(retry)
-            .with_unsigned_payload(protected(endpoint.as_deref()))
-            .build()
-            .map_err(|e| malformed("cannot use this bucket").because(e))?;
-        let store = Arc::new(store);
-        let uploads: Arc<dyn MultipartStore> = Arc::<object_store::aws::AmazonS3>::clone(&store);
-        let pages: Option<Arc<dyn PaginatedListStore>> =
-            Some(Arc::<object_store::aws::AmazonS3>::clone(&store));
-        Ok(Self {
+        Self {
             store,
             uploads,
-            pages,
-            prefix: (!prefix.is_empty()).then_some(prefix),
+            pages: None,
+            prefix: None,
             md5_etags: AtomicBool::new(false),
-        })
+            has_tags: false,
+            lacks: Vec::new(),
+        }
+    }
+
+    /// S3, and what speaks its language.
+    pub(super) fn s3(store: AmazonS3, prefix: Option<String>) -> Self {
+        Self { has_tags: true, ..Self::paged(Arc::new(store), prefix) }
+    }
+
+    /// Azure Blob Storage.
+    pub(super) fn azure(store: MicrosoftAzure, prefix: Option<String>) -> Self {
+        let lacks = vec![
+            "parts of uploads that are given up stay for a week: the store has no request that drops them",
+            "objects get no tags",
+            "entity tags do not tell what is in an object: uploads are verified by size",
+        ];
+        Self { lacks, ..Self::paged(Arc::new(store), prefix) }
+    }
+
+    /// Google Cloud Storage.
+    pub(super) fn google(store: GoogleCloudStorage, prefix: Option<String>) -> Self {
+        Self {
+            lacks: vec!["objects get no tags: the store has none"],
+            ..Self::paged(Arc::new(store), prefix)
+        }
+    }
+
+    fn paged<S: ObjectStore + MultipartStore + PaginatedListStore>(
+        store: Arc<S>,
+        prefix: Option<String>,
+    ) -> Self {
+        let (objects, uploads) = (Arc::<S>::clone(&store), Arc::<S>::clone(&store));
+        Self { pages: Some(store), prefix, ..Self::new(objects, uploads) }
+    }
+
+    /// Whether objects can have tags.
+    pub(super) fn has_tags(&self) -> bool {
+        self.has_tags
+    }
+
+    /// What the store cannot do, in words.
+    pub(super) fn lacks(&self) -> &[&'static str] {
+        &self.lacks
     }
 
     /// Whether an object's entity tag tells what is in it.
@@ -220,8 +206,9 @@ impl RemoteStore {
         self.store.get_opts(&self.path(key)?, options).await.map_err(failed)?.bytes().await.map_err(failed)
     }
 
-    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
-        let put = self.store.put(&self.path(key)?, PutPayload::from_bytes(bytes)).await;
+    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
+        let options = PutOptions { tags: tag_set(tags), ..PutOptions::default() };
+        let put = self.store.put_opts(&self.path(key)?, PutPayload::from_bytes(bytes), options).await;
         put.map(drop).map_err(|e| translated("cannot write the object", ErrorKind::UploadFailed, e))
     }
 
@@ -249,8 +236,9 @@ impl RemoteStore {
         copied.map_err(|e| translated("cannot copy the object", ErrorKind::Io, e))
     }
 
-    pub(super) async fn start_upload(&self, key: &ObjectKey) -> Result<String> {
-        let started = self.uploads.create_multipart(&self.path(key)?).await;
+    pub(super) async fn start_upload(&self, key: &ObjectKey, tags: &Tags) -> Result<String> {
+        let options = PutMultipartOptions { tags: tag_set(tags), ..PutMultipartOptions::default() };
+        let started = self.uploads.create_multipart_opts(&self.path(key)?, options).await;
         started.map_err(|e| translated("cannot start the upload", ErrorKind::UploadFailed, e))
     }
 
@@ -287,6 +275,12 @@ impl RemoteStore {
     }
 }
 
+fn tag_set(tags: &Tags) -> TagSet {
+    let mut set = TagSet::default();
+    tags.iter().for_each(|(name, value)| set.push(name, value));
+    set
+}
+
 /// The entity tag that S3 and most stores like it give to an object put together from parts: the MD5 of the parts' MD5s
 /// and their number. `None` when the parts' ids are no MD5s.
 pub(super) fn composite_etag(parts: &[String]) -> Option<String> {
@@ -298,19 +292,6 @@ pub(super) fn composite_etag(parts: &[String]) -> Option<String> {
     Some(format!("\"{}-{}\"", hex::encode(md5.finalize()), parts.len()))
 }
 
-/// Whether bodies need no signature: TLS protects them, or they do not leave this machine. Hashing them again for
-/// the signature costs two thirds of an upload's time.
-fn protected(endpoint: Option<&str>) -> bool {
-    let Some(url) = endpoint.and_then(|e| url::Url::parse(e).ok()) else { return true };
-    let loopback = match url.host() {
-        Some(url::Host::Ipv4(address)) => address.is_loopback(),
-        Some(url::Host::Ipv6(address)) => address.is_loopback(),
-        Some(url::Host::Domain(name)) => name == "localhost",
-        None => false,
-    };
-    url.scheme() == "https" || loopback
-}
-
 /// The store's error in our words; `otherwise` is the kind of what can only be told as a failure.
 fn translated(what: &str, otherwise: ErrorKind, error: object_store::Error) -> Error {
     use object_store::Error as Store;
@@ -318,6 +299,10 @@ fn translated(what: &str, otherwise: ErrorKind, error: object_store::Error) -> E
     let (kind, what) = match &error {
         _ if text.contains("NoSuchBucket") => {
             (ErrorKind::NotFound, format!("{what}: the store has no such bucket"))
+        }
+        // Azure's word for blocks that are not there, or are in an object already.
+        _ if text.contains("InvalidBlockList") => {
+            (ErrorKind::NotFound, format!("{what}: the store does not have its parts any more"))
         }
         Store::NotFound { .. } => (ErrorKind::NotFound, format!("{what}: it is not there")),
         Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => {

@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
-use crate::units::line_number;
 
 /// Largest sidecar that is read, in bytes.
 const MAX_SIDECAR: u64 = 1 << 20;
@@ -125,10 +124,7 @@ impl Sidecar {
             .in_file(place));
         }
         let text = std::fs::read_to_string(path).map_err(failed)?;
-        let sidecar: Self = toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |span| line_number(&text, span.start));
-            Error::new(ErrorKind::Malformed, format!("line {line}: {}", e.message())).in_file(&place)
-        })?;
+        let sidecar: Self = toml::from_str(&text).map_err(|e| Error::from_toml(&e, &text).in_file(&place))?;
         match &sidecar.id {
             Some(id) if !is_file_name(id) => {
                 Err(Error::new(ErrorKind::Malformed, format!("the id {id:?} cannot be a directory's name"))

@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use super::{FAILED, MountArguments, OK, cores};
-use crate::bucket::Bucket;
+use crate::bucket::{Bucket, Pace, RequestLimits};
 use crate::catalog::Catalog;
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
@@ -22,11 +22,12 @@ use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
-use crate::settings::{JOBS, LEASE, MountSettings, default_state};
+use crate::settings::{JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, default_state};
 use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
-/// What the daemon says on its standard output when the mount answers; anything else is the reason why not.
+/// What the daemon says at last on its standard output when the mount answers, after notes; anything else is the reason
+/// why not.
 const READY: &str = "ready\n";
 
 /// How long fsync and `wait` wait for a job, at most: ZStack's default time-out of an export.
@@ -36,11 +37,11 @@ const WAIT_LIMIT: Duration = Duration::from_secs(3 * 3600);
 const LOG_LIMIT: u64 = 10 << 20;
 
 pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
-    let settings = settings(arguments)?;
+    let (settings, catalog) = settings(arguments)?;
     if !arguments.foreground && !arguments.report_ready {
         return start_daemon();
     }
-    let mounted = Mounted::new(arguments, &settings);
+    let mounted = Mounted::new(arguments, &settings, &catalog);
     if arguments.report_ready {
         report(&mounted)?;
     }
@@ -48,38 +49,17 @@ pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
     Ok(OK)
 }
 
-/// One validated form of flags and options.
-fn settings(arguments: &MountArguments) -> Result<MountSettings> {
+/// One validated form of configuration file, flags and options, and the catalog. What is said later wins.
+fn settings(arguments: &MountArguments) -> Result<(MountSettings, PathBuf)> {
     let mut settings = MountSettings::default();
-    for bucket in &arguments.buckets {
-        settings.apply("bucket", Some(bucket))?;
+    let catalog = &arguments.catalog;
+    let is_document = catalog.extension().is_some_and(|extension| extension == "toml") && !catalog.is_dir();
+    let catalog = if is_document { settings.apply_file(catalog)? } else { catalog.clone() };
+    for (word, value) in &arguments.flags.0 {
+        settings.apply(word, value.as_deref())?;
     }
-    let flags = [
-        ("formats", &arguments.formats),
-        ("read_to_end", &arguments.read_to_end),
-        ("policy", &arguments.policy),
-        ("jobs", &arguments.jobs),
-        ("on_limit", &arguments.on_limit),
-        ("lease", &arguments.lease),
-        ("stage_limit", &arguments.stage_limit),
-        ("state", &arguments.state),
-        ("uid", &arguments.uid),
-        ("gid", &arguments.gid),
-        ("umask", &arguments.umask),
-    ];
-    for (word, value) in flags {
-        if let Some(value) = value {
-            settings.apply(word, Some(value))?;
-        }
-    }
-    for (word, values) in [("storage_class", &arguments.storage_classes), ("region", &arguments.regions)] {
-        values.iter().try_for_each(|value| settings.apply(word, Some(value)))?;
-    }
-    settings.wait |= arguments.wait;
-    settings.shared |= arguments.shared;
-    settings.allow_other |= arguments.allow_other;
     arguments.options.iter().try_for_each(|options| settings.apply_options(options))?;
-    Ok(settings)
+    Ok((settings, catalog))
 }
 
 /// Starts this program again as a daemon, and returns when its mount answers or with its reason.
@@ -97,7 +77,8 @@ fn start_daemon() -> Result<u8> {
     if let Some(mut stdout) = child.stdout.take() {
         stdout.read_to_string(&mut said).map_err(failed)?;
     }
-    if said == READY {
+    if let Some(notes) = said.strip_suffix(READY) {
+        eprint!("{notes}");
         return Ok(OK);
     }
     let status = child.wait().map_err(failed)?;
@@ -111,7 +92,10 @@ fn start_daemon() -> Result<u8> {
 /// Tells the waiting parent how it went and lets go of its terminal.
 fn report(mounted: &Result<Mounted>) -> Result<()> {
     let line = match mounted {
-        Ok(_) => READY.to_owned(),
+        Ok(mounted) => {
+            let notes: String = mounted.notes.iter().map(|note| format!("freightfs: {note}\n")).collect();
+            notes + READY
+        }
         Err(error) => format!("freightfs: {}\n", error.report()),
     };
     let failed = |e: std::io::Error| Error::from_io("cannot detach", e);
@@ -131,14 +115,16 @@ struct Mounted {
     mountpoint: PathBuf,
     jobs: JobQueue,
     vfs: Arc<Vfs>,
+    /// What the user should know of this mount.
+    notes: Vec<String>,
     runtime: Runtime,
     _state: StateDir,
 }
 
 impl Mounted {
-    fn new(arguments: &MountArguments, settings: &MountSettings) -> Result<Self> {
+    fn new(arguments: &MountArguments, settings: &MountSettings, catalog: &Path) -> Result<Self> {
         let mountpoint = mountpoint(&arguments.mountpoint)?;
-        let catalog = Catalog::open(&arguments.catalog)?;
+        let catalog = Catalog::open(catalog)?;
         let state_path = match &settings.state {
             Some(path) => std::path::absolute(path)
                 .map_err(|e| Error::from_io("cannot resolve the state directory", e))?,
@@ -161,6 +147,10 @@ impl Mounted {
             .build()
             .map_err(|e| Error::from_io("cannot start the runtime", e))?;
         let buckets = runtime.block_on(open_buckets(settings))?;
+        let lacks = buckets
+            .values()
+            .flat_map(|b: &Bucket| b.lacks().iter().map(|l| format!("bucket {}: {l}", b.name())));
+        let notes: Vec<_> = lacks.collect();
         let policy = Arc::new(settings.policy()?);
         let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();
         if formats.is_empty() {
@@ -193,14 +183,16 @@ impl Mounted {
             shown_config: settings.shown(catalog.root(), &mountpoint, &state_path),
         };
         let options = FuseOptions {
-            source: catalog.root().display().to_string(),
+            source: source(&arguments.catalog).display().to_string(),
             allow_other: settings.allow_other,
+            read_only: settings.read_only,
             threads: (2 * cores()).max(4),
         };
         let vfs = Arc::new(Vfs::new(catalog, buckets, jobs.clone(), metrics, vfs_settings, handle.clone()));
         let session = MountedSession::new(Arc::clone(&vfs), handle, &mountpoint, &options)?;
+        notes.iter().for_each(|note| warn!("{note}"));
         info!(mountpoint = %mountpoint.display(), state = %state_path.display(), "mounted");
-        Ok(Self { session, mountpoint, jobs, vfs, runtime, _state: state })
+        Ok(Self { session, mountpoint, jobs, vfs, notes, runtime, _state: state })
     }
 
     /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and
@@ -244,10 +236,17 @@ fn resolve(vfs: &Vfs, image: &StatusImage) -> Result<Arc<dyn VirtualFile>> {
 
 async fn open_buckets(settings: &MountSettings) -> Result<BTreeMap<String, Bucket>> {
     let mut buckets = BTreeMap::new();
+    let seconds = settings.timeout.unwrap_or(REQUEST_TIMEOUT);
+    let limits = RequestLimits {
+        timeout: Duration::from_secs(seconds.into()),
+        pace: settings.rate.map(|rate| Arc::new(Pace::new(rate))),
+    };
     for setting in &settings.buckets {
         let named = |e: Error| Error::new(e.kind(), format!("bucket {}: {}", setting.name, e.report()));
-        let bucket = Bucket::open(&setting.name, &setting.url).map_err(named)?;
+        let bucket =
+            Bucket::open_with(&setting.name, &setting.url, &limits, &setting.client).map_err(named)?;
         bucket.probe().await.map_err(named)?;
+
         if settings.shared {
             bucket.probe_create().await.map_err(named)?;
         }
@@ -301,6 +300,11 @@ fn mountpoint(path: &Path) -> Result<PathBuf> {
         return Err(Error::new(ErrorKind::NotDirectory, "the mount point is not a directory").in_file(place));
     }
     path.canonicalize().map_err(|e| Error::from_io("cannot resolve the mount point", e).in_file(place))
+}
+
+/// What stands for the catalog in /proc/mounts: the path that fstab has, so that `mount -a` knows it again.
+fn source(catalog: &Path) -> PathBuf {
+    catalog.canonicalize().unwrap_or_else(|_| catalog.to_owned())
 }
 
 /// `$XDG_STATE_HOME`, else /var/lib for root and ~/.local/state for others.

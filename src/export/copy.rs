@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use super::part_log::{Part, PartLog};
 use super::queue::JobQueue;
 use super::upload::MAX_PARTS_IN_FLIGHT;
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Tags};
 use crate::error::{Error, ErrorKind, Result};
 
 impl JobQueue {
@@ -21,7 +21,7 @@ impl JobQueue {
         }
         let part_size = bucket.part_size_for(source.object_size)?;
         let log_id = format!("copy-{}", super::job::new_job_id());
-        let log = self.inner().begin_upload(bucket, to, part_size, &log_id).await?;
+        let log = self.inner().begin_upload(bucket, to, &Tags::new(), part_size, &log_id).await?;
         match copy_parts(bucket, &source, &log).await {
             Ok(()) => log.remove(),
             Err(error) => {

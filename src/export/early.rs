@@ -17,7 +17,7 @@ use super::digests::Digests;
 use super::part_log::{Part, PartLog};
 use super::queue::{Inner, JobQueue};
 use super::upload::joined;
-use crate::bucket::{Bucket, MAX_PARTS, ObjectKey};
+use crate::bucket::{Bucket, MAX_PARTS, ObjectKey, Tags};
 use crate::error::{Error, Result};
 
 /// Parts of one file that are sent at once while it is written.
@@ -30,6 +30,7 @@ const GROWTH: u64 = 8;
 pub struct EarlyUpload {
     shared: Arc<Shared>,
     key: ObjectKey,
+    tags: Tags,
     part_size: u64,
     log_id: String,
     task: Option<JoinHandle<Option<Arc<PartLog>>>>,
@@ -73,6 +74,7 @@ impl JobQueue {
         &self,
         bucket: &str,
         key: &ObjectKey,
+        tags: Tags,
         file: File,
         file_size: u64,
     ) -> Option<EarlyUpload> {
@@ -95,13 +97,14 @@ impl JobQueue {
             log_id: log_id.clone(),
             bucket,
             key: key.clone(),
+            tags: tags.clone(),
             file: Arc::new(file),
             part_size,
             shared: Arc::clone(&shared),
             _permit: permit,
         };
         let task = Some(runtime.spawn(sender.run()));
-        Some(EarlyUpload { shared, key: key.clone(), part_size, log_id, task })
+        Some(EarlyUpload { shared, key: key.clone(), tags, part_size, log_id, task })
     }
 }
 
@@ -141,6 +144,11 @@ impl EarlyUpload {
     /// What the object will be.
     pub(super) fn key(&self) -> &ObjectKey {
         &self.key
+    }
+
+    /// The object's tags.
+    pub fn tags(&self) -> &Tags {
+        &self.tags
     }
 
     /// The name of the upload's log.
@@ -197,6 +205,7 @@ impl State {
 /// The task that sends.
 struct Sender {
     inner: Arc<Inner>,
+    tags: Tags,
     log_id: String,
     bucket: Bucket,
     key: ObjectKey,
@@ -216,7 +225,8 @@ struct Sent<'a> {
 
 impl Sender {
     async fn run(self) -> Option<Arc<PartLog>> {
-        let begun = self.inner.begin_upload(&self.bucket, &self.key, self.part_size, &self.log_id).await;
+        let begun =
+            self.inner.begin_upload(&self.bucket, &self.key, &self.tags, self.part_size, &self.log_id).await;
         let log = match begun {
             Ok(log) => log,
             Err(error) => {

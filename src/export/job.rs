@@ -14,7 +14,7 @@ use super::early::EarlyUpload;
 use super::lease::Lease;
 use super::part_log::PartLog;
 use super::status::{JobState, STATUS_VERSION, Status, StatusImage};
-use crate::bucket::ObjectKey;
+use crate::bucket::{ObjectKey, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::vfile::VirtualFile;
 
@@ -49,6 +49,9 @@ pub struct JobRequest {
     pub source: JobSource,
     /// The client's token.
     pub client_token: Option<String>,
+    /// The object's tags.
+    #[serde(default, skip_serializing_if = "Tags::is_empty")]
+    pub tags: Tags,
 }
 
 /// Why a running job is told to stop.

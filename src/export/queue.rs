@@ -17,7 +17,7 @@ use super::journal::{Journal, Record};
 use super::part_log::{PartLog, UploadName};
 use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
-use crate::bucket::{Bucket, ObjectKey};
+use crate::bucket::{Bucket, ObjectKey, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::policy::Policy;
@@ -424,12 +424,11 @@ impl Inner {
         if let Some(early) = job.take_early_upload() {
             job.set_upload(early.finish().await);
         }
-        let earlier = job.upload();
         let mut uploaded = attempt.run(start, progress).await;
-        if let (Err(error), Some(log)) = (&uploaded, earlier)
+        if let (Err(error), Some(log)) = (&uploaded, job.upload())
             && error.kind() == ErrorKind::NotFound
         {
-            // Somebody, or a rule of the bucket, has given up the upload of the earlier process.
+            // Somebody, or a rule of the bucket, has given up the upload.
             warn!(job = job.id(), "the upload is begun again: {}", error.report());
             job.set_upload(None);
             log.remove();
@@ -450,7 +449,9 @@ impl Inner {
     ) -> Result<Arc<PartLog>> {
         let (inner, owned) = (Arc::clone(self), Arc::clone(job));
         let step = async move {
-            let log = inner.begin_upload(&bucket, &owned.request().key, part_size, &owned.id()).await?;
+            let request = owned.request();
+            let log =
+                inner.begin_upload(&bucket, &request.key, &request.tags, part_size, &owned.id()).await?;
             owned.set_upload(Some(Arc::clone(&log)));
             Ok(log)
         };
@@ -462,10 +463,11 @@ impl Inner {
         &self,
         bucket: &Bucket,
         key: &ObjectKey,
+        tags: &Tags,
         part_size: u64,
         log_id: &str,
     ) -> Result<Arc<PartLog>> {
-        let id = bucket.start_upload(key, part_size).await?;
+        let id = bucket.start_upload(key, part_size, tags).await?;
         let name = UploadName { bucket: bucket.name().to_owned(), key: key.clone(), id, part_size };
         match PartLog::create(self.journal.upload_path(log_id), name.clone()) {
             Ok(log) => Ok(Arc::new(log)),

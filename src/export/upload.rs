@@ -208,7 +208,7 @@ impl Attempt<'_> {
         digests.add(0, &bytes).await?;
         let (sha256, md5) = digests.finish().await?;
         self.job.set_publishing();
-        self.bucket.put(self.key, bytes).await?;
+        self.bucket.put_tagged(self.key, bytes, &self.job.request().tags).await?;
         let meta = self.bucket.verify(self.key, size, Some(&format!("\"{md5}\""))).await?;
         self.job.uploaded(size, size);
         self.metrics.uploaded_bytes.add(size);

@@ -283,7 +283,10 @@ impl Draft {
         if staged.wants_early_upload()
             && let Some((bucket, key)) = self.published_name()
         {
-            staged.set_early_upload(|file, file_size| vfs.jobs.early_upload(&bucket, &key, file, file_size));
+            let tags = vfs.tags(&(bucket.clone(), key.clone()));
+            staged.set_early_upload(|file, file_size| {
+                vfs.jobs.early_upload(&bucket, &key, tags, file, file_size)
+            });
         }
     }
 
@@ -469,7 +472,12 @@ impl Draft {
             JobSource::Image(_) => vfs.client_token(&self.object()),
             JobSource::Staged(_) => None,
         };
-        let request = JobRequest { bucket, key, source, client_token };
+        let tags = vfs.tags(&self.object());
+        if begun.as_ref().is_some_and(|begun| *begun.tags() != tags) {
+            // They are given to an upload at its start.
+            *begun = None;
+        }
+        let request = JobRequest { bucket, key, source, client_token, tags };
         // The last close of an earlier handle may be publishing at this moment: that comes first.
         vfs.settle(&self.object());
         match vfs.jobs.submit(request.clone(), Arc::clone(&file), begun) {

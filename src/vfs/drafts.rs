@@ -8,6 +8,7 @@ use tracing::warn;
 
 use super::draft::Draft;
 use super::{ObjectName, Vfs};
+use crate::bucket::Tags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobRequest, JobSource, StatusImage};
 
@@ -80,7 +81,7 @@ impl Vfs {
     pub(super) fn record_incomplete(&self, draft: &Draft, error: &Error) {
         let (bucket, key) = draft.object();
         let source = JobSource::Staged(std::path::PathBuf::new());
-        let request = JobRequest { bucket, key, source, client_token: None };
+        let request = JobRequest { bucket, key, source, client_token: None, tags: Tags::new() };
         if let Err(error) = self.jobs.record_refusal(request, error) {
             warn!("an incomplete file could not be recorded: {}", error.report());
         }
@@ -118,7 +119,13 @@ impl Vfs {
     /// Leaves a FAIL status beside a key whose copy was refused, so that the reason can be read later.
     pub(super) fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
         let (bucket, key) = draft.object();
-        let request = JobRequest { bucket, key, source: JobSource::Image(image.clone()), client_token: None };
+        let request = JobRequest {
+            bucket,
+            key,
+            source: JobSource::Image(image.clone()),
+            client_token: None,
+            tags: Tags::new(),
+        };
         if let Err(error) = self.jobs.record_refusal(request, error) {
             warn!("a refusal could not be recorded: {}", error.report());
         }

@@ -7,6 +7,7 @@ use super::attr::Attr;
 use super::directory::OpenDirectory;
 use super::draft::{Draft, RangeSource};
 use super::inode::{Ino, Node};
+use super::tags::TAG_PREFIX;
 use super::token::TOKEN_XATTR;
 use super::tree::read_only;
 use super::{ObjectName, Vfs};
@@ -321,6 +322,9 @@ impl Vfs {
             Some((object, false)) if name == TOKEN_XATTR => {
                 Ok(self.client_token(&object).map(String::into_bytes))
             }
+            Some((object, false)) if name.starts_with(TAG_PREFIX) => {
+                Ok(self.tags(&object).remove(&name[TAG_PREFIX.len()..]).map(String::into_bytes))
+            }
             Some((object, is_directory)) => self.user_xattr(&object, is_directory, name),
             None => Ok(None),
         }
@@ -345,6 +349,9 @@ impl Vfs {
     ) -> Result<bool> {
         match self.xattr_place(ino)? {
             Some((object, false)) if name == TOKEN_XATTR => self.set_client_token(&object, value),
+            Some((object, false)) if name.starts_with(TAG_PREFIX) => {
+                self.set_tag(&object, &name[TAG_PREFIX.len()..], value)
+            }
             Some((object, is_directory)) => {
                 self.change_user_xattr(&object, is_directory, name, value, exists)
             }

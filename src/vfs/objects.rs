@@ -228,6 +228,7 @@ impl Vfs {
         })?;
         self.forget_attributes(&object, false);
         self.tokens.lock().remove(&object);
+        self.tags.lock().remove(&object);
         if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
             && let Ok(base) = ObjectKey::parse(base)
         {

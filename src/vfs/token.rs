@@ -53,6 +53,7 @@ impl Vfs {
         let is_same = |job: &Job| {
             let request = job.request();
             (&request.bucket, &request.key) == (&object.0, &object.1)
+                && request.tags == self.tags(object)
                 && matches!(&request.source, JobSource::Image(known) if known == image)
         };
         let job = match self.client_token(object) {

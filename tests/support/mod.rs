@@ -1,6 +1,7 @@
 //! What the integration tests share: programs run under a time-out, images, mounts that end with their test.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses another part")]
 
+pub mod azure;
 pub mod check;
 pub mod faulty;
 pub mod hostile;

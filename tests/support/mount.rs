@@ -46,9 +46,14 @@ impl World {
     /// Mounts with these arguments only.
     pub fn mount_exactly(&self, arguments: &[&str]) -> Mount {
         let output = run(&mut self.mount_command(arguments));
-        let mount = Mount { path: self.path("mnt"), state: self.path("state") };
+        let mount = self.at();
         assert!(output.status.success(), "mount failed: {}", text(&output));
         mount
+    }
+
+    /// What is mounted here.
+    pub fn at(&self) -> Mount {
+        Mount { path: self.path("mnt"), state: self.path("state") }
     }
 
     /// The command that mounts.

@@ -1,0 +1,196 @@
+//! The configuration file: the mount's options as TOML, and what each bucket's store needs to be told.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::Value;
+
+use super::{MountSettings, OPTIONS};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Largest configuration file that is read, in bytes.
+const MAX_DOCUMENT: u64 = 1 << 20;
+
+/// Keys of a bucket's table that are for us; all others are for the client of its store.
+const BUCKET_KEYS: [&str; 3] = ["url", "storage_class", "region"];
+
+#[derive(Deserialize)]
+struct Document {
+    /// Where the images are, relative to the file's directory.
+    catalog: PathBuf,
+    #[serde(flatten)]
+    options: BTreeMap<String, Value>,
+}
+
+impl MountSettings {
+    /// Takes the options of a configuration file; returns the catalog that it names.
+    ///
+    /// # Errors
+    /// [`PermissionDenied`](ErrorKind::PermissionDenied) when it says something of a store besides its URL, such as
+    /// credentials, and others than its owner may read it.
+    pub fn apply_file(&mut self, path: &Path) -> Result<PathBuf> {
+        let place = path.display().to_string();
+        let failed = |e| Error::from_io("cannot read the configuration", e).in_file(&place);
+        let meta = std::fs::metadata(path).map_err(failed)?;
+        if meta.len() > MAX_DOCUMENT {
+            let what = format!("a configuration has at most {MAX_DOCUMENT} bytes");
+            return Err(Error::new(ErrorKind::TooLarge, what).in_file(place));
+        }
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let document: Document =
+            toml::from_str(&text).map_err(|e| Error::from_toml(&e, &text).in_file(&place))?;
+        for (word, value) in &document.options {
+            self.apply_value(word, value).map_err(|e| e.in_file(&place))?;
+        }
+        if meta.mode() & 0o077 != 0 && self.buckets.iter().any(|bucket| !bucket.client.is_empty()) {
+            let what =
+                "has settings of a store's client, which may be secrets, and others may read it: chmod 600";
+            return Err(Error::new(ErrorKind::PermissionDenied, what).in_file(place));
+        }
+        Ok(path.parent().unwrap_or(Path::new("")).join(document.catalog))
+    }
+
+    fn apply_value(&mut self, word: &str, value: &Value) -> Result<()> {
+        let Some(option) = OPTIONS.iter().find(|option| option.word == word) else {
+            return Err(Error::new(ErrorKind::Malformed, format!("unknown key {word:?}")));
+        };
+        match value {
+            Value::Table(table) if option.is_repeated => {
+                table.iter().try_for_each(|(name, value)| match (word, value) {
+                    ("bucket", Value::Table(settings)) => self.apply_bucket(name, settings),
+                    _ => self.apply(word, Some(&format!("{name}={}", scalar(word, value)?))),
+                })
+            }
+            _ if option.is_repeated => {
+                let what = format!("{word} is a table of buckets: [{word}] and then NAME = \"…\"");
+                Err(Error::new(ErrorKind::Malformed, what))
+            }
+            Value::Boolean(false) if option.value.is_none() => Ok(()),
+            Value::Boolean(true) if option.value.is_none() => self.apply(word, None),
+            _ if option.value.is_none() => {
+                Err(Error::new(ErrorKind::Malformed, format!("{word} is true or false")))
+            }
+            Value::Array(words) => {
+                let words = words.iter().map(|value| scalar(word, value)).collect::<Result<Vec<_>>>()?;
+                self.apply(word, Some(&words.join(":")))
+            }
+            value => self.apply(word, Some(&scalar(word, value)?)),
+        }
+    }
+
+    /// `[bucket.NAME]` with its `url`, facts for the policy, and settings of the store's client.
+    fn apply_bucket(&mut self, name: &str, settings: &toml::Table) -> Result<()> {
+        let named = |e: Error| Error::new(e.kind(), format!("[bucket.{name}]: {e}"));
+        let text = |key: &str| settings.get(key).map(|value| scalar(key, value).map_err(named)).transpose();
+        let Some(url) = text("url")? else {
+            return Err(Error::new(ErrorKind::Malformed, format!("[bucket.{name}] has no url")));
+        };
+        self.apply("bucket", Some(&format!("{name}={url}")))?;
+        for word in ["storage_class", "region"] {
+            if let Some(value) = text(word)? {
+                self.apply(word, Some(&format!("{name}={value}")))?;
+            }
+        }
+        let mut client = BTreeMap::new();
+        for key in settings.keys().filter(|key| !BUCKET_KEYS.contains(&key.as_str())) {
+            client.insert(key.clone(), Secret(text(key)?.unwrap_or_default()));
+        }
+        if let Some(bucket) = self.buckets.last_mut() {
+            bucket.client = client;
+        }
+        Ok(())
+    }
+}
+
+/// A value as `-o` would have it.
+fn scalar(word: &str, value: &Value) -> Result<String> {
+    match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Integer(number) => Ok(number.to_string()),
+        Value::Boolean(truth) => Ok(truth.to_string()),
+        _ => Err(Error::new(ErrorKind::Malformed, format!("{word}: a string or a number is needed here"))),
+    }
+}
+
+/// A value that is not shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl From<&str> for Secret {
+    fn from(value: &str) -> Self {
+        Self(value.to_owned())
+    }
+}
+
+impl Secret {
+    /// The value, for those who use it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn parse(text: &str, mode: u32) -> Result<(MountSettings, PathBuf)> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.toml");
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let mut settings = MountSettings::default();
+        let catalog = settings.apply_file(&path)?;
+        Ok((settings, catalog.strip_prefix(directory.path()).map_or(catalog.clone(), Path::to_owned)))
+    }
+
+    #[test]
+    fn a_file_says_what_options_say() {
+        let text = "catalog = 'images'\njobs = 7\nwait = true\nshared = false\numask = '022'\n\
+                    formats = ['raw', 'qcow2']\nstage_limit = '1G'\n[bucket]\na = 'file:///a'\n\
+                    [storage_class]\na = 'Standard'\n";
+        let (settings, catalog) = parse(text, 0o644).unwrap();
+        assert_eq!(catalog, Path::new("images"));
+        let mut same = MountSettings::default();
+        let options = "jobs=7,wait,umask=022,formats=raw:qcow2,stage_limit=1G,bucket=a=file:///a,storage_class=a=Standard";
+        same.apply_options(options).unwrap();
+        assert_eq!(settings, same);
+    }
+
+    #[test]
+    fn stores_are_told_what_their_table_says_and_nobody_else_is() {
+        let text = "catalog = '/c'\n[bucket.b]\nurl = 's3://b'\nregion = 'r'\nsecret_access_key = 'hidden'\n";
+        let (settings, catalog) = parse(text, 0o600).unwrap();
+        assert_eq!(catalog, Path::new("/c"));
+        assert_eq!(settings.buckets[0].client["secret_access_key"].reveal(), "hidden");
+        assert_eq!(settings.regions["b"], "r");
+        assert!(!format!("{settings:?}").contains("hidden"));
+        let error = parse(text, 0o640).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains("chmod 600"), "{error}");
+    }
+
+    #[test]
+    fn wrong_files_are_refused_with_place_and_reason() {
+        for (text, named) in [
+            ("jobs = 3", "catalog"),
+            ("catalog = 'c'\njobs = 99", "jobs"),
+            ("catalog = 'c'\ncolour = 'red'", "colour"),
+            ("catalog = 'c'\nwait = 'yes'", "wait"),
+            ("catalog = 'c'\nbucket = 'b=file:///x'", "[bucket]"),
+            ("catalog = 'c'\n[bucket.b]\nstorage_class = 'x'", "url"),
+            ("catalog = 'c'\n\njobs = =", "line 3"),
+        ] {
+            let error = parse(text, 0o600).unwrap_err();
+            assert!(error.to_string().contains(named) && error.to_string().contains("a.toml"), "{error}");
+        }
+    }
+}
