@@ -2,15 +2,18 @@
 
 mod check;
 mod convert;
+mod helper;
 mod info;
 mod jobs;
 mod mount;
+mod mount_table;
+mod progress;
 mod wait;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Error;
 use crate::format::ImageFormat;
@@ -48,6 +51,15 @@ enum Command {
     Cancel(CancelArguments),
     /// Say whether images of a mount may be exported, in which formats, and why not
     Check(CheckArguments),
+    /// Print completions for a shell
+    Completions(CompletionsArguments),
+}
+
+/// Arguments of `freightfs completions`.
+#[derive(Debug, Args)]
+struct CompletionsArguments {
+    /// The shell
+    shell: clap_complete::Shell,
 }
 
 /// Arguments of `freightfs status`.
@@ -112,6 +124,17 @@ struct MountArguments {
 /// The mount's options as flags, in the order of [`OPTIONS`].
 #[derive(Debug, Default)]
 struct OptionFlags(Vec<(&'static str, Option<String>)>);
+
+impl OptionFlags {
+    /// The flags as they are written on a command line.
+    fn words(&self) -> Vec<String> {
+        let flag = |(word, value): &(&str, Option<String>)| {
+            let flag = format!("--{}", word.replace('_', "-"));
+            value.as_ref().map_or(flag.clone(), |value| format!("{flag}={value}"))
+        };
+        self.0.iter().map(flag).collect()
+    }
+}
 
 impl Args for OptionFlags {
     fn augment_args(command: clap::Command) -> clap::Command {
@@ -225,9 +248,23 @@ fn parse_image_format(name: &str) -> Result<ImageFormat, String> {
         .ok_or_else(|| "known formats: raw, qcow2, vhd, vhdx, vmdk, vdi, zvhd, zvhd2".to_owned())
 }
 
-/// Runs the program with the process's arguments.
+/// The definition of the program's arguments, for the manual and completions.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
+/// That of mount(8)'s helper.
+pub fn helper_command() -> clap::Command {
+    helper::command()
+}
+
+/// Runs the program with the process's arguments; called as `mount.freightfs`, it is mount(8)'s helper.
 pub fn run() -> ExitCode {
-    let result = match Arguments::parse().command {
+    let words: Vec<_> = std::env::args_os().collect();
+    if words.first().is_some_and(helper::is_called) {
+        return helper::run(&words);
+    }
+    let result = match Arguments::parse_from(words).command {
         Command::Mount(arguments) => mount::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
@@ -236,6 +273,10 @@ pub fn run() -> ExitCode {
         Command::Jobs(arguments) => jobs::jobs(&arguments),
         Command::Cancel(arguments) => jobs::cancel(&arguments),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Completions(arguments) => {
+            clap_complete::generate(arguments.shell, &mut command(), "freightfs", &mut std::io::stdout());
+            Ok(OK)
+        }
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -65,6 +65,8 @@ pub struct MountSettings {
     pub gid: Option<u32>,
     /// `umask=OCTAL`.
     pub umask: Option<u16>,
+    /// `nonempty`: what is in the mount point may be hidden.
+    pub nonempty: bool,
     /// `ro`: nothing can be written, so that no export can be asked for.
     pub read_only: bool,
 }
@@ -131,6 +133,16 @@ impl MountSettings {
             Some((word, value)) => self.apply(word, Some(value)),
             None => self.apply(option, None),
         })
+    }
+
+    /// The options of one `-o` that are known, for callers that want the others ignored.
+    pub fn known_options(options: &str) -> String {
+        let known = |option: &String| {
+            let word = option.split_once('=').map_or(option.as_str(), |(word, _)| word);
+            word == "ro" || OPTIONS.iter().any(|known| known.word == word)
+        };
+        let escaped = |option: String| option.replace('\\', "\\\\").replace(',', "\\,");
+        split_options(options).into_iter().filter(known).map(escaped).collect::<Vec<_>>().join(",")
     }
 
     /// Takes one option.

@@ -3,8 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
-
+use super::progress::Board;
 use super::{ConvertArguments, OK, SourceArguments, cores};
 use crate::catalog::{CatalogDisk, FormatFile, OpenDisk};
 use crate::convert::{Workspace, write_file};
@@ -67,16 +66,18 @@ pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
     let failed = |e| Error::from_io("cannot create the output", e).in_file(&place);
     // The output appears under its name only when it is whole: a failure leaves what was there before.
     let target = tempfile::Builder::new().prefix(".freightfs-").tempfile_in(directory).map_err(failed)?;
+    let board = Board::new(arguments.quiet);
+    let name = output.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let written = match &file {
         FormatFile::Plain(file) => {
-            let bar = progress_bar(file.file_size(), arguments.quiet);
-            write_file(&**file, target.as_file(), threads, &|bytes| bar.inc(bytes))
-                .inspect(|()| bar.finish_and_clear())
+            let progress = board.add(&name, file.file_size());
+            write_file(&**file, target.as_file(), threads, &|bytes| progress.add(bytes))
+                .inspect(|()| progress.finish())
         }
         FormatFile::Compressed(file) => {
-            let bar = progress_bar(file.units() * file.unit_size(), arguments.quiet);
-            pool.install(|| file.write_to(target.as_file(), &|units| bar.inc(units * file.unit_size())))
-                .inspect(|()| bar.finish_and_clear())
+            let progress = board.add(&name, file.units() * file.unit_size());
+            pool.install(|| file.write_to(target.as_file(), &|units| progress.add(units * file.unit_size())))
+                .inspect(|()| progress.finish())
         }
     };
     written.map_err(|e| e.in_file(&place))?;
@@ -148,7 +149,7 @@ fn stream(file: &FormatFile, quiet: bool) -> Result<()> {
         return Err(Error::unsupported(what));
     }
     let file = file.virtual_file();
-    let bar = progress_bar(file.file_size(), quiet);
+    let progress = Board::new(quiet).add("standard output", file.file_size());
     let mut buffer = vec![0; STREAM_BUFFER];
     let mut at = FileOffset(0);
     loop {
@@ -157,12 +158,12 @@ fn stream(file: &FormatFile, quiet: bool) -> Result<()> {
             read => {
                 output.write_all(&buffer[..read]).map_err(failed)?;
                 at += read as u64;
-                bar.inc(read as u64);
+                progress.add(read as u64);
             }
         }
     }
     output.flush().map_err(failed)?;
-    bar.finish_and_clear();
+    progress.finish();
     Ok(())
 }
 
@@ -171,15 +172,4 @@ fn current_umask() -> u32 {
     let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     nix::sys::stat::umask(mask);
     mask.bits()
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress_bar(bytes: u64, quiet: bool) -> ProgressBar {
-    if quiet {
-        return ProgressBar::hidden();
-    }
-    let style =
-        "{bar:30} {percent:>3}%  {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
-    ProgressBar::new(bytes)
-        .with_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()))
 }

@@ -9,6 +9,7 @@ use super::convert::open_source;
 use super::{InfoArguments, OK};
 use crate::catalog::OpenDisk;
 use crate::error::{Error, Result};
+use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::image::{ImageDescription, allocation_map};
 use crate::layout::LayoutOptions;
@@ -16,6 +17,10 @@ use crate::units::{KIB, SECTOR, human_bytes};
 
 /// The granularity at which allocation is counted: the smallest that a guest's filesystem usually has.
 const ALLOCATION_UNIT: u64 = 64 * KIB;
+
+/// Signs of the map.
+const MAP_COLUMNS: u64 = 64;
+const MAP_ROWS: u64 = 4;
 
 /// Columns of a property's name.
 const WIDTH: usize = 20;
@@ -30,6 +35,9 @@ struct Info {
     allocated_size: u64,
     /// What the image would be in each format.
     outputs: Vec<Output>,
+    /// Where the data is, for people.
+    #[serde(skip)]
+    map: String,
 }
 
 #[derive(Serialize)]
@@ -50,11 +58,13 @@ pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
     let metadata = metadata.map_err(|e| {
         Error::from_io("cannot look at the image", e).in_file(arguments.image.display().to_string())
     })?;
+    let map = allocation_map(&**disk.image(), ALLOCATION_UNIT)?;
     let info = Info {
         disk_size: metadata.blocks() * SECTOR,
         description: disk.image().description(),
-        allocated_size: allocated_size(&disk)?,
+        allocated_size: (map.allocated() * ALLOCATION_UNIT).min(disk.image().virtual_size()),
         outputs: OutputFormat::ALL.into_iter().map(|format| output(&disk, format)).collect(),
+        map: drawn(&map, shades()),
     };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&info).expect("the document has only string keys"));
@@ -64,9 +74,34 @@ pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
     Ok(OK)
 }
 
-fn allocated_size(disk: &OpenDisk) -> Result<u64> {
-    let map = allocation_map(&**disk.image(), ALLOCATION_UNIT)?;
-    Ok((map.allocated() * ALLOCATION_UNIT).min(disk.image().virtual_size()))
+/// Signs for no data, then for up to a quarter, a half, three quarters and all of it.
+const SHADES: [char; 5] = ['·', '░', '▒', '▓', '█'];
+
+/// The same where the terminal has no others.
+const PLAIN_SHADES: [char; 5] = ['.', ':', '+', 'x', '#'];
+
+/// By the locale's character set, as setlocale(3) finds it.
+fn shades() -> [char; 5] {
+    let locale =
+        ["LC_ALL", "LC_CTYPE", "LANG"].iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()));
+    let locale = locale.unwrap_or_default().to_ascii_lowercase();
+    if locale.contains("utf-8") || locale.contains("utf8") { SHADES } else { PLAIN_SHADES }
+}
+
+/// The disk from its start to its end in at most [`MAP_COLUMNS`] × [`MAP_ROWS`] signs.
+fn drawn(map: &AllocationMap, shades: [char; 5]) -> String {
+    let cells = map.units().min(MAP_COLUMNS * MAP_ROWS);
+    let mut text = String::new();
+    for cell in 0..cells {
+        if cell % MAP_COLUMNS == 0 {
+            text.push_str(if cell == 0 { "  " } else { "\n  " });
+        }
+        let place = |cell: u64| (u128::from(cell) * u128::from(map.units()) / u128::from(cells)) as u64;
+        let (start, end) = (place(cell), place(cell + 1));
+        let allocated = map.rank(end) - map.rank(start);
+        text.push(shades[(allocated * 4).div_ceil(end - start) as usize]);
+    }
+    text
 }
 
 fn output(disk: &OpenDisk, format: OutputFormat) -> Output {
@@ -86,6 +121,14 @@ fn text(info: &Info) -> String {
     describe(&mut text, &info.description, "");
     let _ = writeln!(text, "{:<WIDTH$}{}", "disk size:", sized(info.disk_size));
     let _ = writeln!(text, "{:<WIDTH$}{}", "allocated:", sized(info.allocated_size));
+    if !info.map.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nwhere the data is, {} to a sign:",
+            human_bytes(info.description.virtual_size.div_ceil(MAP_COLUMNS * MAP_ROWS).max(ALLOCATION_UNIT))
+        );
+        let _ = writeln!(text, "{}", info.map);
+    }
     let _ = writeln!(text, "\nas a file of the mount:");
     for output in &info.outputs {
         let value = match (output.size, output.largest_size, &output.refused) {
@@ -120,4 +163,26 @@ fn describe(text: &mut String, image: &ImageDescription, indent: &str) {
 
 fn sized(bytes: u64) -> String {
     format!("{} ({bytes} bytes)", human_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::VirtualOffset;
+
+    #[test]
+    fn the_map_shows_where_data_is() {
+        let mut map = AllocationMap::builder(1024 * 64 * KIB, ALLOCATION_UNIT);
+        // The first cell in part, the second wholly, and the last.
+        map.mark(VirtualOffset(0), 64 * KIB);
+        map.mark(VirtualOffset(4 * 64 * KIB), 4 * 64 * KIB);
+        map.mark(VirtualOffset(1021 * 64 * KIB), 3 * 64 * KIB);
+        let drawn = drawn(&map.finish(), PLAIN_SHADES);
+        let rows: Vec<_> = drawn.lines().map(str::trim).collect();
+        assert_eq!(rows.iter().map(|row| row.len()).collect::<Vec<_>>(), [64; 4]);
+        assert!(rows[0].starts_with(":#..") && rows[3].ends_with("..x"), "{drawn}");
+        assert_eq!(drawn.matches(['.', ':', '+', 'x', '#']).count(), 256);
+        let small = AllocationMap::builder(3 * 64 * KIB, ALLOCATION_UNIT).finish();
+        assert_eq!(super::drawn(&small, PLAIN_SHADES), "  ...");
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::mount_table::mount_table;
 use super::{CancelArguments, FAILED, JobsArguments, OK, StatusArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
@@ -132,31 +133,8 @@ pub(super) fn root_of(path: &Path) -> Result<PathBuf> {
 
 /// All mounts of this host that this user can look into.
 fn mounts() -> Result<Vec<PathBuf>> {
-    let table = std::fs::read_to_string("/proc/self/mounts")
-        .map_err(|e| Error::from_io("cannot read the mount table", e).in_file("/proc/self/mounts"))?;
-    let place = |line: &str| {
-        let mut fields = line.split(' ').skip(1);
-        let (place, kind) = (fields.next()?, fields.next()?);
-        (kind == "fuse.freightfs").then(|| unescaped(place))
-    };
-    Ok(table.lines().filter_map(place).filter(|root| root.join(MARK).is_file()).collect())
-}
-
-/// A path of the mount table, in which blanks and backslashes are written as three octal digits (fstab(5)).
-fn unescaped(text: &str) -> PathBuf {
-    let mut path = String::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once('\\') {
-        path.push_str(before);
-        let code = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => path.push(code as char),
-            None => path.push('\\'),
-        }
-        rest = if code.is_some() { &after[3..] } else { after };
-    }
-    path.push_str(rest);
-    PathBuf::from(path)
+    let ours = mount_table()?.into_iter().filter(|mount| mount.kind == "fuse.freightfs");
+    Ok(ours.map(|mount| mount.path).filter(|root| root.join(MARK).is_file()).collect())
 }
 
 fn word(state: JobState) -> &'static str {
@@ -188,20 +166,6 @@ fn show(found: &[Status], json: bool) {
         if let Some(error) = &status.error {
             let code = error.cloud_code.as_ref().map(|code| format!(", {code}")).unwrap_or_default();
             println!("  {}{code}: {}", error.code, error.details);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_of_the_mount_table_are_unescaped() {
-        for (escaped, plain) in
-            [("/mnt/a\\040b", "/mnt/a b"), ("/a\\134b", "/a\\b"), ("/plain", "/plain"), ("/x\\", "/x\\")]
-        {
-            assert_eq!(unescaped(escaped), Path::new(plain));
         }
     }
 }

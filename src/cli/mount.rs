@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
+use super::mount_table::mount_table;
 use super::{FAILED, MountArguments, OK, cores};
 use crate::bucket::{Bucket, Pace, RequestLimits};
 use crate::catalog::Catalog;
@@ -39,13 +40,25 @@ const LOG_LIMIT: u64 = 10 << 20;
 pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
     let (settings, catalog) = settings(arguments)?;
     if !arguments.foreground && !arguments.report_ready {
-        return start_daemon();
+        return start_daemon(arguments);
     }
     let mounted = Mounted::new(arguments, &settings, &catalog);
     if arguments.report_ready {
         report(&mounted)?;
     }
-    mounted?.serve()?;
+    let mounted = mounted?;
+    // For a unit of the type notify; nobody listens elsewhere.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    mounted.serve()?;
+    Ok(OK)
+}
+
+/// Everything that can be checked without mounting.
+pub(super) fn check(arguments: &MountArguments) -> Result<u8> {
+    let (settings, catalog) = settings(arguments)?;
+    mountpoint(&arguments.mountpoint, &settings)?;
+    Catalog::open(&catalog)?;
+    settings.policy()?;
     Ok(OK)
 }
 
@@ -63,12 +76,18 @@ fn settings(arguments: &MountArguments) -> Result<(MountSettings, PathBuf)> {
 }
 
 /// Starts this program again as a daemon, and returns when its mount answers or with its reason.
-fn start_daemon() -> Result<u8> {
+fn start_daemon(arguments: &MountArguments) -> Result<u8> {
     let failed = |e| Error::from_io("cannot start the daemon", e);
     let program = std::env::current_exe().map_err(failed)?;
+    let flags = arguments.flags.words();
+    let options = arguments.options.iter().flat_map(|options| ["-o", options]);
     let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
+        .arg("mount")
+        .args(flags)
+        .args(options)
         .arg("--report-ready")
+        .arg("--")
+        .args([&arguments.catalog, &arguments.mountpoint])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -123,7 +142,7 @@ struct Mounted {
 
 impl Mounted {
     fn new(arguments: &MountArguments, settings: &MountSettings, catalog: &Path) -> Result<Self> {
-        let mountpoint = mountpoint(&arguments.mountpoint)?;
+        let mountpoint = mountpoint(&arguments.mountpoint, settings)?;
         let catalog = Catalog::open(catalog)?;
         let state_path = match &settings.state {
             Some(path) => std::path::absolute(path)
@@ -286,8 +305,8 @@ fn detach(mountpoint: &Path) {
     }
 }
 
-/// The mount point as an absolute path, checked to be a directory that answers.
-fn mountpoint(path: &Path) -> Result<PathBuf> {
+/// The mount point as an absolute path, checked to be a directory that answers, is empty, and has no mount.
+fn mountpoint(path: &Path, settings: &MountSettings) -> Result<PathBuf> {
     let place = path.display().to_string();
     let meta = std::fs::metadata(path).map_err(|e| match e.raw_os_error() {
         Some(libc::ENOTCONN) => {
@@ -299,7 +318,23 @@ fn mountpoint(path: &Path) -> Result<PathBuf> {
     if !meta.is_dir() {
         return Err(Error::new(ErrorKind::NotDirectory, "the mount point is not a directory").in_file(place));
     }
-    path.canonicalize().map_err(|e| Error::from_io("cannot resolve the mount point", e).in_file(place))
+    let path = path
+        .canonicalize()
+        .map_err(|e| Error::from_io("cannot resolve the mount point", e).in_file(&place))?;
+    let refused = |kind, what: String| Err(Error::new(kind, what).in_file(&place));
+    let mounted = mount_table()?.into_iter().find(|mount| mount.path == path);
+    if let Some(mount) = mounted.filter(|mount| mount.kind.starts_with("fuse")) {
+        let what = format!("{} is mounted here already; umount it first", mount.source);
+        return refused(ErrorKind::Busy, what);
+    }
+    let mut entries = std::fs::read_dir(&path)
+        .map_err(|e| Error::from_io("cannot list the mount point", e).in_file(&place))?;
+    if !settings.nonempty && entries.next().is_some() {
+        let what = "the mount point is not empty, and a mount would hide what is in it; choose another directory, or \
+                    give the option nonempty";
+        return refused(ErrorKind::NotEmpty, what.to_owned());
+    }
+    Ok(path)
 }
 
 /// What stands for the catalog in /proc/mounts: the path that fstab has, so that `mount -a` knows it again.
@@ -326,8 +361,14 @@ fn log_filter() -> tracing_subscriber::EnvFilter {
         .unwrap_or_else(|_| "warn,freightfs=info".into())
 }
 
+/// The terminal's log, or the journal's, which has times and colours of its own.
 fn log_to_terminal() {
-    let _ = tracing_subscriber::fmt().with_env_filter(log_filter()).with_writer(std::io::stderr).try_init();
+    let log = tracing_subscriber::fmt().with_env_filter(log_filter()).with_writer(std::io::stderr);
+    let _ = if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.with_ansi(false).without_time().try_init()
+    } else {
+        log.with_ansi(std::io::stderr().is_terminal()).try_init()
+    };
 }
 
 /// The daemon's log: `log` in the state directory, put aside as `log.1` at start when it has grown.

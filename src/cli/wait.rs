@@ -3,9 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-
 use super::jobs::read_status;
+use super::progress::{Board, Progress};
 use super::{FAILED, OK, WaitArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
@@ -20,15 +19,12 @@ const GRACE: Duration = Duration::from_secs(5);
 pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
     let started = Instant::now();
     let deadline = arguments.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let bars = MultiProgress::new();
-    let mut waiting: Vec<_> = arguments
-        .files
-        .iter()
-        .map(|file| (file.as_path(), bars.add(progress_bar(file, arguments.quiet))))
-        .collect();
+    let board = Board::new(arguments.quiet);
+    let mut waiting: Vec<_> =
+        arguments.files.iter().map(|file| (file.as_path(), board.add(&name(file), 0))).collect();
     let mut code = OK;
     while !waiting.is_empty() {
-        waiting.retain(|(file, bar)| match look(file, bar) {
+        waiting.retain(|(file, progress)| match look(file, progress) {
             Ok(None) => true,
             Err(error)
                 if error.kind() == ErrorKind::NotFound && file.exists() && started.elapsed() < GRACE =>
@@ -36,9 +32,9 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
                 true
             }
             Ok(Some(status)) => {
-                bar.finish_and_clear();
+                progress.finish();
                 if !arguments.quiet || status.status != JobState::Success {
-                    bars.suspend(|| println!("{}", sentence(file, &status)));
+                    board.print(|| println!("{}", sentence(file, &status)));
                 }
                 if status.status != JobState::Success {
                     code = FAILED;
@@ -46,8 +42,8 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
                 false
             }
             Err(error) => {
-                bar.finish_and_clear();
-                bars.suspend(|| complain(&error));
+                progress.finish();
+                board.print(|| complain(&error));
                 code = FAILED;
                 false
             }
@@ -64,10 +60,9 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
 }
 
 /// The status when it is final.
-fn look(file: &Path, bar: &ProgressBar) -> Result<Option<Status>> {
+fn look(file: &Path, progress: &Progress) -> Result<Option<Status>> {
     let status = read_status(file)?;
-    bar.set_length(status.size.unwrap_or(0));
-    bar.set_position(status.bytes_uploaded);
+    progress.set(status.bytes_uploaded, status.size.unwrap_or(0));
     Ok(status.status.is_final().then_some(status))
 }
 
@@ -90,13 +85,6 @@ fn sentence(file: &Path, status: &Status) -> String {
     }
 }
 
-fn progress_bar(file: &Path, quiet: bool) -> ProgressBar {
-    if quiet {
-        return ProgressBar::hidden();
-    }
-    let style = "{msg:24!} {bar:20} {percent:>3}%  {binary_bytes_per_sec}  {eta} left";
-    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    ProgressBar::new(0)
-        .with_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()))
-        .with_message(name)
+fn name(file: &Path) -> String {
+    file.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

@@ -36,7 +36,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 19] = [
+pub static OPTIONS: [MountOption; 20] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -250,6 +250,17 @@ pub static OPTIONS: [MountOption; 19] = [
         take: |settings, value| {
             let mask = u16::try_from(number("umask", value, 8)?).ok().filter(|m| *m <= 0o777);
             settings.umask = Some(mask.ok_or_else(|| wrong("umask", value))?);
+            Ok(())
+        },
+    },
+    MountOption {
+        word: "nonempty",
+        value: None,
+        is_repeated: false,
+        summary: "Mount over a directory that is not empty",
+        details: "What is in it is hidden until umount(8).",
+        take: |settings, _| {
+            settings.nonempty = true;
             Ok(())
         },
     },
