@@ -6,7 +6,19 @@ mod support;
 use std::path::Path;
 
 use freightfs::error::ErrorKind;
-use support::{command, freightfs, has, run, skip, succeed, text};
+use freightfs::settings::OPTIONS;
+use support::{command, has, run, skip, text};
+
+const PAGES: [&str; 8] = [
+    "freightfs.1",
+    "mount.freightfs.8",
+    "freightfs.toml.5",
+    "freightfs-status.5",
+    "freightfs-policy.5",
+    "freightfs-semantics.7",
+    "freightfs-formats.7",
+    "freightfs-security.7",
+];
 
 fn page(name: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name)).unwrap()
@@ -41,21 +53,92 @@ fn the_status_page_lists_every_field() {
     }
 }
 
-#[test]
-fn every_option_of_every_command_is_in_the_manual() {
-    let page = page("freightfs.1").replace("\\-", "-");
-    let mut options = 0;
-    for name in ["mount", "convert", "info", "wait", "status", "jobs", "cancel", "check"] {
-        let help = succeed(freightfs().args([name, "--help"]));
-        for word in
-            help.split(|c: char| c.is_whitespace() || ",=".contains(c)).filter(|w| w.starts_with("--"))
-        {
-            assert!(page.contains(word), "{word} of {name} is not in the manual");
-            options += 1;
-        }
-        assert!(page.contains(&format!("freightfs {name}")), "{name}");
+/// The lists that are made of the definitions in the code stand between these lines.
+const BEGIN: &str = ".\\\" generated: ";
+const END: &str = ".\\\" end of what is generated\n";
+
+/// A list by the name that its page has for it.
+fn generated(name: &str) -> String {
+    if let Some(command) = name.strip_prefix("options of ") {
+        let mut program = match command {
+            "mount.freightfs" => freightfs::cli::helper_command(),
+            _ => freightfs::cli::command().find_subcommand(command).unwrap().clone(),
+        };
+        program = program.disable_help_flag(true);
+        let mut section = Vec::new();
+        clap_mangen::Man::new(program).render_options_section(&mut section).unwrap();
+        let section = String::from_utf8(section).unwrap();
+        // The page has headings of its own.
+        return section
+            .lines()
+            .filter(|line| !line.starts_with(".SH"))
+            .map(|line| format!("{line}\n"))
+            .collect();
     }
-    assert!(options > 15);
+    let mut page = roff::Roff::new();
+    for option in &OPTIONS {
+        let value = option.value.unwrap_or_default();
+        let head = match name {
+            "mount options" if value.is_empty() => vec![roff::bold(option.word)],
+            "mount options" => vec![roff::bold(format!("{}=", option.word)), roff::italic(value)],
+            "keys" if option.is_repeated => {
+                let (_, value) = value.split_once('=').unwrap();
+                let table = format!("[{}]", option.word);
+                let value = format!("\"{value}\"");
+                vec![roff::bold(table), " ".into(), roff::italic("NAME"), " = ".into(), roff::italic(value)]
+            }
+            "keys" if value.is_empty() => vec![roff::bold(option.word), " = true".into()],
+            "keys" if value.ends_with(":…") => {
+                let word = value.trim_end_matches(":…");
+                vec![
+                    roff::bold(option.word),
+                    " = [".into(),
+                    roff::italic(format!("\"{word}\"")),
+                    ", …]".into(),
+                ]
+            }
+            "keys" if ["N", "SECONDS", "UID", "GID"].contains(&value) => {
+                vec![roff::bold(option.word), " = ".into(), roff::italic(value)]
+            }
+            "keys" => vec![roff::bold(option.word), " = ".into(), roff::italic(format!("\"{value}\""))],
+            other => panic!("{other:?} is no list"),
+        };
+        page.control("TP", []);
+        page.text(head);
+        page.text([roff::roman(format!("{}. {}", option.summary, option.details))]);
+    }
+    page.to_roff()
+}
+
+/// The page with all of its lists made anew.
+fn regenerated(page: &str) -> String {
+    let mut whole = String::new();
+    let mut rest = page;
+    while let Some((before, after)) = rest.split_once(BEGIN) {
+        let (name, after) = after.split_once('\n').unwrap();
+        let (_, after) = after.split_once(END).unwrap_or_else(|| panic!("no end of {name:?}"));
+        whole += &format!("{before}{BEGIN}{name}\n{}{END}", generated(name));
+        rest = after;
+    }
+    whole + rest
+}
+
+/// `FREIGHTFS_UPDATE_MAN=1 cargo test --test man` writes them anew.
+#[test]
+fn the_lists_of_options_are_those_of_the_code() {
+    let mut lists = 0;
+    for name in PAGES {
+        let page = page(name);
+        lists += page.matches(BEGIN).count();
+        let right = regenerated(&page);
+        if right != page && std::env::var_os("FREIGHTFS_UPDATE_MAN").is_some() {
+            std::fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name), &right).unwrap();
+        } else {
+            assert!(right == page, "{name} has old lists: FREIGHTFS_UPDATE_MAN=1 cargo test --test man");
+        }
+    }
+    let commands = freightfs::cli::command().get_subcommands().count();
+    assert_eq!(lists, commands + 3, "a list is missing");
 }
 
 /// The keys that a policy may have are those of its types, and the page has all of them.
@@ -103,13 +186,7 @@ fn the_pages_are_read_without_warnings() {
     if !has("man") {
         return skip("reading the manual pages with man, which is missing");
     }
-    for name in [
-        "freightfs.1",
-        "freightfs-status.5",
-        "freightfs-policy.5",
-        "freightfs-semantics.7",
-        "freightfs-formats.7",
-    ] {
+    for name in PAGES {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(name);
         let mut man = command("man");
         man.args(["--warnings", "-E", "UTF-8", "-l"]).arg(path).env("MANWIDTH", "80").env("MANPAGER", "cat");
@@ -117,4 +194,44 @@ fn the_pages_are_read_without_warnings() {
         assert!(output.status.success() && output.stderr.is_empty(), "{name}: {}", text(&output));
         assert!(output.stdout.len() > 1000);
     }
+}
+
+#[test]
+fn every_metric_is_in_the_manual() {
+    let page = page("freightfs.1");
+    let text = freightfs::metrics::Metrics::default().render();
+    let mut metrics: Vec<_> =
+        text.lines().filter_map(|line| Some(line.strip_prefix("# HELP ")?.split_once(' ')?.0)).collect();
+    metrics.sort_unstable();
+    let mut documented: Vec<_> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix(".B freightfs_"))
+        .map(|m| format!("freightfs_{m}"))
+        .collect();
+    documented.sort_unstable();
+    assert_eq!(documented, metrics);
+    for op in text.split("op=\"").skip(1).map(|rest| rest.split('"').next().unwrap()) {
+        assert!(page.contains(op), "the operation {op} is not in the manual");
+    }
+}
+
+#[test]
+fn every_exit_code_is_in_the_manual() {
+    // A page has a row for each code, and the code has a constant.
+    let codes = |source: &str| -> Vec<String> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(source);
+        let text = std::fs::read_to_string(path).unwrap();
+        let constants = text.lines().filter_map(|line| line.strip_prefix("const ")?.split_once(": u8 = "));
+        constants.map(|(_, value)| value.trim_end_matches(';').to_owned()).collect()
+    };
+    let rows = |name: &str| -> Vec<String> {
+        let page = page(name);
+        let (_, section) = page.split_once(".SH EXIT STATUS").unwrap();
+        let section = section.split(".SH").next().unwrap();
+        section.lines().filter_map(|line| line.strip_prefix(".B ")).map(str::to_owned).collect()
+    };
+    // 2 is clap's, for wrong usage; 0 is success everywhere.
+    let program = [codes("cli.rs"), vec!["2".to_owned()]].concat();
+    assert_eq!(rows("freightfs.1"), program);
+    assert_eq!(rows("mount.freightfs.8"), [vec!["0".to_owned()], codes("cli/helper.rs")].concat());
 }

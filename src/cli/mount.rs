@@ -313,6 +313,10 @@ fn mountpoint(path: &Path, settings: &MountSettings) -> Result<PathBuf> {
             let what = "an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`, then mount again";
             Error::new(ErrorKind::Busy, what).in_file(&place)
         }
+        Some(libc::ENOENT) => {
+            let what = format!("the mount point does not exist; make it with `mkdir {place}`");
+            Error::new(ErrorKind::NotFound, what).in_file(&place)
+        }
         _ => Error::from_io("cannot use the mount point", e).in_file(&place),
     })?;
     if !meta.is_dir() {
