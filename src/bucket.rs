@@ -230,9 +230,9 @@ impl Bucket {
     }
 
     /// What the store cannot do that others can, in words.
-    pub fn lacks(&self) -> &[&'static str] {
+    pub fn lacks(&self) -> Option<&'static str> {
         match &self.inner.backend {
-            Backend::Local(_) => &[],
+            Backend::Local(_) => None,
             Backend::Remote(store) => store.lacks(),
         }
     }

@@ -275,6 +275,14 @@ pub fn default_state(base: &Path, mountpoint: &Path) -> PathBuf {
     base.join("freightfs").join(name)
 }
 
+/// The user's home directory: $HOME, or what the user database says. mount(8) clears the environment when an ordinary
+/// user mounts by fstab.
+pub fn home_directory() -> Option<PathBuf> {
+    let variable = std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+    variable
+        .or_else(|| nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.dir))
+}
+
 fn split_options(options: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut escaped = false;

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use crate::settings::home_directory;
+
 /// Values for the S3 client that the files of a profile give, by the names of the AWS_* variables.
 ///
 /// Files and profile are chosen as the AWS tools do (AWS SDKs and Tools Reference Guide, "Shared config and
@@ -11,7 +13,7 @@ use std::path::{Path, PathBuf};
 pub(super) fn from_files() -> HashMap<&'static str, String> {
     let profile = std::env::var("AWS_PROFILE").unwrap_or_else(|_| "default".to_owned());
     let file = |variable: &str, name: &str| {
-        let default = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".aws").join(name));
+        let default = || home_directory().map(|home| home.join(".aws").join(name));
         std::env::var_os(variable).map(PathBuf::from).or_else(default)
     };
     let mut values = HashMap::new();

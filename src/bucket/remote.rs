@@ -34,7 +34,7 @@ pub(super) struct RemoteStore {
     /// Whether objects can have tags.
     has_tags: bool,
     /// What else it cannot do.
-    lacks: Vec<&'static str>,
+    lacks: Option<&'static str>,
 }
 
 impl RemoteStore {
@@ -46,7 +46,7 @@ impl RemoteStore {
             prefix: None,
             md5_etags: AtomicBool::new(false),
             has_tags: false,
-            lacks: Vec::new(),
+            lacks: None,
         }
     }
 
@@ -57,20 +57,13 @@ impl RemoteStore {
 
     /// Azure Blob Storage.
     pub(super) fn azure(store: MicrosoftAzure, prefix: Option<String>) -> Self {
-        let lacks = vec![
-            "parts of uploads that are given up stay for a week: the store has no request that drops them",
-            "objects get no tags",
-            "entity tags do not tell what is in an object: uploads are verified by size",
-        ];
-        Self { lacks, ..Self::paged(Arc::new(store), prefix) }
+        let lacks = "objects get no tags, uploads are verified by size only, and parts of failed ones stay for a week";
+        Self { lacks: Some(lacks), ..Self::paged(Arc::new(store), prefix) }
     }
 
     /// Google Cloud Storage.
     pub(super) fn google(store: GoogleCloudStorage, prefix: Option<String>) -> Self {
-        Self {
-            lacks: vec!["objects get no tags: the store has none"],
-            ..Self::paged(Arc::new(store), prefix)
-        }
+        Self { lacks: Some("objects get no tags"), ..Self::paged(Arc::new(store), prefix) }
     }
 
     fn paged<S: ObjectStore + MultipartStore + PaginatedListStore>(
@@ -87,8 +80,8 @@ impl RemoteStore {
     }
 
     /// What the store cannot do, in words.
-    pub(super) fn lacks(&self) -> &[&'static str] {
-        &self.lacks
+    pub(super) fn lacks(&self) -> Option<&'static str> {
+        self.lacks
     }
 
     /// Whether an object's entity tag tells what is in it.

@@ -23,7 +23,7 @@ use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
-use crate::settings::{JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, default_state};
+use crate::settings::{JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, default_state, home_directory};
 use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
@@ -166,10 +166,8 @@ impl Mounted {
             .build()
             .map_err(|e| Error::from_io("cannot start the runtime", e))?;
         let buckets = runtime.block_on(open_buckets(settings))?;
-        let lacks = buckets
-            .values()
-            .flat_map(|b: &Bucket| b.lacks().iter().map(|l| format!("bucket {}: {l}", b.name())));
-        let notes: Vec<_> = lacks.collect();
+        let lack = |bucket: &Bucket| Some(format!("bucket {}: {}", bucket.name(), bucket.lacks()?));
+        let notes: Vec<_> = buckets.values().filter_map(lack).collect();
         let policy = Arc::new(settings.policy()?);
         let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();
         if formats.is_empty() {
@@ -355,9 +353,13 @@ fn state_base() -> Result<PathBuf> {
     if nix::unistd::geteuid().is_root() {
         return Ok(PathBuf::from("/var/lib"));
     }
-    let missing =
-        || Error::new(ErrorKind::NotFound, "HOME is not set; give the state directory with --state");
-    Ok(variable("HOME").ok_or_else(missing)?.join(".local/state"))
+    let missing = || {
+        Error::new(
+            ErrorKind::NotFound,
+            "this user has no home directory; give the state directory with --state",
+        )
+    };
+    Ok(home_directory().ok_or_else(missing)?.join(".local/state"))
 }
 
 fn log_filter() -> tracing_subscriber::EnvFilter {

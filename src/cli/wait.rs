@@ -8,6 +8,7 @@ use super::progress::{Board, Progress};
 use super::{FAILED, OK, WaitArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
+use crate::units::human_bytes;
 
 /// How long to sleep between two looks at a status file.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -70,11 +71,8 @@ fn sentence(file: &Path, status: &Status) -> String {
     let file = file.display();
     match (status.status, &status.error) {
         (JobState::Success, _) => {
-            format!(
-                "{file}: SUCCESS, {} bytes, sha256 {}",
-                status.size.unwrap_or(0),
-                status.sha256.as_deref().unwrap_or("-")
-            )
+            let (size, sha256) = (status.size.unwrap_or(0), status.sha256.as_deref().unwrap_or("-"));
+            format!("{file}: SUCCESS, {} ({size} bytes)\n  sha256 {sha256}", human_bytes(size))
         }
         (state, Some(error)) => {
             let cause = error.cause.as_ref().map(|c| format!(": {c}")).unwrap_or_default();
