@@ -170,13 +170,22 @@ pub struct Error {
     place: Option<String>,
     offset: Option<u64>,
     cloud_code: Option<String>,
+    is_transient: bool,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// A failure of `kind`; `what` is a lower-case sentence without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
-        Self { kind, what: what.into(), place: None, offset: None, cloud_code: None, source: None }
+        Self {
+            kind,
+            what: what.into(),
+            place: None,
+            offset: None,
+            cloud_code: None,
+            is_transient: false,
+            source: None,
+        }
     }
 
     /// [`ErrorKind::CorruptImage`] with a sentence.
@@ -233,6 +242,17 @@ impl Error {
     pub fn with_cloud_code(mut self, code: &str) -> Self {
         self.cloud_code = Some(code.to_owned());
         self
+    }
+
+    /// Marks it as one that may go away by itself, so that it is worth to try again.
+    #[must_use]
+    pub fn transient(self) -> Self {
+        Self { is_transient: true, ..self }
+    }
+
+    /// Whether it may go away by itself: a store that is not reached, overloaded or broken.
+    pub fn is_transient(&self) -> bool {
+        self.is_transient
     }
 
     /// The code by which the cloud whose policy is in force calls it.

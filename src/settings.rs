@@ -45,6 +45,8 @@ pub struct MountSettings {
     pub jobs: Option<usize>,
     /// `on_limit=queue|fail`, for the limits of the policy; its own word when it is not given.
     pub on_limit: Option<OnLimit>,
+    /// `retries=N`; [`RETRIES`] when it is not given.
+    pub retries: Option<u32>,
     /// `shared`: other hosts mount the same buckets and do the same exports.
     pub shared: bool,
     /// `lease=SECONDS`: how long a host may be silent; [`LEASE`] when it is not given.
@@ -116,6 +118,9 @@ fn is_ignored(word: &str) -> bool {
 
 /// Exports that run at once.
 pub const JOBS: usize = 4;
+
+/// How often a job begins again where it was when its store is not reached or is broken.
+pub const RETRIES: u32 = 5;
 
 /// Seconds that one request to a store may take: the largest common part, 64 MiB, at 2 Mbit/s.
 pub const REQUEST_TIMEOUT: u32 = 300;
@@ -228,6 +233,7 @@ impl MountSettings {
             format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
             format!("shared = {}", self.shared),
             format!("lease = {}", self.lease.unwrap_or(LEASE)),
+            format!("retries = {}", self.retries.unwrap_or(RETRIES)),
             format!("timeout = {}", self.timeout.unwrap_or(REQUEST_TIMEOUT)),
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),

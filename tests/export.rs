@@ -11,7 +11,8 @@ use bytes::Bytes;
 use freightfs::bucket::{Bucket, ObjectKey, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
-    JobQueue, JobRequest, JobSource, JobState, QueueSettings, StateDir, Status, StatusImage, staged_file,
+    JobQueue, JobRequest, JobSource, JobState, QueueSettings, Retries, StateDir, Status, StatusImage,
+    staged_file,
 };
 use freightfs::metrics::Metrics;
 use freightfs::vfile::VirtualFile;
@@ -45,13 +46,18 @@ impl Setup {
     }
 
     fn queue(&self, bucket: &Bucket, state: &StateDir) -> JobQueue {
+        self.retrying(bucket, state, 0)
+    }
+
+    fn retrying(&self, bucket: &Bucket, state: &StateDir, retries: u32) -> JobQueue {
         let buckets = BTreeMap::from([("b".to_owned(), bucket.clone())]);
         let metrics = Arc::new(Metrics::default());
+        let retries = Retries { count: retries, pause: Duration::from_millis(1) };
         JobQueue::new(
             buckets,
             state.journal(),
             metrics,
-            QueueSettings::default(),
+            QueueSettings { retries, ..QueueSettings::default() },
             self.runtime.handle().clone(),
         )
     }
@@ -79,14 +85,14 @@ fn request(key: &str) -> JobRequest {
 }
 
 /// One export of three parts, or of one, over an old object, with the nth request failing.
-fn export(setup: &Setup, failing: usize) -> (Status, Arc<FaultyStore>) {
+fn export(setup: &Setup, failing: usize, retries: u32) -> (Status, Arc<FaultyStore>) {
     let store = FaultyStore::new(0);
     let bucket = setup.bucket(&store);
     let key = ObjectKey::parse("k").unwrap();
     setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"))).unwrap();
     let store = store.refailing(failing);
     let state = setup.state();
-    let queue = setup.queue(&bucket, &state);
+    let queue = setup.retrying(&bucket, &state, retries);
     let job = queue.submit(request("k"), setup.file(), &mut None).unwrap();
     let waited = job.wait(LIMIT);
     let status = job.status();
@@ -114,15 +120,30 @@ fn every_single_failure_ends_in_success_or_in_its_reason() {
     // checksum files and the status again, without which the object still is what the status says.
     for (size, essential) in [(20 << 20, 5), (1000, 1)] {
         let setup = Setup::new(size);
-        let (status, store) = export(&setup, 0);
+        let (status, store) = export(&setup, 0, 0);
         assert_eq!(status.status, JobState::Success);
         assert_eq!(status.bytes_uploaded, size as u64);
         // The first request put the old object.
         let requests = store.requests();
         assert_eq!(requests, 1 + 1 + essential + 2 + 1);
         let failed =
-            (2..=requests).filter(|&failing| export(&setup, failing).0.status == JobState::Fail).count();
+            (2..=requests).filter(|&failing| export(&setup, failing, 0).0.status == JobState::Fail).count();
         assert_eq!(failed, essential);
+    }
+}
+
+#[test]
+fn a_job_goes_on_after_a_failure_and_sends_no_part_twice() {
+    for size in [20 << 20, 1000] {
+        let setup = Setup::new(size);
+        let untroubled = export(&setup, 0, 0).1.requests();
+        for failing in 2..=untroubled {
+            let (status, store) = export(&setup, failing, 1);
+            assert_eq!(status.status, JobState::Success, "request {failing}: {status:?}");
+            let more = store.requests() - untroubled;
+            // What failed is asked for once more; at most the parts that were under way with it, too.
+            assert!(more <= 4, "request {failing}: {more} more requests");
+        }
     }
 }
 

@@ -317,6 +317,10 @@ fn translated(what: &str, otherwise: ErrorKind, error: object_store::Error) -> E
         Store::NotSupported { .. } | Store::NotImplemented { .. } => {
             (ErrorKind::Unsupported, format!("{what}: the store cannot do this"))
         }
+        // Neither refused by name nor a mistake of ours, which all begin with a 4.
+        _ if !text.contains("status code: 4") || text.contains("status code: 429") => {
+            return Error::new(otherwise, what).because(error).transient();
+        }
         _ => (otherwise, what.to_owned()),
     };
     Error::new(kind, what).because(error)

@@ -19,11 +19,11 @@ use crate::bucket::{Bucket, Pace, RequestLimits};
 use crate::catalog::Catalog;
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{JobQueue, QueueSettings, StateDir, StatusImage};
+use crate::export::{JobQueue, QueueSettings, Retries, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
-use crate::settings::{JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, default_state, home_directory};
+use crate::settings::{JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, RETRIES, default_state, home_directory};
 use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
@@ -182,7 +182,12 @@ impl Mounted {
             buckets.clone(),
             state.journal(),
             Arc::clone(&metrics),
-            QueueSettings { running: settings.jobs.unwrap_or(JOBS), lease, policy: Arc::clone(&policy) },
+            QueueSettings {
+                running: settings.jobs.unwrap_or(JOBS),
+                lease,
+                policy: Arc::clone(&policy),
+                retries: Retries { count: settings.retries.unwrap_or(RETRIES), ..Retries::default() },
+            },
             handle.clone(),
         );
         let vfs_settings = VfsSettings {

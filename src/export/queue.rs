@@ -15,6 +15,7 @@ use super::early::EarlyUpload;
 use super::job::{Job, JobRequest, JobSource, Stop};
 use super::journal::{Journal, Record};
 use super::part_log::{PartLog, UploadName};
+use super::retry::Retries;
 use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
 use crate::bucket::{Bucket, ObjectKey, Tags};
@@ -48,11 +49,13 @@ pub struct QueueSettings {
     pub lease: Option<Duration>,
     /// The policy in force: its limits, and the cloud's codes.
     pub policy: Arc<Policy>,
+    /// How jobs go on whose store is not reached or is broken.
+    pub retries: Retries,
 }
 
 impl Default for QueueSettings {
     fn default() -> Self {
-        Self { running: 4, lease: None, policy: Arc::default() }
+        Self { running: 4, lease: None, policy: Arc::default(), retries: Retries::default() }
     }
 }
 
@@ -75,6 +78,7 @@ pub(super) struct Inner {
     early: Arc<Semaphore>,
     pub(super) policy: Arc<Policy>,
     pub(super) lease: Option<Duration>,
+    retries: Retries,
     runtime: Handle,
     table: Mutex<Table>,
 }
@@ -110,6 +114,7 @@ impl JobQueue {
             tasks: Arc::default(),
             early: Arc::new(Semaphore::new(EARLY_UPLOADS)),
             lease: settings.lease,
+            retries: settings.retries,
             policy: settings.policy,
             runtime,
             table: Mutex::default(),
@@ -411,8 +416,7 @@ impl Inner {
         info!(job = job.id(), url = job.status().url, "export started");
         self.put_status(job, job.status().to_json()).await;
         let written = AtomicI64::new(job.status().begin_time.as_second());
-        let attempt =
-            Attempt { bucket, key: &request.key, file: Arc::clone(&file), job, metrics: &self.metrics };
+        let attempt = Attempt { bucket, key: &request.key, file, job, metrics: &self.metrics };
         let start = |part_size| self.start_upload(bucket.clone(), job, part_size);
         let progress = || async {
             let now = jiff::Timestamp::now().as_second();
@@ -424,20 +428,48 @@ impl Inner {
         if let Some(early) = job.take_early_upload() {
             job.set_upload(early.finish().await);
         }
-        let mut uploaded = attempt.run(start, progress).await;
-        if let (Err(error), Some(log)) = (&uploaded, job.upload())
-            && error.kind() == ErrorKind::NotFound
-        {
-            // Somebody, or a rule of the bucket, has given up the upload.
-            warn!(job = job.id(), "the upload is begun again: {}", error.report());
-            job.set_upload(None);
-            log.remove();
-            job.start(file);
-            uploaded = attempt.run(start, progress).await;
-        }
-        let uploaded = uploaded?;
+        let uploaded = self.attempts(&attempt, start, progress).await?;
         self.put_checksums(bucket, job, &uploaded).await;
         Ok(uploaded)
+    }
+
+    /// Attempts until one succeeds, or another is of no use.
+    async fn attempts<S, P>(
+        &self,
+        attempt: &Attempt<'_>,
+        start: impl Fn(u64) -> S,
+        progress: impl Fn() -> P,
+    ) -> Result<Uploaded>
+    where
+        S: Future<Output = Result<Arc<PartLog>>>,
+        P: Future<Output = ()>,
+    {
+        let job = attempt.job;
+        let (mut failures, mut is_begun_again) = (0, false);
+        loop {
+            let error = match attempt.run(&start, &progress).await {
+                Ok(uploaded) => return Ok(uploaded),
+                Err(error) => error,
+            };
+            let lost = job.upload().filter(|_| error.kind() == ErrorKind::NotFound && !is_begun_again);
+            let pause = self.retries.pause_after(failures).filter(|_| error.is_transient());
+            match (lost, pause) {
+                (Some(log), _) => {
+                    // Somebody, or a rule of the bucket, has given up the upload.
+                    warn!(job = job.id(), "the upload is begun again: {}", error.report());
+                    is_begun_again = true;
+                    job.set_upload(None);
+                    log.remove();
+                }
+                (None, Some(pause)) => {
+                    failures += 1;
+                    warn!(job = job.id(), "goes on in {:.1} s: {}", pause.as_secs_f64(), error.report());
+                    tokio::time::sleep(pause).await;
+                }
+                (None, None) => return Err(error),
+            }
+            job.start(Arc::clone(&attempt.file));
+        }
     }
 
     /// Starts the job's upload and records it, both or neither when the job is stopped meanwhile.

@@ -36,7 +36,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 20] = [
+pub static OPTIONS: [MountOption; 21] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -135,6 +135,19 @@ pub static OPTIONS: [MountOption; 20] = [
         details: "1 to 3600, 300 by default. A request is tried for up to three minutes, or once when it takes longer.",
         take: |settings, value| {
             settings.timeout = Some(seconds("timeout", value)?);
+            Ok(())
+        },
+    },
+    MountOption {
+        word: "retries",
+        value: Some("N"),
+        is_repeated: false,
+        summary: "How often a job goes on where it was after its store was not reached or was broken",
+        details: "0 to 1000, 5 by default; besides what is tried again of single requests. The pauses are random, of \
+                  about 1, 2, 4 … seconds, up to a minute. What a store refuses is not tried again.",
+        take: |settings, value| {
+            let retries = Some(number("retries", value, 10)?).filter(|&n| n <= 1000);
+            settings.retries = Some(retries.ok_or_else(|| wrong("retries", value))?);
             Ok(())
         },
     },

@@ -1,0 +1,95 @@
+//! The daemon's beginning and end, as mount(8), shells and systemd see them.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::os::unix::net::UnixDatagram;
+use std::process::{Child, Stdio};
+
+use support::mount::World;
+use support::proxied::until;
+use support::{assert_same, can_mount, command, freightfs, images, run, sha256, succeed, text};
+
+/// A mount in the foreground that tells a socket, as a unit of the type notify does, when it answers.
+fn start(world: &World) -> Child {
+    let path = world.path("notify");
+    let _ = std::fs::remove_file(&path);
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    let bucket = format!("b=file://{}", world.bucket().display());
+    let mut mount = world.mount_command(&["--foreground", "--bucket", &bucket]);
+    mount.env("NOTIFY_SOCKET", &path).stderr(Stdio::piped());
+    let child = mount.spawn().unwrap();
+    let mut said = [0; 64];
+    let length = socket.recv(&mut said).unwrap();
+    assert!(said[..length].starts_with(b"READY=1"), "{:?}", String::from_utf8_lossy(&said[..length]));
+    child
+}
+
+#[test]
+fn signals_and_umount_end_the_daemon_with_success() {
+    if !can_mount() {
+        return;
+    }
+    let world = World::new();
+    let raw = images::noise(&world.catalog(), 30 << 20);
+    for (number, end) in ["TERM", "INT", "umount"].into_iter().enumerate() {
+        let child = start(&world);
+        let mount = world.at();
+        let key = format!("{number}.raw");
+        mount.cp(&mount.path("images/noise/noise.raw"), &key);
+        if end == "umount" {
+            succeed(command("umount").arg(world.path("mnt")));
+        } else {
+            // The child is a wrapper that passes signals on to the daemon.
+            succeed(command("kill").args([format!("-{end}"), mount.pid().to_string()]));
+        }
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{end}: {}", text(&output));
+        assert!(text(&output).contains("ended"), "{end}: the log is not on the terminal: {}", text(&output));
+        assert!(
+            !std::fs::read_to_string("/proc/mounts").unwrap().contains(world.path("mnt").to_str().unwrap())
+        );
+        if end == "umount" {
+            assert_same(&world.bucket().join(&key), &raw);
+        }
+    }
+    // What a signal left is done by the next mount.
+    let mut child = start(&world);
+    let mount = world.at();
+    for key in ["0.raw", "1.raw"] {
+        let status = mount.wait(key);
+        assert_eq!(
+            (status["status"].as_str(), status["sha256"].as_str()),
+            (Some("SUCCESS"), Some(&*sha256(&raw)))
+        );
+    }
+    // A second mount with the same state directory is refused by its name, and the first goes on.
+    let other = world.path("other");
+    std::fs::create_dir(&other).unwrap();
+    let refused = run(freightfs()
+        .arg("mount")
+        .arg(world.catalog())
+        .arg(&other)
+        .args(["--state".as_ref(), world.path("state").as_os_str()]));
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused).contains(world.path("state").to_str().unwrap()), "{}", text(&refused));
+    assert_eq!(text(&refused).trim().lines().count(), 1);
+    until("the first mount", || mount.path("images").is_dir());
+    mount.unmount();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn completions_are_those_of_the_shells() {
+    for (shell, checker) in [("bash", "bash"), ("zsh", "zsh"), ("fish", "fish")] {
+        let script = succeed(freightfs().args(["completions", shell]));
+        assert!(script.contains("stage-limit") && script.contains("convert"), "{shell}");
+        if support::has(checker) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), script).unwrap();
+            succeed(command(checker).arg("-n").arg(file.path()));
+        }
+    }
+    assert_eq!(run(freightfs().args(["completions", "tcsh"])).status.code(), Some(2));
+}
