@@ -284,25 +284,19 @@ impl Error {
 
     /// Place, sentence and all causes in one line, for people.
     pub fn report(&self) -> String {
-        let mut line = self.to_string();
-        let mut next = std::error::Error::source(self);
-        while let Some(cause) = next {
-            let text = cause.to_string();
-            if !line.contains(&text) {
-                line.push_str(": ");
-                line.push_str(&text);
-            }
-            next = cause.source();
-        }
-        line
+        self.with_causes(self.to_string())
     }
 
     /// The causes alone in one line, if there are any.
     pub fn cause(&self) -> Option<String> {
+        Some(self.with_causes(String::new())).filter(|line| !line.is_empty())
+    }
+
+    fn with_causes(&self, mut line: String) -> String {
         let mut next = std::error::Error::source(self);
-        let mut line = String::new();
         while let Some(cause) = next {
-            let text = cause.to_string();
+            // Stores answer with whole documents.
+            let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
             if !line.contains(&text) {
                 if !line.is_empty() {
                     line.push_str(": ");
@@ -311,7 +305,7 @@ impl Error {
             }
             next = cause.source();
         }
-        (!line.is_empty()).then_some(line)
+        line
     }
 }
 

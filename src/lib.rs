@@ -74,6 +74,14 @@
 //! Hosts that share a bucket agree in it: an object for each epoch of a key's lease, created by a put that fails when it
 //! is there, and heartbeats that carry the upload's log. Who sees no heartbeat for a lease takes the job over.
 //!
+//! What a store answers is told in one place (`bucket/remote.rs`): refused for good, changed, not there, or worth another
+//! try. Single requests are tried again by the store's client, whole jobs by the queue, where they were.
+//!
+//! # Options
+//!
+//! A mount's options are one table, [`settings::OPTIONS`]: flags, words of `-o`, keys of the configuration file, and the
+//! lists of the manual are made of it, and each value is checked in one place whichever way it came.
+//!
 //! # Trust
 //!
 //! Images and object names are hostile input. A file that an image names is opened only through an

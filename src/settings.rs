@@ -223,11 +223,12 @@ impl MountSettings {
         self.read_to_end.clone().unwrap_or_else(|| READ_TO_END.map(str::to_owned).to_vec())
     }
 
-    /// The settings as a user may see them, one option a line. URLs hold no secrets: those that do are refused.
+    /// The settings in force as a configuration file, but for what only stores are told. URLs hold no secrets: those
+    /// that do are refused.
     pub fn shown(&self, catalog: &Path, mountpoint: &Path, state: &Path) -> String {
         let mut lines = vec![
+            format!("# mounted on {}", mountpoint.display().to_string().escape_debug()),
             format!("catalog = {:?}", catalog.display().to_string()),
-            format!("mountpoint = {:?}", mountpoint.display().to_string()),
             format!("state = {:?}", state.display().to_string()),
             format!("policy = {:?}", self.policy.as_deref().unwrap_or("none")),
             format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
@@ -237,7 +238,11 @@ impl MountSettings {
             format!("timeout = {}", self.timeout.unwrap_or(REQUEST_TIMEOUT)),
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
+            format!("nonempty = {}", self.nonempty),
         ];
+        lines.extend(self.uid.map(|uid| format!("uid = {uid}")));
+        lines.extend(self.gid.map(|gid| format!("gid = {gid}")));
+        lines.extend(self.umask.map(|umask| format!("umask = \"{umask:03o}\"")));
         lines.extend(self.stage_limit.map(|limit| format!("stage_limit = {limit}")));
         lines.extend(self.rate.map(|rate| format!("rate = {rate}")));
         let programs: Vec<_> = self.read_to_end().iter().map(|p| format!("{p:?}")).collect();

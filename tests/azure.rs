@@ -41,6 +41,15 @@ fn exports_and_copies_reach_a_container_by_a_configuration_file() {
     let refused = text(&mounted());
     assert!(refused.contains("chmod 600") && !refused.contains(key), "{refused}");
     std::fs::set_permissions(&config, std::fs::Permissions::from_mode(0o600)).unwrap();
+    for (right, wrong, reason) in
+        [(key, "d3Jvbmc=", "denies access"), (&*container, "nothing-here", "no such container")]
+    {
+        let document = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, document.replace(right, wrong)).unwrap();
+        let refused = text(&mounted());
+        assert!(refused.contains(reason) && refused.trim().lines().count() == 1, "{refused}");
+        std::fs::write(&config, document).unwrap();
+    }
     let said = mounted();
     assert!(said.status.success(), "{}", text(&said));
     // What this store cannot do is said, and what it was told is not.

@@ -120,12 +120,19 @@ fn wrong_buckets_and_credentials_fail_the_mount() {
     let world = world(&endpoint, &bucket);
     let said = fail(&mut world.mount_command(&["--bucket", "b=s3://no-such-bucket-here"]));
     assert!(said.contains("no-such-bucket-here") && said.contains("no such bucket"), "{said}");
+    assert_eq!(said.trim().lines().count(), 1, "{said}");
     let mut command = world.mount_command(&["--bucket", &format!("b=s3://{bucket}")]);
     let said = fail(command.env("AWS_SECRET_ACCESS_KEY", "wrong-secret-value"));
     assert!(said.contains("denies access") && !said.contains("wrong-secret-value"), "{said}");
     let mut command = world.mount_command(&["--bucket", &format!("b=s3://{bucket}")]);
     let said = fail(command.env("AWS_ACCESS_KEY_ID", "nobody"));
-    assert!(said.contains("denies access"), "{said}");
+    assert!(said.contains("denies access") && said.contains("InvalidAccessKeyId"), "{said}");
+    assert_eq!(said.trim().lines().count(), 1, "{said}");
+    // Nobody listens there.
+    let mut command = world.mount_command(&["--bucket", &format!("b=s3://{bucket}")]);
+    let said = fail(command.env("AWS_ENDPOINT_URL", "http://127.0.0.1:9"));
+    assert!(said.contains("127.0.0.1:9") && said.trim().lines().count() == 1, "{said}");
+    assert!(!std::fs::read_to_string("/proc/mounts").unwrap().contains(world.path("mnt").to_str().unwrap()));
 }
 
 /// More names than two pages have: all are listed once, with one request a page and none for each name.

@@ -285,43 +285,88 @@ pub(super) fn composite_etag(parts: &[String]) -> Option<String> {
     Some(format!("\"{}-{}\"", hex::encode(md5.finalize()), parts.len()))
 }
 
+/// Codes of answers that deny access, where the answer's number does not tell.
+const DENIALS: [&str; 5] = [
+    "AuthenticationFailed",
+    "AuthorizationFailure",
+    "SignatureDoesNotMatch",
+    "InvalidAccessKeyId",
+    "AccessDenied",
+];
+
 /// The store's error in our words; `otherwise` is the kind of what can only be told as a failure.
 fn translated(what: &str, otherwise: ErrorKind, error: object_store::Error) -> Error {
     use object_store::Error as Store;
-    let text = error.to_string();
-    let (kind, what) = match &error {
-        _ if text.contains("NoSuchBucket") => {
-            (ErrorKind::NotFound, format!("{what}: the store has no such bucket"))
+    let said = Said::by(&error);
+    let (kind, reason) = match (said.code.as_deref(), &error) {
+        (Some("NoSuchBucket"), _) => (ErrorKind::NotFound, "the store has no such bucket; make it first"),
+        (Some("ContainerNotFound"), _) => {
+            (ErrorKind::NotFound, "the store has no such container; make it first")
         }
         // Azure's word for blocks that are not there, or are in an object already.
-        _ if text.contains("InvalidBlockList") => {
-            (ErrorKind::NotFound, format!("{what}: the store does not have its parts any more"))
+        (Some("InvalidBlockList"), _) => (ErrorKind::NotFound, "the store does not have its parts any more"),
+        (Some(code), _) if DENIALS.contains(&code) => (ErrorKind::PermissionDenied, DENIED),
+        (_, Store::PermissionDenied { .. } | Store::Unauthenticated { .. }) => {
+            (ErrorKind::PermissionDenied, DENIED)
         }
-        Store::NotFound { .. } => (ErrorKind::NotFound, format!("{what}: it is not there")),
-        Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => {
-            (ErrorKind::PermissionDenied, format!("{what}: the store denies access with these credentials"))
+        (_, Store::NotFound { .. }) => (ErrorKind::NotFound, "it is not there"),
+        (_, Store::Precondition { .. } | Store::NotModified { .. }) => {
+            (ErrorKind::SourceChanged, "it changed since it was opened")
         }
-        _ if ["SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied"]
-            .iter()
-            .any(|c| text.contains(c)) =>
-        {
-            (ErrorKind::PermissionDenied, format!("{what}: the store denies access with these credentials"))
+        (_, Store::AlreadyExists { .. }) => (ErrorKind::AlreadyExists, "it exists"),
+        (_, Store::InvalidPath { .. }) => (ErrorKind::Malformed, "the store cannot have this key"),
+        (_, Store::NotSupported { .. } | Store::NotImplemented { .. }) => {
+            (ErrorKind::Unsupported, "the store cannot do this")
         }
-        Store::Precondition { .. } | Store::NotModified { .. } => {
-            (ErrorKind::SourceChanged, format!("{what}: it changed since it was opened"))
+        _ => {
+            let failed = Error::new(otherwise, what);
+            let is_final = said.is_final;
+            let failed = failed.because(said);
+            return if is_final { failed } else { failed.transient() };
         }
-        Store::AlreadyExists { .. } => (ErrorKind::AlreadyExists, format!("{what}: it exists")),
-        Store::InvalidPath { .. } => {
-            (ErrorKind::Malformed, format!("{what}: the store cannot have this key"))
-        }
-        Store::NotSupported { .. } | Store::NotImplemented { .. } => {
-            (ErrorKind::Unsupported, format!("{what}: the store cannot do this"))
-        }
-        // Neither refused by name nor a mistake of ours, which all begin with a 4.
-        _ if !text.contains("status code: 4") || text.contains("status code: 429") => {
-            return Error::new(otherwise, what).because(error).transient();
-        }
-        _ => (otherwise, what.to_owned()),
     };
-    Error::new(kind, what).because(error)
+    Error::new(kind, format!("{what}: {reason}")).because(said)
 }
+
+const DENIED: &str = "the store denies access with these credentials";
+
+/// What a store said, for people: the code and the message of its answer where it has them. The log has all of it at the
+/// level debug.
+#[derive(Debug)]
+struct Said {
+    code: Option<String>,
+    text: String,
+    /// Whether it will say the same again: the answer's number begins with 4, and is not that of a slow or of too many requests.
+    is_final: bool,
+}
+
+impl Said {
+    fn by(error: &object_store::Error) -> Self {
+        let whole = error.to_string();
+        tracing::debug!("the store said: {whole}");
+        // Before the answer stand the request's method and URL, where anything may be written.
+        let answer = whole.split_once("status code: ").map_or("", |(_, answer)| answer);
+        let element = |name: &str| {
+            let (_, rest) = answer.split_once(&format!("<{name}>"))?;
+            let (text, _) = rest.split_once('<')?;
+            // Azure's messages go on with the request's number and time.
+            Some(text.lines().next().unwrap_or_default().trim().to_owned())
+        };
+        let code = element("Code");
+        let text = match (&code, element("Message")) {
+            (Some(code), Some(message)) => format!("it says {code}: {message}"),
+            (Some(code), None) => format!("it says {code}"),
+            _ => whole.clone(),
+        };
+        let is_final = answer.starts_with('4') && !["408", "429"].iter().any(|n| answer.starts_with(n));
+        Self { code, text, is_final }
+    }
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Said {}

@@ -166,6 +166,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_can_be_mounted_again() {
+        let mut settings = MountSettings::default();
+        let options = "bucket=a=file:///a,bucket=b=s3://b/c,formats=raw:zvhd2,policy=tencent-cvm,storage_class=a=S,\
+                       region=b=r,jobs=9,on_limit=fail,rate=3M,timeout=7,retries=0,shared,lease=9,wait,\
+                       read_to_end=cp:x,stage_limit=1G,state=/s,allow_other,uid=1,gid=2,umask=027,nonempty";
+        let given = options.replace("bucket=b=", "").matches('=').count();
+        settings.apply_options(options).unwrap();
+        assert!(given >= OPTIONS.len() - 4, "the test does not give every option");
+        let shown = settings.shown(Path::new("/c"), Path::new("/m"), Path::new("/s"));
+        let (again, catalog) = parse(&shown, 0o644).unwrap();
+        assert_eq!((again, catalog.as_path()), (settings, Path::new("/c")));
+    }
+
+    #[test]
     fn stores_are_told_what_their_table_says_and_nobody_else_is() {
         let text = "catalog = '/c'\n[bucket.b]\nurl = 's3://b'\nregion = 'r'\nsecret_access_key = 'hidden'\n";
         let (settings, catalog) = parse(text, 0o600).unwrap();

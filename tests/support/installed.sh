@@ -32,6 +32,10 @@ done
 rm -f /tmp/warnings.$$
 bash -n /usr/share/bash-completion/completions/freightfs
 equal "$(readlink -f /sbin/mount.freightfs)" /usr/bin/freightfs
+if command -v systemd-analyze >/dev/null; then
+    mkdir -p /etc/freightfs
+    equal "$(systemd-analyze verify --recursive-errors=no freightfs@nightly.service 2>&1)" ""
+fi
 contains "$(freightfs --version)" "freightfs 0"
 
 useradd -m carol
