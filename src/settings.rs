@@ -119,7 +119,7 @@ fn is_ignored(word: &str) -> bool {
 /// Exports that run at once.
 pub const JOBS: usize = 4;
 
-/// How often a job begins again where it was when its store is not reached or is broken.
+/// How often an image's export goes on where it was when its store is not reached or is broken.
 pub const RETRIES: u32 = 5;
 
 /// Seconds that one request to a store may take: the largest common part, 64 MiB, at 2 Mbit/s.

@@ -196,7 +196,7 @@ fn a_fault_at_any_request_makes_no_wrong_object() {
     };
     let Some(setup) = Setup::new("nth", decide) else { return };
     let raw = images::noise(&setup.world.catalog(), 17 << 20);
-    let mount = setup.mount(&["-o", "formats=raw,timeout=1"]);
+    let mount = setup.mount(&["-o", "formats=raw,timeout=1,retries=0"]);
     let image = mount.path("images/noise/noise.raw");
     let faults =
         [Fate::Answer(403), Fate::Answer(503), Fate::Cut, Fate::CutAnswer, Fate::WrongEtag, Fate::Hang];

@@ -452,7 +452,9 @@ impl Inner {
                 Err(error) => error,
             };
             let lost = job.upload().filter(|_| error.kind() == ErrorKind::NotFound && !is_begun_again);
-            let pause = self.retries.pause_after(failures).filter(|_| error.is_transient());
+            // Who wrote the bytes waits in close, where nothing can interrupt it, and is told instead.
+            let may_wait = job.request().source.image().is_some() && error.is_transient();
+            let pause = self.retries.pause_after(failures).filter(|_| may_wait);
             match (lost, pause) {
                 (Some(log), _) => {
                     // Somebody, or a rule of the bucket, has given up the upload.

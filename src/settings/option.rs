@@ -142,9 +142,10 @@ pub static OPTIONS: [MountOption; 21] = [
         word: "retries",
         value: Some("N"),
         is_repeated: false,
-        summary: "How often a job goes on where it was after its store was not reached or was broken",
+        summary: "How often an image's export goes on where it was after its store was not reached or was broken",
         details: "0 to 1000, 5 by default; besides what is tried again of single requests. The pauses are random, of \
-                  about 1, 2, 4 … seconds, up to a minute. What a store refuses is not tried again.",
+                  about 1, 2, 4 … seconds, up to a minute. What a store refuses is not tried again, and \
+                  nor is what programs write: close(2) tells them.",
         take: |settings, value| {
             let retries = Some(number("retries", value, 10)?).filter(|&n| n <= 1000);
             settings.retries = Some(retries.ok_or_else(|| wrong("retries", value))?);
