@@ -348,14 +348,18 @@ impl Bucket {
         Ok(bytes)
     }
 
-    /// Writes a small object at once.
+    /// Writes a small object at once; for what is about objects, which waits for nothing.
     pub async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
-        self.put_tagged(key, bytes, &Tags::new()).await
+        self.put_now(key, bytes, &Tags::new()).await
     }
 
-    /// Writes an object with these tags at once.
+    /// Writes an object with these tags at once, when the limit on uploads allows it.
     pub async fn put_tagged(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
         self.keep_pace(&bytes).await;
+        self.put_now(key, bytes, tags).await
+    }
+
+    async fn put_now(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
         match &self.inner.backend {
             Backend::Local(store) => store.put(key, bytes).await,
             Backend::Remote(store) => store.put(key, bytes, tags).await,

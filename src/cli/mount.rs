@@ -329,10 +329,14 @@ fn mountpoint(path: &Path, settings: &MountSettings) -> Result<PathBuf> {
         .canonicalize()
         .map_err(|e| Error::from_io("cannot resolve the mount point", e).in_file(&place))?;
     let refused = |kind, what: String| Err(Error::new(kind, what).in_file(&place));
-    let mounted = mount_table()?.into_iter().find(|mount| mount.path == path);
-    if let Some(mount) = mounted.filter(|mount| mount.kind.starts_with("fuse")) {
+    let here: Vec<_> = mount_table()?.into_iter().filter(|mount| mount.path == path).collect();
+    if let Some(mount) = here.iter().find(|mount| mount.kind.starts_with("fuse")) {
         let what = format!("{} is mounted here already; umount it first", mount.source);
         return refused(ErrorKind::Busy, what);
+    }
+    // Listing the place of an automount would wait for this very mount.
+    if here.iter().any(|mount| mount.kind == "autofs") {
+        return Ok(path);
     }
     let mut entries = std::fs::read_dir(&path)
         .map_err(|e| Error::from_io("cannot list the mount point", e).in_file(&place))?;

@@ -457,10 +457,11 @@ impl Inner {
             let pause = self.retries.pause_after(failures).filter(|_| may_wait);
             match (lost, pause) {
                 (Some(log), _) => {
-                    // Somebody, or a rule of the bucket, has given up the upload.
+                    // Somebody, or a rule of the bucket, has given up the upload; or something else is not there.
                     warn!(job = job.id(), "the upload is begun again: {}", error.report());
                     is_begun_again = true;
                     job.set_upload(None);
+                    self.abort(&log).await;
                     log.remove();
                 }
                 (None, Some(pause)) => {
