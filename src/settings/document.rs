@@ -16,6 +16,9 @@ const MAX_DOCUMENT: u64 = 1 << 20;
 /// Keys of a bucket's table that are for us; all others are for the client of its store.
 const BUCKET_KEYS: [&str; 3] = ["url", "storage_class", "region"];
 
+/// Settings of a store's client that are no secrets.
+const PLAIN_KEYS: [&str; 3] = ["region", "endpoint", "allow_http"];
+
 #[derive(Deserialize)]
 struct Document {
     /// Where the images are, relative to the file's directory.
@@ -28,8 +31,8 @@ impl MountSettings {
     /// Takes the options of a configuration file; returns the catalog that it names.
     ///
     /// # Errors
-    /// [`PermissionDenied`](ErrorKind::PermissionDenied) when it says something of a store besides its URL, such as
-    /// credentials, and others than its owner may read it.
+    /// [`PermissionDenied`](ErrorKind::PermissionDenied) when it tells a store's client what may be a secret, and others
+    /// than its owner may read it.
     pub fn apply_file(&mut self, path: &Path) -> Result<PathBuf> {
         let place = path.display().to_string();
         let failed = |e| Error::from_io("cannot read the configuration", e).in_file(&place);
@@ -44,7 +47,8 @@ impl MountSettings {
         for (word, value) in &document.options {
             self.apply_value(word, value).map_err(|e| e.in_file(&place))?;
         }
-        if meta.mode() & 0o077 != 0 && self.buckets.iter().any(|bucket| !bucket.client.is_empty()) {
+        let mut told = self.buckets.iter().flat_map(|bucket| bucket.client.keys());
+        if meta.mode() & 0o077 != 0 && told.any(|key| !PLAIN_KEYS.contains(&key.as_str())) {
             let what =
                 "has settings of a store's client, which may be secrets, and others may read it: chmod 600";
             return Err(Error::new(ErrorKind::PermissionDenied, what).in_file(place));
@@ -96,6 +100,9 @@ impl MountSettings {
         let mut client = BTreeMap::new();
         for key in settings.keys().filter(|key| !BUCKET_KEYS.contains(&key.as_str())) {
             client.insert(key.clone(), Secret(text(key)?.unwrap_or_default()));
+        }
+        if let Some(region) = text("region")?.filter(|_| url.starts_with("s3:")) {
+            client.insert("region".to_owned(), Secret(region));
         }
         if let Some(bucket) = self.buckets.last_mut() {
             bucket.client = client;
@@ -186,6 +193,9 @@ mod tests {
         assert_eq!(catalog, Path::new("/c"));
         assert_eq!(settings.buckets[0].client["secret_access_key"].reveal(), "hidden");
         assert_eq!(settings.regions["b"], "r");
+        assert_eq!(settings.buckets[0].client["region"].reveal(), "r");
+        let plain = "catalog = '/c'\n[bucket.b]\nurl = 's3://b'\nregion = 'r'\nendpoint = 'http://h'\n";
+        parse(plain, 0o644).unwrap();
         assert!(!format!("{settings:?}").contains("hidden"));
         let error = parse(text, 0o640).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PermissionDenied);
