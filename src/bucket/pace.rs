@@ -1,9 +1,8 @@
 //! A limit on the bytes that are uploaded in a second.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::time::Instant;
 
 /// Lets uploads begin so that on average no more bytes than allowed are sent in a second, over all buckets that
 /// share it. A part that has begun is sent as fast as it goes.
@@ -22,13 +21,16 @@ impl Pace {
 
     /// Waits until `length` bytes may be sent.
     pub(super) async fn wait(&self, length: u64) {
-        let begin = {
-            let mut next = self.next.lock();
-            let begin = (*next).max(Instant::now());
-            *next = begin + Duration::from_secs_f64(length as f64 / self.bytes_per_second as f64);
-            begin
-        };
-        tokio::time::sleep_until(begin).await;
+        let begin = self.reserve(Instant::now(), length);
+        tokio::time::sleep_until(begin.into()).await;
+    }
+
+    /// When `length` bytes that are ready `now` may be sent; those that come after wait for them.
+    fn reserve(&self, now: Instant, length: u64) -> Instant {
+        let mut next = self.next.lock();
+        let begin = (*next).max(now);
+        *next = begin + Duration::from_secs_f64(length as f64 / self.bytes_per_second as f64);
+        begin
     }
 }
 
@@ -36,19 +38,15 @@ impl Pace {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn parts_wait_for_those_before_them() {
+    #[test]
+    fn parts_wait_for_those_before_them_and_what_was_not_used_is_lost() {
         let pace = Pace::new(1000);
-        let begin = Instant::now();
-        let waits = [pace.wait(500), pace.wait(2000), pace.wait(1)];
-        let after = futures::future::join_all(waits.map(|wait| async {
-            wait.await;
-            begin.elapsed().as_millis()
-        }));
-        assert_eq!(after.await, [0, 500, 2500]);
-        tokio::time::sleep(Duration::from_secs(100)).await;
-        let begin = Instant::now();
-        pace.wait(10).await;
-        assert_eq!(begin.elapsed(), Duration::ZERO, "what was not used is no debt");
+        let start = Instant::now() + Duration::from_secs(1);
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        for (ready, length, begins) in
+            [(0, 500, 0), (0, 2000, 500), (100, 1, 2500), (3000, 1000, 3000), (3001, 1, 4000)]
+        {
+            assert_eq!(pace.reserve(at(ready), length), at(begins), "{length} bytes at {ready} ms");
+        }
     }
 }
