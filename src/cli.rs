@@ -17,7 +17,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Par
 
 use crate::error::Error;
 use crate::format::ImageFormat;
-use crate::settings::OPTIONS;
+use crate::settings::{MountOption, OPTIONS};
 use crate::units::parse_bytes;
 
 /// Exit code when everything succeeded.
@@ -123,13 +123,13 @@ struct MountArguments {
 
 /// The mount's options as flags, in the order of [`OPTIONS`].
 #[derive(Debug, Default)]
-struct OptionFlags(Vec<(&'static str, Option<String>)>);
+struct OptionFlags(Vec<(&'static MountOption, Option<String>)>);
 
 impl OptionFlags {
     /// The flags as they are written on a command line.
     fn words(&self) -> Vec<String> {
-        let flag = |(word, value): &(&str, Option<String>)| {
-            let flag = format!("--{}", word.replace('_', "-"));
+        let flag = |(option, value): &(&MountOption, Option<String>)| {
+            let flag = format!("--{}", option.flag());
             value.as_ref().map_or(flag.clone(), |value| format!("{flag}={value}"))
         };
         self.0.iter().map(flag).collect()
@@ -162,9 +162,9 @@ impl FromArgMatches for OptionFlags {
         for option in &OPTIONS {
             if option.value.is_some() {
                 let values = matches.get_many::<String>(option.word).into_iter().flatten();
-                flags.extend(values.map(|value| (option.word, Some(value.clone()))));
+                flags.extend(values.map(|value| (option, Some(value.clone()))));
             } else if matches.get_flag(option.word) {
-                flags.push((option.word, None));
+                flags.push((option, None));
             }
         }
         Ok(Self(flags))

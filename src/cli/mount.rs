@@ -68,8 +68,8 @@ fn settings(arguments: &MountArguments) -> Result<(MountSettings, PathBuf)> {
     let catalog = &arguments.catalog;
     let is_document = catalog.extension().is_some_and(|extension| extension == "toml") && !catalog.is_dir();
     let catalog = if is_document { settings.apply_file(catalog)? } else { catalog.clone() };
-    for (word, value) in &arguments.flags.0 {
-        settings.apply(word, value.as_deref())?;
+    for (option, value) in &arguments.flags.0 {
+        settings.apply(option.word, value.as_deref())?;
     }
     arguments.options.iter().try_for_each(|options| settings.apply_options(options))?;
     Ok((settings, catalog))

@@ -1,7 +1,6 @@
 //! Progress: bars on a terminal, now and then a plain line elsewhere.
 
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -41,7 +40,7 @@ impl Board {
         }
         let begun = Instant::now();
         let state = State { name: name.to_owned(), total, done: 0, begun, printed: begun };
-        Progress(Kind::Lines(Arc::new(Mutex::new(state))))
+        Progress(Kind::Lines(Mutex::new(state)))
     }
 
     /// Prints without disturbing the bars.
@@ -59,7 +58,7 @@ pub(super) struct Progress(Kind);
 enum Kind {
     Silent,
     Bar(ProgressBar),
-    Lines(Arc<Mutex<State>>),
+    Lines(Mutex<State>),
 }
 
 struct State {
