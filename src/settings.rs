@@ -172,7 +172,9 @@ impl MountSettings {
     }
 
     fn add_bucket(&mut self, value: &str) -> Result<()> {
-        let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("bucket {value:?}: {what}"));
+        // Not the URL: somebody may have put a secret there, which is refused later.
+        let shown = value.split('=').next().unwrap_or_default();
+        let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("bucket {shown:?}: {what}"));
         let (name, url) = value.split_once('=').ok_or_else(|| malformed("give it as NAME=URL"))?;
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if name.is_empty() || name.len() > 200 || name.starts_with('.') || !name.chars().all(plain) {
@@ -361,10 +363,11 @@ mod tests {
             ("bucket=b=file:///x", "twice"),
             ("bucket=x", "NAME=URL"),
             ("bucket=a/b=file:///x", "a/b"),
+            ("bucket=a/b=s3://key:secret@x", "a/b"),
         ] {
             let error = settings.apply_options(option).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Malformed);
-            assert!(error.to_string().contains(named), "{error}");
+            assert!(error.to_string().contains(named) && !error.to_string().contains("secret"), "{error}");
         }
     }
 
