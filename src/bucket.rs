@@ -3,6 +3,7 @@
 //! The only module that writes to an object store. Everything here is asynchronous; a local directory is served
 //! from blocking threads. An object appears, whole, when its upload is completed, and never before.
 
+mod block_cache;
 mod connect;
 mod credentials;
 mod key;
@@ -20,15 +21,15 @@ use bytes::Bytes;
 use md5::{Digest, Md5};
 use object_store::ObjectStore;
 use object_store::multipart::MultipartStore;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+pub use block_cache::BlockCache;
+use block_cache::next_number;
 pub use key::ObjectKey;
-use object_file::AHEAD_BLOCKS;
 pub use object_file::ObjectFile;
 pub use pace::Pace;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::settings::{REQUEST_TIMEOUT, Secret};
+use crate::settings::{CACHE, REQUEST_TIMEOUT, Secret};
 use crate::units::{GIB, MIB, TIB};
 use connect::Place;
 use local::LocalStore;
@@ -72,11 +73,17 @@ pub struct RequestLimits {
     pub timeout: Duration,
     /// How fast bytes are uploaded; `None` for as fast as it goes.
     pub pace: Option<Arc<Pace>>,
+    /// Where blocks of objects are kept that were read.
+    pub blocks: Arc<BlockCache>,
 }
 
 impl Default for RequestLimits {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(REQUEST_TIMEOUT.into()), pace: None }
+        Self {
+            timeout: Duration::from_secs(REQUEST_TIMEOUT.into()),
+            pace: None,
+            blocks: Arc::new(BlockCache::new(CACHE)),
+        }
     }
 }
 
@@ -109,14 +116,14 @@ pub struct Bucket {
 }
 
 struct Inner {
+    /// Tells it from other buckets of this process, whatever their names are.
+    number: u64,
     name: String,
     url: String,
     backend: Backend,
     /// Bytes of the largest object that the store copies with one request.
     largest_copy: u64,
-    /// Rights to keep blocks of objects that were read ahead.
-    ahead: Arc<Semaphore>,
-    pace: Option<Arc<Pace>>,
+    limits: RequestLimits,
 }
 
 enum Backend {
@@ -166,7 +173,7 @@ impl Bucket {
             }
         };
         let url = parsed.as_str().trim_end_matches('/');
-        Ok(Self::new(name, url, backend, MAX_COPY, limits.pace.clone()))
+        Ok(Self::new(name, url, backend, MAX_COPY, limits.clone()))
     }
 
     /// A bucket over given stores, for tests that let requests fail.
@@ -176,7 +183,13 @@ impl Bucket {
         store: Arc<dyn ObjectStore>,
         uploads: Arc<dyn MultipartStore>,
     ) -> Self {
-        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), MAX_COPY, None)
+        Self::new(
+            name,
+            url,
+            Backend::Remote(RemoteStore::new(store, uploads)),
+            MAX_COPY,
+            RequestLimits::default(),
+        )
     }
 
     /// As [`with_stores`](Self::with_stores), over a store that copies no object larger than this with one request.
@@ -187,26 +200,28 @@ impl Bucket {
         uploads: Arc<dyn MultipartStore>,
         largest_copy: u64,
     ) -> Self {
-        Self::new(name, url, Backend::Remote(RemoteStore::new(store, uploads)), largest_copy, None)
+        Self::new(
+            name,
+            url,
+            Backend::Remote(RemoteStore::new(store, uploads)),
+            largest_copy,
+            RequestLimits::default(),
+        )
     }
 
-    fn new(name: &str, url: &str, backend: Backend, largest_copy: u64, pace: Option<Arc<Pace>>) -> Self {
-        let ahead = Arc::new(Semaphore::new(AHEAD_BLOCKS));
-        Self {
-            inner: Arc::new(Inner {
-                name: name.to_owned(),
-                url: url.to_owned(),
-                backend,
-                largest_copy,
-                ahead,
-                pace,
-            }),
-        }
+    fn new(name: &str, url: &str, backend: Backend, largest_copy: u64, limits: RequestLimits) -> Self {
+        let (name, url) = (name.to_owned(), url.to_owned());
+        Self { inner: Arc::new(Inner { number: next_number(), name, url, backend, largest_copy, limits }) }
     }
 
-    /// The right to read one block ahead, if there is room.
-    fn ahead_permit(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.inner.ahead).try_acquire_owned().ok()
+    /// Where blocks are kept.
+    fn blocks(&self) -> &BlockCache {
+        &self.inner.limits.blocks
+    }
+
+    /// Whether requests leave this machine, or may.
+    fn is_remote(&self) -> bool {
+        matches!(self.inner.backend, Backend::Remote(_))
     }
 
     /// Its name in the mount.
@@ -328,6 +343,15 @@ impl Bucket {
             listing.prefixes.retain(|name| name != CONTROL_PREFIX);
         }
         Ok((listing, next))
+    }
+
+    /// All objects of the bucket by few requests, at whatever level; `None` when they are more than `limit`, or where the
+    /// store has directories. Our own files are left out.
+    pub async fn list_all(&self, limit: usize) -> Result<Option<Vec<ObjectMeta>>> {
+        match &self.inner.backend {
+            Backend::Local(_) => Ok(None),
+            Backend::Remote(store) => store.list_all(limit).await.map_err(|e| e.in_file(self.url())),
+        }
     }
 
     /// Bytes of an object, which must still have the tag `etag` when one is given.
@@ -568,7 +592,7 @@ impl Bucket {
     }
 
     async fn keep_pace(&self, bytes: &Bytes) {
-        if let Some(pace) = &self.inner.pace {
+        if let Some(pace) = &self.inner.limits.pace {
             pace.wait(bytes.len() as u64).await;
         }
     }

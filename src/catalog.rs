@@ -1,35 +1,36 @@
 //! The catalog: which images there are, what is said of them, and how their files are opened.
 //!
-//! A catalog is a directory. An image is a file with an image's extension, or a directory with such files (its
-//! disks), or whatever a sidecar `NAME.toml` beside them lists. Listing reads names and sidecars only.
+//! A catalog is a directory or a bucket. An image is a file with an image's extension, or a directory with such files
+//! (its disks), or whatever a sidecar `NAME.toml` beside them lists. Listing reads names and sidecars only.
 
 mod disk;
 mod gate;
+mod objects;
 mod sidecar;
+mod store;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
 pub use disk::{FormatFile, OpenDisk};
 pub use gate::AllowedFiles;
+pub use objects::BucketFiles;
 pub use sidecar::{ImageKind, ImageOrigin, Sidecar};
+pub use store::{CatalogStore, Entry, LocalFiles, StoredFile};
 
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::layout::LayoutOptions;
-use crate::storage::{FileStorage, Generation};
+use crate::storage::Generation;
 
 /// Disks that stay opened, with their tables and maps, when nobody uses them.
 const OPEN_DISKS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(64).expect("64 is not 0");
-
-/// How old a listing may be. A new image is found at once all the same: what is not listed is looked for.
-const LISTING_AGE: Duration = Duration::from_secs(1);
 
 /// One image of the catalog.
 #[derive(Clone, Debug)]
@@ -58,7 +59,7 @@ impl CatalogImage {
 pub struct CatalogDisk {
     /// The stem of its files in the mount: the image's id for the system disk, `ID-data1` … for the others.
     pub name: String,
-    /// The image file.
+    /// The image file, in the catalog's store.
     pub path: PathBuf,
     /// Its format, by sidecar or extension.
     pub format: ImageFormat,
@@ -66,9 +67,9 @@ pub struct CatalogDisk {
     pub allowed: Vec<PathBuf>,
 }
 
-/// The images of a directory, and those of their disks that are open.
+/// The images of a directory or a bucket, and those of their disks that are open.
 pub struct Catalog {
-    root: PathBuf,
+    store: Arc<dyn CatalogStore>,
     listed: Mutex<Option<Listed>>,
     open: Mutex<LruCache<PathBuf, OpenedEntry>>,
     workspace: Arc<Workspace>,
@@ -88,22 +89,17 @@ struct OpenedEntry {
 impl Catalog {
     /// The catalog of the directory `root`. Compressed files keep what they computed in memory.
     pub fn open(root: &Path) -> Result<Self> {
-        let place = || root.display().to_string();
-        let root =
-            root.canonicalize().map_err(|e| Error::from_io("cannot open the catalog", e).in_file(place()))?;
-        if !root.is_dir() {
-            return Err(
-                Error::new(ErrorKind::NotDirectory, "the catalog is not a directory").in_file(place())
-            );
-        }
-        std::fs::read_dir(&root)
-            .map_err(|e| Error::from_io("cannot list the catalog", e).in_file(place()))?;
-        Ok(Self {
-            root,
+        Ok(Self::new(Arc::new(LocalFiles::open(root)?)))
+    }
+
+    /// The catalog of these files.
+    pub fn new(store: Arc<dyn CatalogStore>) -> Self {
+        Self {
+            store,
             listed: Mutex::default(),
             open: Mutex::new(LruCache::new(OPEN_DISKS)),
             workspace: Workspace::in_memory(),
-        })
+        }
     }
 
     /// The same catalog, whose compressed files keep what they computed in `workspace`.
@@ -111,18 +107,28 @@ impl Catalog {
         Self { workspace, ..self }
     }
 
-    /// The directory.
-    pub fn root(&self) -> &Path {
-        &self.root
+    /// The directory, or the bucket's URL.
+    pub fn place(&self) -> String {
+        self.store.place(self.store.root())
     }
 
-    /// All images, by id, as the directory lists them now or did less than a second ago.
+    /// Whether reading images may wait for another machine.
+    pub fn is_remote(&self) -> bool {
+        self.store.is_remote()
+    }
+
+    /// When a disk's image file was last modified.
+    pub fn modified(&self, disk: &CatalogDisk) -> Result<SystemTime> {
+        Ok(self.store.stat(&disk.path)?.1)
+    }
+
+    /// All images, by id, as the directory lists them now or did a moment ago.
     pub fn images(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
         let fresh = self
             .listed
             .lock()
             .as_ref()
-            .filter(|(at, _)| at.elapsed() < LISTING_AGE)
+            .filter(|(at, _)| at.elapsed() < self.store.listing_age())
             .map(|(_, i)| Arc::clone(i));
         match fresh {
             Some(images) => Ok(images),
@@ -140,7 +146,7 @@ impl Catalog {
     }
 
     fn list_again(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
-        let images = self.candidates()?.into_iter().map(|c| c.into_image(&self.root));
+        let images = self.candidates()?.into_iter().map(|c| c.into_image(&*self.store));
         let images: Arc<BTreeMap<_, _>> = Arc::new(images.map(|i| (i.id.clone(), i)).collect());
         *self.listed.lock() = Some((Instant::now(), Arc::clone(&images)));
         Ok(images)
@@ -150,7 +156,7 @@ impl Catalog {
     ///
     /// A failure is remembered too, until the file changes.
     pub fn open_disk(&self, disk: &CatalogDisk) -> Result<Arc<OpenDisk>> {
-        let generation = FileStorage::generation_at(&disk.path)?;
+        let (generation, _) = self.store.stat(&disk.path)?;
         if let Some(entry) = self.open.lock().get(&disk.path) {
             let unchanged = entry.generation == generation && entry.disk == *disk;
             if unchanged && entry.result.as_ref().is_ok_and(|d| d.verify_unchanged().is_ok()) {
@@ -158,38 +164,31 @@ impl Catalog {
             }
         }
         let workspace = Arc::clone(&self.workspace);
-        let result = OpenDisk::open(disk, LayoutOptions::default(), workspace).map(Arc::new);
+        let result = OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace).map(Arc::new);
         let entry = OpenedEntry { generation, disk: disk.clone(), result: result.clone() };
         self.open.lock().put(disk.path.clone(), entry);
         result
     }
 
-    /// What the directory's names suggest, before sidecars are read.
+    /// What the names suggest, before sidecars are read.
     fn candidates(&self) -> Result<Vec<Candidate>> {
-        let place = self.root.display().to_string();
-        let entries = std::fs::read_dir(&self.root)
-            .map_err(|e| Error::from_io("cannot list the catalog", e).in_file(&place))?;
-        let mut names: BTreeMap<String, PathBuf> = BTreeMap::new();
-        for entry in entries {
-            let entry = entry.map_err(|e| Error::from_io("cannot list the catalog", e).in_file(&place))?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            if !name.starts_with('.') && !name.chars().any(char::is_control) {
-                names.insert(name, entry.path());
-            }
-        }
+        let mut entries = self.store.entries()?;
+        entries.retain(|name, _| !name.chars().any(char::is_control));
         let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
-        for (name, path) in &names {
-            if extent_of(name).is_some_and(|whole| names.contains_key(&whole)) {
+        for (name, entry) in &entries {
+            if extent_of(name).is_some_and(|whole| entries.contains_key(&whole)) {
                 continue;
             }
-            let (name, path) = (name.clone(), path.clone());
-            if path.is_dir() {
-                found.entry(name.clone()).or_insert_with(|| Candidate::new(&name)).directory = Some(path);
+            let path = self.store.root().join(name);
+            if let Entry::Directory(files) = entry {
+                let candidate = found.entry(name.clone()).or_insert_with(|| Candidate::new(name));
+                candidate.files_within = image_files(&path, files);
+                candidate.directory = Some(path);
             } else if let Some((stem, extension)) = name.rsplit_once('.') {
                 let candidate = found.entry(stem.to_owned()).or_insert_with(|| Candidate::new(stem));
                 if extension.eq_ignore_ascii_case("toml") {
                     candidate.sidecar = Some(path);
-                } else if ImageFormat::from_file_name(&name).is_some() {
+                } else if ImageFormat::from_file_name(name).is_some() {
                     candidate.files.push(path);
                 }
             }
@@ -198,17 +197,31 @@ impl Catalog {
     }
 }
 
+/// The image files among a directory's, sorted by name.
+fn image_files(directory: &Path, names: &[String]) -> Vec<PathBuf> {
+    let names: BTreeSet<_> = names
+        .iter()
+        .filter(|name| !name.starts_with('.') && ImageFormat::from_file_name(name).is_some())
+        .collect();
+    let is_extent = |name: &str| extent_of(name).is_some_and(|whole| names.contains(&whole));
+    names.iter().filter(|name| !is_extent(name)).map(|name| directory.join(name)).collect()
+}
+
 /// Files that share a stem and so may be one image.
 struct Candidate {
     stem: String,
     sidecar: Option<PathBuf>,
     directory: Option<PathBuf>,
+    /// The image files in that directory.
+    files_within: Vec<PathBuf>,
+    /// The image files beside it.
     files: Vec<PathBuf>,
 }
 
 impl Candidate {
     fn new(stem: &str) -> Self {
-        Self { stem: stem.to_owned(), sidecar: None, directory: None, files: Vec::new() }
+        let stem = stem.to_owned();
+        Self { stem, sidecar: None, directory: None, files_within: Vec::new(), files: Vec::new() }
     }
 
     /// Several image files with one stem are several images, each named by its whole file name.
@@ -229,47 +242,21 @@ impl Candidate {
         if self.directory.is_some() || self.sidecar.is_some() {
             all.push(self);
         }
-        all.retain(|c| c.sidecar.is_some() || !c.files.is_empty() || c.has_image_files());
+        all.retain(|c| c.sidecar.is_some() || !c.files.is_empty() || !c.files_within.is_empty());
         all
     }
 
-    fn has_image_files(&self) -> bool {
-        !self.directory_files().is_empty()
-    }
-
-    /// The image files in the candidate's directory, sorted by name.
-    fn directory_files(&self) -> Vec<PathBuf> {
-        let Some(directory) = &self.directory else { return Vec::new() };
-        let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
-        let mut files: Vec<_> = entries
-            .flatten()
-            .map(|e| e.path())
-            .filter(|p| {
-                let name = p.file_name().unwrap_or_default().to_string_lossy();
-                !name.starts_with('.') && ImageFormat::from_file_name(&name).is_some() && p.is_file()
-            })
-            .collect();
-        let names: HashSet<_> =
-            files.iter().filter_map(|p| p.file_name()?.to_str().map(str::to_owned)).collect();
-        let is_extent = |p: &PathBuf| {
-            p.file_name().and_then(|n| extent_of(n.to_str()?)).is_some_and(|whole| names.contains(&whole))
-        };
-        files.retain(|p| !is_extent(p));
-        files.sort();
-        files
-    }
-
-    fn into_image(self, root: &Path) -> CatalogImage {
-        let (sidecar, error) = match self.sidecar.as_deref().map(Sidecar::read) {
+    fn into_image(self, store: &dyn CatalogStore) -> CatalogImage {
+        let (sidecar, error) = match self.sidecar.as_deref().map(|path| Sidecar::read(store, path)) {
             None => (Sidecar::default(), None),
             Some(Ok(sidecar)) => (sidecar, None),
             Some(Err(error)) => (Sidecar::default(), Some(error)),
         };
         let id = sidecar.id.clone().unwrap_or_else(|| self.stem.clone());
-        let base = self.directory.clone().unwrap_or_else(|| root.to_owned());
+        let base = self.directory.clone().unwrap_or_else(|| store.root().to_owned());
         let mut image = CatalogImage { id, sidecar, disks: Vec::new(), error };
         let allowed: Vec<_> = image.sidecar.allow.iter().map(|f| base.join(f)).collect();
-        let listed = match self.listed_disks(&image.sidecar, &base) {
+        let listed = match self.listed_disks(&image.sidecar, &base, store) {
             Ok(listed) => listed,
             Err(error) => {
                 image.error.get_or_insert(error);
@@ -284,10 +271,15 @@ impl Candidate {
     }
 
     /// The disks as (file, format), the system disk first: the sidecar's list, else the files found.
-    fn listed_disks(&self, sidecar: &Sidecar, base: &Path) -> Result<Vec<(PathBuf, ImageFormat)>> {
+    fn listed_disks(
+        &self,
+        sidecar: &Sidecar,
+        base: &Path,
+        store: &dyn CatalogStore,
+    ) -> Result<Vec<(PathBuf, ImageFormat)>> {
         let unknown = |path: &Path| {
             Error::new(ErrorKind::Malformed, "neither the sidecar nor the extension tells the disk's format")
-                .in_file(path.display().to_string())
+                .in_file(store.place(path))
         };
         if !sidecar.disks.is_empty() {
             let listed = sidecar.disks.iter().map(|disk| {
@@ -297,7 +289,7 @@ impl Candidate {
             });
             return listed.collect();
         }
-        let mut files = if self.directory.is_some() { self.directory_files() } else { self.files.clone() };
+        let mut files = if self.directory.is_some() { self.files_within.clone() } else { self.files.clone() };
         // A directory's system disk is the file named like the directory, or "system", "root" or "disk0"; else the first.
         let is_system = |p: &PathBuf| {
             let stem = p.file_stem().unwrap_or_default().to_string_lossy().into_owned();

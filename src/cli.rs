@@ -8,6 +8,7 @@ mod jobs;
 mod mount;
 mod mount_table;
 mod progress;
+mod source;
 mod wait;
 
 use std::path::PathBuf;
@@ -104,7 +105,7 @@ struct CheckArguments {
 /// Arguments of `freightfs mount`.
 #[derive(Debug, Args)]
 struct MountArguments {
-    /// Directory with image files, or a configuration file that ends in .toml
+    /// Directory or bucket (a URL) with image files, or a configuration file that ends in .toml
     catalog: PathBuf,
     /// Directory to mount on
     mountpoint: PathBuf,
@@ -179,7 +180,7 @@ impl FromArgMatches for OptionFlags {
 /// Arguments of `freightfs convert`.
 #[derive(Debug, Args)]
 struct ConvertArguments {
-    /// Image file
+    /// Image file, or an object's URL
     input: PathBuf,
     /// File to write, whose suffix chooses the format; - for standard output
     output: PathBuf,
@@ -208,7 +209,7 @@ struct ConvertArguments {
 /// Arguments of `freightfs info`.
 #[derive(Debug, Args)]
 struct InfoArguments {
-    /// Image file
+    /// Image file, or an object's URL
     image: PathBuf,
     /// Print JSON
     #[arg(long)]

@@ -10,7 +10,7 @@
 //! | 0 | [`error`], [`units`], [`format`](mod@format) | the one error type; offsets and sizes as types; the names of the formats |
 //! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`] | bytes by position; data, zeros, holes and allocation maps; compressors; on-disk headers; the trait of computed files; mount options; counters |
 //! | 2 | [`image`], [`layout`] | readers: a file as the disk its guest sees; layouts: where each byte of a file of some format comes from |
-//! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout (× compressor) = a file; which images there are; objects and uploads |
+//! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout (× compressor) = a file; which images there are, in a directory or a bucket; objects and uploads |
 //! | 5 | [`export`] | jobs, their journal, their status |
 //! | 6 | [`vfs`] | names, handles, and what a copy means; knows nothing of FUSE |
 //! | 7 | [`fuse`] | the kernel's protocol; the only user of fuser |
@@ -31,6 +31,11 @@
 //! its L2 tables, kept in a bounded cache, reads neighbouring clusters at once straight into the reply's buffer,
 //! and inflates compressed ones on all cores. Last, the source's generation is compared: if it changed, the read
 //! fails with `ESTALE` instead of mixing bytes.
+//!
+//! Where the catalog is a bucket, its files are a [`catalog::BucketFiles`]: each image is read through a
+//! [`bucket::ObjectFile`] in blocks, by requests that name the entity tag, and the blocks are kept in the one
+//! [`bucket::BlockCache`] of the mount. Readers do not know the difference; the adapter moves such reads off the
+//! dispatcher.
 //!
 //! Listing needs the exact size of each file, and so the allocation map: one walk over the image's tables at its
 //! first look-up, shared by all formats with the same unit. No image data is read before somebody reads it.

@@ -12,6 +12,7 @@ pub use option::{MountOption, OPTIONS};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
 use crate::policy::{BucketFacts, OnLimit, Policy};
+use crate::units::MIB;
 
 /// A bucket to mount: the name of its directory, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,45 @@ pub struct BucketSetting {
     pub url: String,
     /// Settings of the store's client, such as credentials and endpoint; only a configuration file has them.
     pub client: BTreeMap<String, Secret>,
+}
+
+/// Where the images are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CatalogSetting {
+    /// A directory of this machine.
+    Directory(PathBuf),
+    /// A bucket: `s3://bucket/prefix`, `az://container/prefix` or `gs://bucket/prefix`.
+    Bucket {
+        /// Its URL.
+        url: String,
+        /// Settings of the store's client; only a configuration file has them.
+        client: BTreeMap<String, Secret>,
+    },
+}
+
+impl CatalogSetting {
+    /// What a path or a URL names. A path that looks like a URL is written with `./` before it.
+    pub fn named(text: &Path) -> Self {
+        let url = text.to_str().filter(|text| {
+            let scheme = text.split_once("://").map(|(scheme, _)| scheme);
+            scheme.is_some_and(|s| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric()))
+        });
+        match url.map(|url| (url, url::Url::parse(url))) {
+            Some((_, Ok(parsed))) if parsed.scheme() == "file" => {
+                Self::Directory(parsed.to_file_path().unwrap_or_else(|()| text.to_owned()))
+            }
+            Some((url, _)) => Self::Bucket { url: url.to_owned(), client: BTreeMap::new() },
+            None => Self::Directory(text.to_owned()),
+        }
+    }
+
+    /// What its store's client is told.
+    pub fn client(&self) -> Option<&BTreeMap<String, Secret>> {
+        match self {
+            Self::Directory(_) => None,
+            Self::Bucket { client, .. } => Some(client),
+        }
+    }
 }
 
 /// Everything that can be said of a mount besides catalog and mount point.
@@ -55,6 +95,8 @@ pub struct MountSettings {
     pub timeout: Option<u32>,
     /// `rate=SIZE`: bytes to upload in a second, over all buckets; no limit when it is not given.
     pub rate: Option<u64>,
+    /// `cache=SIZE`: memory for blocks of objects; [`CACHE`] when it is not given.
+    pub cache: Option<u64>,
     /// `wait`: closing a copy waits for its export.
     pub wait: bool,
     /// `state=DIR`.
@@ -124,6 +166,9 @@ pub const RETRIES: u32 = 5;
 
 /// Seconds that one request to a store may take: the largest common part, 64 MiB, at 2 Mbit/s.
 pub const REQUEST_TIMEOUT: u32 = 300;
+
+/// Bytes of memory for blocks of objects that were read or are read ahead.
+pub const CACHE: u64 = 256 * MIB;
 
 /// Seconds for which a host that shares buckets may be silent.
 pub const LEASE: u32 = 30;
@@ -227,10 +272,10 @@ impl MountSettings {
 
     /// The settings in force as a configuration file, but for what only stores are told. URLs hold no secrets: those
     /// that do are refused.
-    pub fn shown(&self, catalog: &Path, mountpoint: &Path, state: &Path) -> String {
+    pub fn shown(&self, catalog: &str, mountpoint: &Path, state: &Path) -> String {
         let mut lines = vec![
             format!("# mounted on {}", mountpoint.display().to_string().escape_debug()),
-            format!("catalog = {:?}", catalog.display().to_string()),
+            format!("catalog = {catalog:?}"),
             format!("state = {:?}", state.display().to_string()),
             format!("policy = {:?}", self.policy.as_deref().unwrap_or("none")),
             format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
@@ -238,6 +283,7 @@ impl MountSettings {
             format!("lease = {}", self.lease.unwrap_or(LEASE)),
             format!("retries = {}", self.retries.unwrap_or(RETRIES)),
             format!("timeout = {}", self.timeout.unwrap_or(REQUEST_TIMEOUT)),
+            format!("cache = {}", self.cache.unwrap_or(CACHE)),
             format!("wait = {}", self.wait),
             format!("allow_other = {}", self.allow_other),
             format!("nonempty = {}", self.nonempty),
@@ -368,6 +414,22 @@ mod tests {
             let error = settings.apply_options(option).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Malformed);
             assert!(error.to_string().contains(named) && !error.to_string().contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn catalogs_are_directories_or_buckets() {
+        let directory = |path: &str| CatalogSetting::Directory(PathBuf::from(path));
+        let bucket = |url: &str| CatalogSetting::Bucket { url: url.to_owned(), client: BTreeMap::new() };
+        for (named, expected) in [
+            ("/srv/images", directory("/srv/images")),
+            ("./s3://images", directory("./s3://images")),
+            ("file:///srv/a%20b", directory("/srv/a b")),
+            ("s3://images/web", bucket("s3://images/web")),
+            ("az://images", bucket("az://images")),
+            ("a:b", directory("a:b")),
+        ] {
+            assert_eq!(CatalogSetting::named(Path::new(named)), expected);
         }
     }
 

@@ -17,10 +17,11 @@ const LEVELS: [&[&str]; 9] = [
 ];
 
 /// Imports within a level that are allowed, one way: (from, to).
-const PEERS: [(&str, &str); 7] = [
+const PEERS: [(&str, &str); 8] = [
     ("format", "error"),
     ("storage", "extent"),
     ("vfile", "extent"),
+    ("catalog", "bucket"),
     ("catalog", "convert"),
     ("codec", "error"),
     ("settings", "error"),

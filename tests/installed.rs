@@ -94,6 +94,9 @@ fn the_recipes_of_the_readme_work_as_they_are_written() {
         script += &format!("echo '== recipe {number}'\nbash -euo pipefail {}\n", file.display());
         script += "if grep fuse.freightfs /proc/mounts; then echo 'left mounted'; exit 1; fi\n";
     }
+    script += "echo '== a bucket by mount(8)'\nmount -t freightfs -o formats=raw s3://my-bucket/nightly /mnt/freight\n\
+               [ \"$(findmnt -n -o SOURCE /mnt/freight)\" = s3://my-bucket/nightly ]\n\
+               head -c 1M /mnt/freight/images/web01/web01.raw >/dev/null\numount /mnt/freight\n";
     let all = work.path().join("recipes.sh");
     std::fs::write(&all, script).unwrap();
     let environment = [

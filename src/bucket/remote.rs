@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use md5::{Digest, Md5};
 use object_store::aws::AmazonS3;
 use object_store::azure::MicrosoftAzure;
@@ -180,6 +180,15 @@ impl RemoteStore {
             prefixes: names.filter(|name| ObjectKey::parse(name).is_ok()).map(str::to_owned).collect(),
         };
         Ok((listing, next))
+    }
+
+    /// All objects, at whatever level; `None` when they are more than `limit`.
+    pub(super) async fn list_all(&self, limit: usize) -> Result<Option<Vec<ObjectMeta>>> {
+        let prefix = self.prefix.as_deref().and_then(|prefix| Path::parse(prefix).ok());
+        let found = self.store.list(prefix.as_ref()).take(limit + 1).try_collect::<Vec<_>>().await;
+        let found = found.map_err(|e| translated("cannot list", ErrorKind::Io, e))?;
+        let all = found.len() <= limit;
+        Ok(all.then(|| found.into_iter().filter_map(|meta| self.meta(meta)).collect()))
     }
 
     /// The names of the objects directly below a key.

@@ -7,14 +7,14 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
-use super::{AllowedFiles, CatalogDisk};
+use super::{AllowedFiles, CatalogDisk, CatalogStore, StoredFile};
 use crate::convert::{CompressedFile, ConvertedFile, Workspace};
 use crate::error::{Error, Result};
 use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::image::{self, DiskImage, ReferenceGate};
 use crate::layout::{self, AnyLayout, LayoutInput, LayoutOptions};
-use crate::storage::{FileStorage, Generation, Storage};
+use crate::storage::Generation;
 use crate::vfile::VirtualFile;
 
 /// One generation of a disk, opened. Files of all formats share its reader and its maps.
@@ -52,15 +52,19 @@ impl FormatFile {
 impl OpenDisk {
     /// Opens the disk's image file and what it refers to. Reads headers only. Compressed files keep what they
     /// computed in `workspace`.
-    pub fn open(disk: &CatalogDisk, options: LayoutOptions, workspace: Arc<Workspace>) -> Result<Self> {
-        let storage = FileStorage::open(&disk.path)?;
-        let modified = storage.modified();
+    pub fn open(
+        store: &Arc<dyn CatalogStore>,
+        disk: &CatalogDisk,
+        options: LayoutOptions,
+        workspace: Arc<Workspace>,
+    ) -> Result<Self> {
+        let StoredFile { storage, modified } = store.open(&disk.path)?;
         let generation = storage.generation().clone();
         let seed = seed(&disk.name, storage.file_size(), modified);
-        let gate: Arc<dyn ReferenceGate> = Arc::new(AllowedFiles::new(&disk.path, &disk.allowed)?);
-        let place = disk.path.display().to_string();
-        let image = image::open_image(disk.format, Arc::new(storage), &gate, 0)
-            .map_err(|e: Error| e.in_file(place))?;
+        let gate: Arc<dyn ReferenceGate> =
+            Arc::new(AllowedFiles::new(Arc::clone(store), &disk.path, &disk.allowed)?);
+        let image = image::open_image(disk.format, storage, &gate, 0)
+            .map_err(|e: Error| e.in_file(store.place(&disk.path)))?;
         Ok(Self {
             name: disk.name.clone(),
             image,

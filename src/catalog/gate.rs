@@ -1,20 +1,21 @@
-//! The gate of local images: a reference is followed only to files that were allowed by name.
+//! The gate of a catalog's images: a reference is followed only to files that were allowed by name.
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use super::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::image::{GatedFile, ReferenceGate, ReferenceKind, denied};
-use crate::storage::FileStorage;
 
 /// Lets an image refer to an exact list of files.
 ///
 /// A reference is resolved against the directory of the file that makes it, without touching the disk, and must
 /// then equal an allowed path. So `..`, absolute names and protocols lead nowhere but to that list, and a
 /// symbolic link in the last place is refused when the file is opened (CVE-2024-32498, CVE-2022-47951).
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct AllowedFiles {
+    store: Arc<dyn CatalogStore>,
     /// The directory of the image that refers.
     directory: PathBuf,
     /// What may be opened, made absolute.
@@ -24,7 +25,7 @@ pub struct AllowedFiles {
 impl AllowedFiles {
     /// The gate of the image file `image`, which may refer to `allowed`. Relative paths start at the current
     /// directory, as the operator who lists them expects.
-    pub fn new(image: &Path, allowed: &[PathBuf]) -> Result<Self> {
+    pub fn new(store: Arc<dyn CatalogStore>, image: &Path, allowed: &[PathBuf]) -> Result<Self> {
         let absolute = |path: &Path| {
             std::path::absolute(path)
                 .map(|p| lexically_normal(&p))
@@ -32,7 +33,7 @@ impl AllowedFiles {
         };
         let directory = absolute(image)?.parent().map(Path::to_owned).unwrap_or_default();
         let allowed = allowed.iter().map(|p| absolute(p)).collect::<Result<_>>()?;
-        Ok(Self { directory, allowed: Arc::new(allowed) })
+        Ok(Self { store, directory, allowed: Arc::new(allowed) })
     }
 }
 
@@ -42,18 +43,18 @@ impl ReferenceGate for AllowedFiles {
         if reference.is_empty() || reference.contains('\0') || !self.allowed.contains(&path) {
             return Err(denied(kind, reference));
         }
-        let storage = FileStorage::open_no_follow(&path).map_err(|e| match e.kind() {
+        let file = self.store.open_reference(&path).map_err(|e| match e.kind() {
             ErrorKind::NotFound => {
                 Error::new(ErrorKind::NotFound, format!("the image names {reference:?}, which is missing"))
-                    .in_file(path.display().to_string())
+                    .in_file(self.store.place(&path))
             }
             _ => e,
         })?;
         let directory = path.parent().map(Path::to_owned).unwrap_or_default();
         Ok(GatedFile {
-            storage: Arc::new(storage),
+            storage: file.storage,
             format: path.file_name().and_then(|n| ImageFormat::from_file_name(&n.to_string_lossy())),
-            gate: Arc::new(Self { directory, allowed: Arc::clone(&self.allowed) }),
+            gate: Arc::new(Self { directory, ..self.clone() }),
         })
     }
 }
@@ -76,6 +77,7 @@ fn lexically_normal(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::LocalFiles;
 
     #[test]
     fn only_the_listed_file_opens() {
@@ -87,7 +89,8 @@ mod tests {
         }
         std::os::unix::fs::symlink("/etc/passwd", root.join("link.raw")).unwrap();
         let allowed = [root.join("base.qcow2"), root.join("link.raw"), root.join("gone.raw")];
-        let gate = AllowedFiles::new(&root.join("top.qcow2"), &allowed).unwrap();
+        let gate =
+            AllowedFiles::new(Arc::new(LocalFiles::anywhere()), &root.join("top.qcow2"), &allowed).unwrap();
         let open = |name: &str| gate.open(ReferenceKind::Backing, name).map(|f| f.storage.file_size());
         assert_eq!(open("base.qcow2").unwrap(), 10);
         assert_eq!(open("./sub/../base.qcow2").unwrap(), 10);

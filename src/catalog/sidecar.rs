@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 
@@ -112,18 +113,9 @@ pub struct SidecarDisk {
 
 impl Sidecar {
     /// Reads and checks a sidecar.
-    pub fn read(path: &Path) -> Result<Self> {
-        let place = path.display().to_string();
-        let failed = |e| Error::from_io("cannot read the sidecar", e).in_file(&place);
-        let length = std::fs::metadata(path).map_err(failed)?.len();
-        if length > MAX_SIDECAR {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!("a sidecar has at most {MAX_SIDECAR} bytes"),
-            )
-            .in_file(place));
-        }
-        let text = std::fs::read_to_string(path).map_err(failed)?;
+    pub fn read(store: &dyn CatalogStore, path: &Path) -> Result<Self> {
+        let place = store.place(path);
+        let text = store.read_text(path, MAX_SIDECAR)?;
         let sidecar: Self = toml::from_str(&text).map_err(|e| Error::from_toml(&e, &text).in_file(&place))?;
         match &sidecar.id {
             Some(id) if !is_file_name(id) => {

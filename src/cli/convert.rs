@@ -4,11 +4,12 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use super::progress::Board;
-use super::{ConvertArguments, OK, SourceArguments, cores};
-use crate::catalog::{CatalogDisk, FormatFile, OpenDisk};
-use crate::convert::{Workspace, write_file};
+use super::source::open_source;
+use super::{ConvertArguments, OK, cores};
+use crate::catalog::FormatFile;
+use crate::convert::write_file;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{ImageFormat, OutputFormat};
+use crate::format::OutputFormat;
 use crate::layout::LayoutOptions;
 use crate::units::{FileOffset, MIB};
 use crate::vfile::VirtualFile;
@@ -22,35 +23,12 @@ const STREAM_BUFFER: usize = 4 * MIB as usize;
 /// Sizes of qcow2 clusters (QEMU, docs/interop/qcow2.rst, "Header": cluster_bits; limited by qemu to 2 MiB).
 const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 * MIB;
 
-/// Opens an image file that was named on the command line.
-pub(super) fn open_source(path: &Path, source: &SourceArguments, options: LayoutOptions) -> Result<OpenDisk> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let format = source.input_format.or_else(|| ImageFormat::from_file_name(&name)).ok_or_else(|| {
-        Error::new(
-            ErrorKind::Malformed,
-            "the extension does not tell the image's format; give --input-format",
-        )
-        .in_file(path.display().to_string())
-    })?;
-    let stem = name.rsplit_once('.').map_or(name.as_str(), |(stem, _)| stem);
-    let disk =
-        CatalogDisk { name: stem.to_owned(), path: path.to_owned(), format, allowed: source.allowed.clone() };
-    let opened = OpenDisk::open(&disk, options, Workspace::in_memory());
-    opened.map_err(|error| match error.kind() {
-        ErrorKind::ReferenceDenied => {
-            let what = format!("{}; --allow-reference FILE allows it", error.what());
-            Error::new(ErrorKind::ReferenceDenied, what).in_file(path.display().to_string())
-        }
-        _ => error,
-    })
-}
-
 pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
     let output = &arguments.output;
     let place = output.display().to_string();
     let format = output_format(arguments)?;
     let options = layout_options(arguments, format)?;
-    let disk = open_source(&arguments.input, &arguments.source, options)?;
+    let disk = open_source(&arguments.input, &arguments.source, options)?.disk;
     let file = disk.file(format)?;
     let threads = arguments.threads.unwrap_or_else(cores).max(1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
 
-use super::convert::open_source;
+use super::source::{NamedImage, open_source};
 use super::{InfoArguments, OK};
 use crate::catalog::OpenDisk;
 use crate::error::{Error, Result};
@@ -29,7 +29,7 @@ const WIDTH: usize = 20;
 struct Info {
     #[serde(flatten)]
     description: ImageDescription,
-    /// Bytes that the image file takes on its filesystem.
+    /// Bytes that the image file takes on its filesystem, or those of an object.
     disk_size: u64,
     /// Bytes of the guest's disk that hold data, in units of 64 KiB.
     allocated_size: u64,
@@ -53,14 +53,20 @@ struct Output {
 }
 
 pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
-    let disk = open_source(&arguments.image, &arguments.source, LayoutOptions::default())?;
-    let metadata = std::fs::metadata(&arguments.image);
-    let metadata = metadata.map_err(|e| {
-        Error::from_io("cannot look at the image", e).in_file(arguments.image.display().to_string())
-    })?;
+    let NamedImage { disk, file } =
+        open_source(&arguments.image, &arguments.source, LayoutOptions::default())?;
+    let disk_size = match file {
+        Some(file) => {
+            let metadata = std::fs::metadata(&file);
+            let failed =
+                |e| Error::from_io("cannot look at the image", e).in_file(file.display().to_string());
+            metadata.map_err(failed)?.blocks() * SECTOR
+        }
+        None => disk.image().description().file_size,
+    };
     let map = allocation_map(&**disk.image(), ALLOCATION_UNIT)?;
     let info = Info {
-        disk_size: metadata.blocks() * SECTOR,
+        disk_size,
         description: disk.image().description(),
         allocated_size: (map.allocated() * ALLOCATION_UNIT).min(disk.image().virtual_size()),
         outputs: OutputFormat::ALL.into_iter().map(|format| output(&disk, format)).collect(),

@@ -9,27 +9,33 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use super::mount_table::mount_table;
 use super::{FAILED, MountArguments, OK, cores};
-use crate::bucket::{Bucket, Pace, RequestLimits};
-use crate::catalog::Catalog;
+use crate::bucket::{BlockCache, Bucket, Pace, RequestLimits};
+use crate::catalog::{BucketFiles, Catalog, CatalogStore, LocalFiles};
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobQueue, QueueSettings, Retries, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
-use crate::settings::{JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, RETRIES, default_state, home_directory};
+use crate::settings::{
+    CACHE, CatalogSetting, JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, RETRIES, default_state,
+    home_directory,
+};
 use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
 /// What the daemon says at last on its standard output when the mount answers, after notes; anything else is the reason
 /// why not.
 const READY: &str = "ready\n";
+
+/// The name of the bucket that the catalog is, where it is one.
+const CATALOG: &str = "catalog";
 
 /// How long fsync and `wait` wait for a job, at most: ZStack's default time-out of an export.
 const WAIT_LIMIT: Duration = Duration::from_secs(3 * 3600);
@@ -42,7 +48,7 @@ pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
     if !arguments.foreground && !arguments.report_ready {
         return start_daemon(arguments);
     }
-    let mounted = Mounted::new(arguments, &settings, &catalog);
+    let mounted = Mounted::new(arguments, &settings, catalog);
     if arguments.report_ready {
         report(&mounted)?;
     }
@@ -57,17 +63,27 @@ pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
 pub(super) fn check(arguments: &MountArguments) -> Result<u8> {
     let (settings, catalog) = settings(arguments)?;
     mountpoint(&arguments.mountpoint, &settings)?;
-    Catalog::open(&catalog)?;
+    match &catalog {
+        CatalogSetting::Directory(path) => Catalog::open(path).map(drop)?,
+        CatalogSetting::Bucket { url, client } => {
+            Bucket::open_with(CATALOG, url, &limits(&settings), client).map(drop)?;
+        }
+    }
     settings.policy()?;
     Ok(OK)
 }
 
 /// One validated form of configuration file, flags and options, and the catalog. What is said later wins.
-fn settings(arguments: &MountArguments) -> Result<(MountSettings, PathBuf)> {
+fn settings(arguments: &MountArguments) -> Result<(MountSettings, CatalogSetting)> {
     let mut settings = MountSettings::default();
-    let catalog = &arguments.catalog;
-    let is_document = catalog.extension().is_some_and(|extension| extension == "toml") && !catalog.is_dir();
-    let catalog = if is_document { settings.apply_file(catalog)? } else { catalog.clone() };
+    let catalog = match CatalogSetting::named(&arguments.catalog) {
+        CatalogSetting::Directory(path)
+            if path.extension().is_some_and(|extension| extension == "toml") && !path.is_dir() =>
+        {
+            settings.apply_file(&path)?
+        }
+        catalog => catalog,
+    };
     for (option, value) in &arguments.flags.0 {
         settings.apply(option.word, value.as_deref())?;
     }
@@ -141,23 +157,8 @@ struct Mounted {
 }
 
 impl Mounted {
-    fn new(arguments: &MountArguments, settings: &MountSettings, catalog: &Path) -> Result<Self> {
+    fn new(arguments: &MountArguments, settings: &MountSettings, catalog: CatalogSetting) -> Result<Self> {
         let mountpoint = mountpoint(&arguments.mountpoint, settings)?;
-        let catalog = Catalog::open(catalog)?;
-        let state_path = match &settings.state {
-            Some(path) => std::path::absolute(path)
-                .map_err(|e| Error::from_io("cannot resolve the state directory", e))?,
-            None => default_state(&state_base()?, &mountpoint),
-        };
-        let state = StateDir::open(&state_path)?;
-        let catalog = catalog.with_workspace(Workspace::in_directory(&state.lengths()));
-        if arguments.report_ready {
-            // The daemon's own session: signals of the terminal do not reach it.
-            nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
-            log_to_file(&state_path)?;
-        } else {
-            log_to_terminal();
-        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(cores())
             .max_blocking_threads(1024)
@@ -165,7 +166,23 @@ impl Mounted {
             .enable_all()
             .build()
             .map_err(|e| Error::from_io("cannot start the runtime", e))?;
-        let buckets = runtime.block_on(open_buckets(settings))?;
+        let limits = limits(settings);
+        let catalog = open_catalog(catalog, &limits, runtime.handle())?;
+        let state_path = match &settings.state {
+            Some(path) => std::path::absolute(path)
+                .map_err(|e| Error::from_io("cannot resolve the state directory", e))?,
+            None => default_state(&state_base()?, &mountpoint),
+        };
+        let state = StateDir::open(&state_path)?;
+        if arguments.report_ready {
+            // The daemon's own session: signals of the terminal do not reach it.
+            nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
+            log_to_file(&state_path)?;
+        } else {
+            log_to_terminal();
+        }
+        let catalog = Catalog::new(catalog).with_workspace(Workspace::in_directory(&state.lengths()));
+        let buckets = runtime.block_on(open_buckets(settings, &limits))?;
         let lack = |bucket: &Bucket| Some(format!("bucket {}: {}", bucket.name(), bucket.lacks()?));
         let notes: Vec<_> = buckets.values().filter_map(lack).collect();
         let policy = Arc::new(settings.policy()?);
@@ -202,7 +219,7 @@ impl Mounted {
             umask: settings.umask.unwrap_or(0),
             staging: state.staging(),
             stage_limit: settings.stage_limit,
-            shown_config: settings.shown(catalog.root(), &mountpoint, &state_path),
+            shown_config: settings.shown(&catalog.place(), &mountpoint, &state_path),
         };
         let options = FuseOptions {
             source: source(&arguments.catalog).display().to_string(),
@@ -256,17 +273,36 @@ fn resolve(vfs: &Vfs, image: &StatusImage) -> Result<Arc<dyn VirtualFile>> {
     vfs.recorded_file(image, format)
 }
 
-async fn open_buckets(settings: &MountSettings) -> Result<BTreeMap<String, Bucket>> {
-    let mut buckets = BTreeMap::new();
-    let seconds = settings.timeout.unwrap_or(REQUEST_TIMEOUT);
-    let limits = RequestLimits {
-        timeout: Duration::from_secs(seconds.into()),
+/// The files of the catalog, which is asked whether it can be listed.
+fn open_catalog(
+    catalog: CatalogSetting,
+    limits: &RequestLimits,
+    runtime: &Handle,
+) -> Result<Arc<dyn CatalogStore>> {
+    match catalog {
+        CatalogSetting::Directory(path) => Ok(Arc::new(LocalFiles::open(&path)?)),
+        CatalogSetting::Bucket { url, client } => {
+            let named = |e: Error| Error::new(e.kind(), format!("the catalog: {}", e.report()));
+            let bucket = Bucket::open_with(CATALOG, &url, limits, &client).map_err(named)?;
+            Ok(Arc::new(BucketFiles::open(bucket, runtime.clone()).map_err(named)?))
+        }
+    }
+}
+
+fn limits(settings: &MountSettings) -> RequestLimits {
+    RequestLimits {
+        timeout: Duration::from_secs(settings.timeout.unwrap_or(REQUEST_TIMEOUT).into()),
         pace: settings.rate.map(|rate| Arc::new(Pace::new(rate))),
-    };
+        blocks: Arc::new(BlockCache::new(settings.cache.unwrap_or(CACHE))),
+    }
+}
+
+async fn open_buckets(settings: &MountSettings, limits: &RequestLimits) -> Result<BTreeMap<String, Bucket>> {
+    let mut buckets = BTreeMap::new();
     for setting in &settings.buckets {
         let named = |e: Error| Error::new(e.kind(), format!("bucket {}: {}", setting.name, e.report()));
         let bucket =
-            Bucket::open_with(&setting.name, &setting.url, &limits, &setting.client).map_err(named)?;
+            Bucket::open_with(&setting.name, &setting.url, limits, &setting.client).map_err(named)?;
         bucket.probe().await.map_err(named)?;
 
         if settings.shared {

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 use toml::Value;
 
-use super::{MountSettings, OPTIONS};
+use super::{CatalogSetting, MountSettings, OPTIONS};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Largest configuration file that is read, in bytes.
@@ -21,8 +21,8 @@ const PLAIN_KEYS: [&str; 3] = ["region", "endpoint", "allow_http"];
 
 #[derive(Deserialize)]
 struct Document {
-    /// Where the images are, relative to the file's directory.
-    catalog: PathBuf,
+    /// Where the images are: a path relative to the file's directory, a URL, or a table with `url`.
+    catalog: Value,
     #[serde(flatten)]
     options: BTreeMap<String, Value>,
 }
@@ -33,7 +33,7 @@ impl MountSettings {
     /// # Errors
     /// [`PermissionDenied`](ErrorKind::PermissionDenied) when it tells a store's client what may be a secret, and others
     /// than its owner may read it.
-    pub fn apply_file(&mut self, path: &Path) -> Result<PathBuf> {
+    pub fn apply_file(&mut self, path: &Path) -> Result<CatalogSetting> {
         let place = path.display().to_string();
         let failed = |e| Error::from_io("cannot read the configuration", e).in_file(&place);
         let meta = std::fs::metadata(path).map_err(failed)?;
@@ -47,13 +47,16 @@ impl MountSettings {
         for (word, value) in &document.options {
             self.apply_value(word, value).map_err(|e| e.in_file(&place))?;
         }
-        let mut told = self.buckets.iter().flat_map(|bucket| bucket.client.keys());
+        let directory = path.parent().unwrap_or(Path::new(""));
+        let catalog = catalog_setting(&document.catalog, directory).map_err(|e| e.in_file(&place))?;
+        let clients = self.buckets.iter().map(|bucket| &bucket.client).chain(catalog.client());
+        let mut told = clients.flat_map(BTreeMap::keys);
         if meta.mode() & 0o077 != 0 && told.any(|key| !PLAIN_KEYS.contains(&key.as_str())) {
             let what =
                 "has settings of a store's client, which may be secrets, and others may read it: chmod 600";
             return Err(Error::new(ErrorKind::PermissionDenied, what).in_file(place));
         }
-        Ok(path.parent().unwrap_or(Path::new("")).join(document.catalog))
+        Ok(catalog)
     }
 
     fn apply_value(&mut self, word: &str, value: &Value) -> Result<()> {
@@ -97,10 +100,7 @@ impl MountSettings {
                 self.apply(word, Some(&format!("{name}={value}")))?;
             }
         }
-        let mut client = BTreeMap::new();
-        for key in settings.keys().filter(|key| !BUCKET_KEYS.contains(&key.as_str())) {
-            client.insert(key.clone(), Secret(text(key)?.unwrap_or_default()));
-        }
+        let mut client = client_settings(settings, &BUCKET_KEYS).map_err(named)?;
         if let Some(region) = text("region")?.filter(|_| url.starts_with("s3:")) {
             client.insert("region".to_owned(), Secret(region));
         }
@@ -109,6 +109,31 @@ impl MountSettings {
         }
         Ok(())
     }
+}
+
+/// The catalog: a path or a URL, or a table with its `url` and settings of the store's client.
+fn catalog_setting(value: &Value, directory: &Path) -> Result<CatalogSetting> {
+    let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("catalog: {what}"));
+    let (text, settings) = match value {
+        Value::String(text) => (Some(text.as_str()), None),
+        Value::Table(table) => (table.get("url").and_then(Value::as_str), Some(table)),
+        _ => (None, None),
+    };
+    let text = text.ok_or_else(|| malformed("give a path, a URL, or a table with url"))?;
+    match (CatalogSetting::named(Path::new(text)), settings) {
+        (CatalogSetting::Directory(path), None) => Ok(CatalogSetting::Directory(directory.join(path))),
+        (CatalogSetting::Directory(_), Some(_)) => Err(malformed("only a bucket's URL has settings")),
+        (bucket, None) => Ok(bucket),
+        (CatalogSetting::Bucket { url, .. }, Some(settings)) => {
+            Ok(CatalogSetting::Bucket { url, client: client_settings(settings, &["url"])? })
+        }
+    }
+}
+
+/// What a store's client is told: all keys of its table but `ours`.
+fn client_settings(settings: &toml::Table, ours: &[&str]) -> Result<BTreeMap<String, Secret>> {
+    let others = settings.iter().filter(|(key, _)| !ours.contains(&key.as_str()));
+    others.map(|(key, value)| Ok((key.clone(), Secret(scalar(key, value)?)))).collect()
 }
 
 /// A value as `-o` would have it.
@@ -149,14 +174,20 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    fn parse(text: &str, mode: u32) -> Result<(MountSettings, PathBuf)> {
+    fn parse(text: &str, mode: u32) -> Result<(MountSettings, CatalogSetting)> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.toml");
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
         let mut settings = MountSettings::default();
-        let catalog = settings.apply_file(&path)?;
-        Ok((settings, catalog.strip_prefix(directory.path()).map_or(catalog.clone(), Path::to_owned)))
+        let catalog = match settings.apply_file(&path)? {
+            CatalogSetting::Directory(path) => {
+                let within = path.strip_prefix(directory.path()).map(Path::to_owned);
+                CatalogSetting::Directory(within.unwrap_or(path))
+            }
+            bucket => bucket,
+        };
+        Ok((settings, catalog))
     }
 
     #[test]
@@ -165,7 +196,7 @@ mod tests {
                     formats = ['raw', 'qcow2']\nstage_limit = '1G'\n[bucket]\na = 'file:///a'\n\
                     [storage_class]\na = 'Standard'\n";
         let (settings, catalog) = parse(text, 0o644).unwrap();
-        assert_eq!(catalog, Path::new("images"));
+        assert_eq!(catalog, CatalogSetting::named(Path::new("images")));
         let mut same = MountSettings::default();
         let options = "jobs=7,wait,umask=022,formats=raw:qcow2,stage_limit=1G,bucket=a=file:///a,storage_class=a=Standard";
         same.apply_options(options).unwrap();
@@ -176,21 +207,21 @@ mod tests {
     fn what_is_shown_can_be_mounted_again() {
         let mut settings = MountSettings::default();
         let options = "bucket=a=file:///a,bucket=b=s3://b/c,formats=raw:zvhd2,policy=tencent-cvm,storage_class=a=S,\
-                       region=b=r,jobs=9,on_limit=fail,rate=3M,timeout=7,retries=0,shared,lease=9,wait,\
+                       region=b=r,jobs=9,on_limit=fail,rate=3M,timeout=7,retries=0,shared,lease=9,cache=64M,wait,\
                        read_to_end=cp:x,stage_limit=1G,state=/s,allow_other,uid=1,gid=2,umask=027,nonempty";
         let given = options.replace("bucket=b=", "").matches('=').count();
         settings.apply_options(options).unwrap();
         assert!(given >= OPTIONS.len() - 4, "the test does not give every option");
-        let shown = settings.shown(Path::new("/c"), Path::new("/m"), Path::new("/s"));
+        let shown = settings.shown("/c", Path::new("/m"), Path::new("/s"));
         let (again, catalog) = parse(&shown, 0o644).unwrap();
-        assert_eq!((again, catalog.as_path()), (settings, Path::new("/c")));
+        assert_eq!((again, catalog), (settings, CatalogSetting::named(Path::new("/c"))));
     }
 
     #[test]
     fn stores_are_told_what_their_table_says_and_nobody_else_is() {
         let text = "catalog = '/c'\n[bucket.b]\nurl = 's3://b'\nregion = 'r'\nsecret_access_key = 'hidden'\n";
         let (settings, catalog) = parse(text, 0o600).unwrap();
-        assert_eq!(catalog, Path::new("/c"));
+        assert_eq!(catalog, CatalogSetting::named(Path::new("/c")));
         assert_eq!(settings.buckets[0].client["secret_access_key"].reveal(), "hidden");
         assert_eq!(settings.regions["b"], "r");
         assert_eq!(settings.buckets[0].client["region"].reveal(), "r");
@@ -203,9 +234,23 @@ mod tests {
     }
 
     #[test]
+    fn a_catalog_is_a_path_a_url_or_a_table() {
+        let (_, catalog) = parse("catalog = 's3://images/web'", 0o644).unwrap();
+        assert_eq!(catalog, CatalogSetting::named(Path::new("s3://images/web")));
+        let text = "[catalog]\nurl = 's3://images'\nendpoint = 'http://h'\nsecret_access_key = 'hidden'\n";
+        let (_, catalog) = parse(text, 0o600).unwrap();
+        assert_eq!(catalog.client().unwrap()["secret_access_key"].reveal(), "hidden");
+        assert!(!format!("{catalog:?}").contains("hidden"));
+        assert_eq!(parse(text, 0o644).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+
+    #[test]
     fn wrong_files_are_refused_with_place_and_reason() {
         for (text, named) in [
             ("jobs = 3", "catalog"),
+            ("catalog = 3", "catalog"),
+            ("[catalog]\nendpoint = 'e'", "url"),
+            ("[catalog]\nurl = '/a'\nendpoint = 'e'", "catalog"),
             ("catalog = 'c'\njobs = 99", "jobs"),
             ("catalog = 'c'\ncolour = 'red'", "colour"),
             ("catalog = 'c'\nwait = 'yes'", "wait"),

@@ -6,10 +6,13 @@ use std::path::PathBuf;
 use super::{MountSettings, add_fact, number, parse_formats, wrong};
 use crate::error::Result;
 use crate::policy::OnLimit;
-use crate::units::parse_bytes;
+use crate::units::{MIB, parse_bytes};
 
 /// More than this many exports at once hold more memory than any machine gains by them.
 const MAX_JOBS: u32 = 64;
+
+/// Less holds not even what a few programs read at once.
+const SMALLEST_CACHE: u64 = 32 * MIB;
 
 /// A mount option.
 #[derive(Debug)]
@@ -36,7 +39,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 21] = [
+pub static OPTIONS: [MountOption; 22] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -183,6 +186,19 @@ pub static OPTIONS: [MountOption; 21] = [
         details: "For at most three hours.",
         take: |settings, _| {
             settings.wait = true;
+            Ok(())
+        },
+    },
+    MountOption {
+        word: "cache",
+        value: Some("SIZE"),
+        is_repeated: false,
+        summary: "Memory for blocks of objects that were read or are read ahead",
+        details: "As 1G; 256M by default, 32M at least. For the catalog where it is a bucket, and for all buckets \
+                  together. Blocks that nobody has read yet take half of it at most.",
+        take: |settings, value| {
+            let cache = parse_bytes(value).ok().filter(|&cache| cache >= SMALLEST_CACHE);
+            settings.cache = Some(cache.ok_or_else(|| wrong("cache", value))?);
             Ok(())
         },
     },

@@ -51,11 +51,11 @@ impl FileStorage {
         Ok(Self { name, file_size: meta.len(), modified, generation: generation_of(&meta), file })
     }
 
-    /// The generation that a path has now, without opening it.
-    pub fn generation_at(path: &Path) -> Result<Generation> {
+    /// The generation that a path has now and when it was last modified, without opening it.
+    pub fn stat(path: &Path) -> Result<(Generation, SystemTime)> {
         let meta = std::fs::metadata(path)
             .map_err(|e| Error::from_io("cannot stat", e).in_file(path.display().to_string()))?;
-        Ok(generation_of(&meta))
+        Ok((generation_of(&meta), meta.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
     }
 
     /// When the file was last modified, as it was when it was opened.

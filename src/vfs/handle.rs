@@ -48,7 +48,7 @@ pub enum Whence {
 /// What a read has to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadPath {
-    /// A local image: nothing much.
+    /// Local files: nothing much.
     Image,
     /// A store, or a compressor: such reads belong off the dispatcher.
     Slow,
@@ -191,7 +191,9 @@ impl Vfs {
     pub fn read_path(&self, id: HandleId) -> ReadPath {
         match self.handles.read().get(&id).map(|handle| &**handle) {
             Some(Handle::Object(..) | Handle::Draft(_) | Handle::DraftReader(_)) => ReadPath::Slow,
-            Some(Handle::Image(source)) if source.format.is_compressed() => ReadPath::Slow,
+            Some(Handle::Image(source)) if source.format.is_compressed() || self.catalog.is_remote() => {
+                ReadPath::Slow
+            }
             Some(Handle::Document(_)) => ReadPath::Document,
             _ => ReadPath::Image,
         }

@@ -253,8 +253,7 @@ impl Vfs {
 
     /// The newest change of an image's files; the mount's start where none can be read.
     fn image_modified(&self, image: &CatalogImage) -> SystemTime {
-        let modified = |path: &std::path::Path| std::fs::metadata(path).and_then(|m| m.modified()).ok();
-        image.disks.iter().filter_map(|d| modified(&d.path)).max().unwrap_or(self.mounted)
+        image.disks.iter().filter_map(|disk| self.catalog.modified(disk).ok()).max().unwrap_or(self.mounted)
     }
 
     /// The content of a file of `.freightfs/`.

@@ -8,6 +8,8 @@ use super::{command, freightfs, run, succeed, text};
 /// Where a test's catalog, bucket, state and mount are.
 pub struct World {
     directory: tempfile::TempDir,
+    /// What is mounted instead of the directory `catalog`.
+    pub source: Option<String>,
     /// Variables for the daemon.
     pub environment: Vec<(String, String)>,
 }
@@ -18,7 +20,7 @@ impl World {
         for name in ["catalog", "bucket", "state", "mnt", "out"] {
             std::fs::create_dir(directory.path().join(name)).unwrap();
         }
-        Self { directory, environment: Vec::new() }
+        Self { directory, source: None, environment: Vec::new() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -59,7 +61,8 @@ impl World {
     /// The command that mounts.
     pub fn mount_command(&self, arguments: &[&str]) -> Command {
         let mut command = freightfs();
-        command.arg("mount").arg(self.catalog()).arg(self.path("mnt"));
+        let source = self.source.as_ref().map_or_else(|| self.catalog(), PathBuf::from);
+        command.arg("mount").arg(source).arg(self.path("mnt"));
         command.arg("--state").arg(self.path("state")).args(arguments);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command

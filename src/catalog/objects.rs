@@ -1,0 +1,279 @@
+//! A bucket as a catalog: its objects are read in ranges, each of one generation, by entity tag.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use lru::LruCache;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+
+use super::store::{CatalogStore, Entry, StoredFile, too_large};
+use crate::bucket::{Bucket, ObjectFile, ObjectKey, ObjectMeta};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Extent;
+use crate::storage::{Generation, Storage, changed, check_range};
+use crate::units::FileOffset;
+use crate::vfile::VirtualFile;
+
+/// How old may be what is known of names and objects. Bytes are never of two generations: each request names the tag.
+const AGE: Duration = Duration::from_secs(5);
+
+/// Objects of which something is remembered.
+const KNOWN: std::num::NonZeroUsize = std::num::NonZeroUsize::new(65_536).expect("it is not 0");
+
+/// Sidecars whose text is remembered.
+const TEXTS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).expect("it is not 0");
+
+/// Objects that are listed whatever their level: a thousand a request. Of a bucket with more, each directory is a request.
+const LISTED_DEEP: usize = 10_000;
+
+/// Directories that are listed at once.
+const LISTED_AT_ONCE: usize = 16;
+
+/// The objects of a bucket, as paths below `/`. Cheap to clone.
+///
+/// Everything blocks on the runtime and so must not be called on its own worker threads.
+#[derive(Clone)]
+pub struct BucketFiles {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    bucket: Bucket,
+    runtime: Handle,
+    known: Mutex<LruCache<ObjectKey, (Instant, ObjectMeta)>>,
+    texts: Mutex<LruCache<ObjectKey, (Generation, String)>>,
+}
+
+impl BucketFiles {
+    /// The bucket's objects. Nothing is asked yet.
+    pub fn new(bucket: Bucket, runtime: Handle) -> Self {
+        let (known, texts) = (LruCache::sparse(KNOWN), LruCache::sparse(TEXTS));
+        Self {
+            inner: Arc::new(Inner { bucket, runtime, known: Mutex::new(known), texts: Mutex::new(texts) }),
+        }
+    }
+
+    /// The same of a bucket that can be listed, which is found out.
+    pub fn open(bucket: Bucket, runtime: Handle) -> Result<Self> {
+        runtime.block_on(bucket.list_page(None, None))?;
+        Ok(Self::new(bucket, runtime))
+    }
+
+    /// What is known of an object, or was less than [`AGE`] ago.
+    fn meta(&self, key: &ObjectKey) -> Result<ObjectMeta> {
+        if let Some((at, meta)) = self.inner.known.lock().get(key)
+            && at.elapsed() < AGE
+        {
+            return Ok(meta.clone());
+        }
+        self.meta_now(key)
+    }
+
+    fn meta_now(&self, key: &ObjectKey) -> Result<ObjectMeta> {
+        let bucket = &self.inner.bucket;
+        match self.inner.runtime.block_on(bucket.head(key))? {
+            Some(meta) => {
+                self.inner.known.lock().put(key.clone(), (Instant::now(), meta.clone()));
+                Ok(meta)
+            }
+            None => {
+                self.forget(key);
+                Err(Error::new(ErrorKind::NotFound, "there is no such object").in_file(bucket.url_of(key)))
+            }
+        }
+    }
+
+    fn forget(&self, key: &ObjectKey) {
+        self.inner.known.lock().pop(key);
+    }
+
+    fn remember(&self, objects: &[ObjectMeta]) {
+        let mut known = self.inner.known.lock();
+        let now = Instant::now();
+        for meta in objects {
+            known.put(meta.key.clone(), (now, meta.clone()));
+        }
+    }
+
+    /// The objects at the top and in its directories, perhaps with some below those.
+    async fn objects(&self) -> Result<Vec<ObjectMeta>> {
+        let bucket = &self.inner.bucket;
+        if let Some(objects) = bucket.list_all(LISTED_DEEP).await? {
+            return Ok(objects);
+        }
+        let top = bucket.list(None).await?;
+        let directories = top.prefixes.into_iter().filter(|name| !name.starts_with('.'));
+        let list = |name: String| async move { bucket.list(Some(&ObjectKey::parse(&name)?)).await };
+        let listings = stream::iter(directories).map(list).buffered(LISTED_AT_ONCE).try_collect::<Vec<_>>();
+        let below = listings.await?.into_iter().flat_map(|listing| listing.objects);
+        Ok(top.objects.into_iter().chain(below).collect())
+    }
+
+    fn key(&self, path: &Path) -> Result<ObjectKey> {
+        let place = || format!("{}{}", self.inner.bucket.url(), path.display());
+        let text = path.to_str().and_then(|text| text.strip_prefix('/'));
+        let text = text.ok_or_else(|| Error::new(ErrorKind::NotFound, "not a key").in_file(place()))?;
+        ObjectKey::parse(text).map_err(|e| e.in_file(place()))
+    }
+}
+
+impl CatalogStore for BucketFiles {
+    fn root(&self) -> &Path {
+        Path::new("/")
+    }
+
+    fn place(&self, path: &Path) -> String {
+        let url = self.inner.bucket.url();
+        if path == self.root() { url.to_owned() } else { format!("{url}{}", path.display()) }
+    }
+
+    fn entries(&self) -> Result<BTreeMap<String, Entry>> {
+        let objects = self.inner.runtime.block_on(self.objects())?;
+        self.remember(&objects);
+        let mut entries = BTreeMap::new();
+        for meta in objects {
+            let key = meta.key.as_str();
+            if key.starts_with('.') {
+                continue;
+            }
+            let Some((directory, name)) = key.split_once('/') else {
+                // A directory of the same name stays.
+                entries.entry(key.to_owned()).or_insert(Entry::File);
+                continue;
+            };
+            let directory = entries.entry(directory.to_owned()).or_insert(Entry::Directory(Vec::new()));
+            if name.contains('/') {
+                continue;
+            }
+            match directory {
+                Entry::Directory(names) => names.push(name.to_owned()),
+                file => *file = Entry::Directory(vec![name.to_owned()]),
+            }
+        }
+        Ok(entries)
+    }
+
+    fn read_text(&self, path: &Path, limit: u64) -> Result<String> {
+        let key = self.key(path)?;
+        let meta = self.meta(&key)?;
+        let generation = generation(&meta);
+        if let Some((known, text)) = self.inner.texts.lock().get(&key)
+            && *known == generation
+        {
+            return Ok(text.clone());
+        }
+        // A listing's tag is not always written as answers of the object itself have it.
+        let meta = self.meta_now(&key)?;
+        let place = self.inner.bucket.url_of(&key);
+        if meta.object_size > limit {
+            return Err(too_large(limit).in_file(place));
+        }
+        let bytes = match meta.object_size {
+            0 => Vec::new(),
+            size => {
+                let read = self.inner.bucket.read(&key, 0..size, meta.etag.as_deref());
+                self.inner.runtime.block_on(read)?.to_vec()
+            }
+        };
+        let text = String::from_utf8(bytes)
+            .map_err(|e| Error::new(ErrorKind::Malformed, "is not UTF-8").because(e).in_file(place))?;
+        self.inner.texts.lock().put(key, (self::generation(&meta), text.clone()));
+        Ok(text)
+    }
+
+    fn stat(&self, path: &Path) -> Result<(Generation, SystemTime)> {
+        let meta = self.meta(&self.key(path)?)?;
+        Ok((generation(&meta), meta.modified))
+    }
+
+    fn open(&self, path: &Path) -> Result<StoredFile> {
+        let meta = self.meta_now(&self.key(path)?)?;
+        let modified = meta.modified;
+        let inner = &self.inner;
+        let storage = ObjectStorage {
+            name: inner.bucket.url_of(&meta.key),
+            generation: generation(&meta),
+            key: meta.key.clone(),
+            file: ObjectFile::new(inner.bucket.clone(), meta, inner.runtime.clone()),
+            files: self.clone(),
+        };
+        Ok(StoredFile { storage: Arc::new(storage), modified })
+    }
+
+    fn open_reference(&self, path: &Path) -> Result<StoredFile> {
+        // Objects have no links.
+        self.open(path)
+    }
+
+    fn listing_age(&self) -> Duration {
+        AGE
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+}
+
+/// What an object's content is known by: its entity tag where it has one, however it is quoted, else its time.
+fn generation(meta: &ObjectMeta) -> Generation {
+    let size = meta.object_size;
+    match &meta.etag {
+        Some(etag) => Generation(format!("{}-{size:x}", etag.trim_matches('"'))),
+        None => {
+            let since = meta.modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            Generation(format!("at-{:x}-{size:x}", since.as_secs()))
+        }
+    }
+}
+
+/// One content of an object as a source.
+struct ObjectStorage {
+    name: String,
+    key: ObjectKey,
+    generation: Generation,
+    file: ObjectFile,
+    files: BucketFiles,
+}
+
+impl Storage for ObjectStorage {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn file_size(&self) -> u64 {
+        self.file.file_size()
+    }
+
+    fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        check_range(self, at, buf.len() as u64)?;
+        let read = self.file.read_at(at, buf);
+        if read.as_ref().is_err_and(|e| e.kind() == ErrorKind::SourceChanged) {
+            self.files.forget(&self.key);
+        }
+        match read {
+            Ok(read) if read == buf.len() => Ok(()),
+            Ok(_) => Err(changed(&self.name).at(at)),
+            Err(error) => Err(error.at(at)),
+        }
+    }
+
+    fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        self.file.extent_at(at)
+    }
+
+    fn generation(&self) -> &Generation {
+        &self.generation
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        let now = self.files.meta(&self.key).map_err(|e| match e.kind() {
+            ErrorKind::NotFound => changed(&self.name),
+            _ => e,
+        })?;
+        if generation(&now) == self.generation { Ok(()) } else { Err(changed(&self.name)) }
+    }
+}
