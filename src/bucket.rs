@@ -372,6 +372,38 @@ impl Bucket {
         Ok(bytes)
     }
 
+    /// The same by one request, handed over in pieces of so many bytes as they come. A last piece that is too short was
+    /// cut off, and is not handed over.
+    async fn read_pieces(
+        &self,
+        key: &ObjectKey,
+        range: Range<u64>,
+        etag: Option<&str>,
+        piece: usize,
+        mut take: impl FnMut(Bytes) + Send,
+    ) -> Result<()> {
+        match &self.inner.backend {
+            Backend::Local(_) => {
+                for start in range.clone().step_by(piece) {
+                    take(self.read(key, start..range.end.min(start + piece as u64), etag).await?);
+                }
+                Ok(())
+            }
+            Backend::Remote(store) => {
+                let mut left = range.end - range.start;
+                let whole = |bytes: Bytes| {
+                    let wanted = left.min(piece as u64);
+                    left -= wanted;
+                    if bytes.len() as u64 == wanted {
+                        take(bytes);
+                    }
+                };
+                let read = store.read_pieces(key, range, etag, piece, whole).await;
+                read.map_err(|e| self.named(e, key))
+            }
+        }
+    }
+
     /// Writes a small object at once; for what is about objects, which waits for nothing.
     pub async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
         self.put_now(key, bytes, &Tags::new()).await

@@ -1,22 +1,58 @@
 //! Blocks of objects that were read or are read ahead: one bounded cache for all open files of all buckets.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
-use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 
 use super::ObjectKey;
+use crate::error::Result;
 use crate::units::MIB;
 
-/// Bytes that are fetched at once: little enough that a read of one sector somewhere does not cost much.
+/// Bytes that are kept or dropped at once: little enough that a read of one sector somewhere does not cost much.
 pub(super) const BLOCK: u64 = MIB;
 
-/// A block's bytes, once somebody has fetched them.
-pub(super) type BlockCell = Arc<OnceCell<Bytes>>;
+/// A block, whose bytes one of those who want it fetches.
+#[derive(Debug, Default)]
+pub(super) struct BlockCell {
+    bytes: OnceLock<Bytes>,
+    /// Held by who fetches it.
+    flight: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A block that somebody has begun to fetch. When this is dropped without bytes, the next who wants it fetches it.
+pub(super) struct Arriving {
+    cell: Arc<BlockCell>,
+    _flight: OwnedMutexGuard<()>,
+}
+
+impl BlockCell {
+    /// The bytes, if they are there.
+    pub(super) fn get(&self) -> Option<Bytes> {
+        self.bytes.get().cloned()
+    }
+
+    /// The bytes, waited for where somebody fetches them, else fetched.
+    pub(super) async fn get_or_fetch(&self, fetch: impl Future<Output = Result<Bytes>>) -> Result<Bytes> {
+        let _flight = self.flight.lock().await;
+        if let Some(bytes) = self.get() {
+            return Ok(bytes);
+        }
+        let bytes = fetch.await?;
+        Ok(self.bytes.get_or_init(|| bytes).clone())
+    }
+}
+
+impl Arriving {
+    /// The block has come.
+    pub(super) fn arrived(self, bytes: Bytes) {
+        let _ = self.cell.bytes.set(bytes);
+    }
+}
 
 /// Blocks of objects by content and number, the least recently used of which go first.
 ///
@@ -34,7 +70,7 @@ pub(super) struct ContentId(Arc<str>);
 
 #[derive(Debug)]
 struct Block {
-    cell: BlockCell,
+    cell: Arc<BlockCell>,
     /// The right to keep it although nobody has asked for it yet.
     unread: Option<OwnedSemaphorePermit>,
 }
@@ -66,48 +102,50 @@ impl BlockCache {
     }
 
     /// The block that is to be read now.
-    pub(super) fn wanted(&self, content: &ContentId, number: u64) -> BlockCell {
+    pub(super) fn wanted(&self, content: &ContentId, number: u64) -> Arc<BlockCell> {
         let id = (content.clone(), number);
         let mut blocks = self.blocks.lock();
         if let Some(block) = blocks.get_mut(&id) {
             block.unread = None;
             return Arc::clone(&block.cell);
         }
-        let cell = BlockCell::default();
+        let cell = Arc::<BlockCell>::default();
         blocks.put(id, Block { cell: Arc::clone(&cell), unread: None });
         cell
     }
 
-    /// A block that will be read: `None` where it is there already or has no room.
-    pub(super) fn ahead(&self, content: &ContentId, number: u64) -> Option<BlockCell> {
+    /// A block that will be read, to be fetched by the caller: `None` where it is there already or has no room.
+    pub(super) fn ahead(&self, content: &ContentId, number: u64) -> Option<Arriving> {
         let id = (content.clone(), number);
         let mut blocks = self.blocks.lock();
         if blocks.contains(&id) {
             return None;
         }
         let unread = Some(Arc::clone(&self.ahead).try_acquire_owned().ok()?);
-        let cell = BlockCell::default();
+        let cell = Arc::<BlockCell>::default();
+        let flight = Arc::clone(&cell.flight).try_lock_owned().expect("nobody else has the cell yet");
         blocks.put(id, Block { cell: Arc::clone(&cell), unread });
-        Some(cell)
+        Some(Arriving { cell, _flight: flight })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{Error, ErrorKind};
 
     #[test]
     fn blocks_are_shared_by_content_and_the_cache_is_bounded() {
         let cache = BlockCache::new(8 * BLOCK);
         let key = ObjectKey::parse("a").unwrap();
         let (one, other) = (ContentId::tagged(1, &key, "e"), ContentId::tagged(1, &key, "f"));
-        cache.wanted(&one, 0).set(Bytes::from_static(b"x")).unwrap();
-        assert!(cache.wanted(&ContentId::tagged(1, &key, "e"), 0).initialized());
-        assert!(!cache.wanted(&other, 0).initialized());
-        assert!(!cache.wanted(&ContentId::tagged(2, &key, "e"), 0).initialized());
+        cache.ahead(&one, 0).unwrap().arrived(Bytes::from_static(b"x"));
+        assert!(cache.wanted(&ContentId::tagged(1, &key, "e"), 0).get().is_some());
+        assert!(cache.wanted(&other, 0).get().is_none());
+        assert!(cache.wanted(&ContentId::tagged(2, &key, "e"), 0).get().is_none());
         assert_ne!(ContentId::unique(), ContentId::unique());
         (0..100).for_each(|number| drop(cache.wanted(&other, number)));
-        assert!(!cache.wanted(&one, 0).initialized());
+        assert!(cache.wanted(&one, 0).get().is_none());
         assert!(cache.blocks.lock().len() <= 8);
     }
 
@@ -120,5 +158,23 @@ mod tests {
         assert!(cache.ahead(&content, 1).is_none(), "it is there");
         drop(cache.wanted(&content, 1));
         assert!(cache.ahead(&content, 5).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_block_is_fetched_once_and_again_when_that_failed() {
+        let cache = BlockCache::new(8 * BLOCK);
+        let content = ContentId::unique();
+        let never = || async { panic!("fetched twice") };
+        let arriving = cache.ahead(&content, 0).unwrap();
+        let cell = cache.wanted(&content, 0);
+        let waiting = cell.get_or_fetch(never());
+        arriving.arrived(Bytes::from_static(b"a"));
+        assert_eq!(waiting.await.unwrap(), "a");
+        drop(cache.ahead(&content, 1).unwrap());
+        let cell = cache.wanted(&content, 1);
+        let failed = cell.get_or_fetch(async { Err(Error::new(ErrorKind::Io, "no")) });
+        failed.await.unwrap_err();
+        assert_eq!(cell.get_or_fetch(async { Ok(Bytes::from_static(b"b")) }).await.unwrap(), "b");
+        assert_eq!(cell.get_or_fetch(never()).await.unwrap(), "b");
     }
 }

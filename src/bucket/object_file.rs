@@ -1,12 +1,13 @@
 //! An object as a file: positional reads in blocks, several of which are read ahead at once while a program reads on.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::ops::Range;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::block_cache::{BLOCK, BlockCell, ContentId};
+use super::block_cache::{Arriving, BLOCK, ContentId};
 use super::{Bucket, ObjectMeta};
 use crate::error::Result;
 use crate::extent::{Extent, ExtentKind};
@@ -14,10 +15,14 @@ use crate::units::FileOffset;
 use crate::vfile::{VirtualFile, readable};
 
 /// Blocks that are read ahead at most. It begins with one and doubles with each block that is read on.
-const LARGEST_AHEAD: u64 = 16;
+const LARGEST_AHEAD: u64 = 32;
 
-/// How far behind the newest block a read still counts as reading on: a program's parallel requests arrive in any order.
-const SLACK: u64 = 3;
+/// Blocks that one request asks for at most, where somebody reads on: as many bytes as a part of an upload has.
+const RUN: u64 = 8;
+
+/// How far from the newest block a read still counts as reading on: a program's parallel requests arrive in any order,
+/// and programs that write an image with several threads leave its clusters in nearly any.
+const SLACK: u64 = 4;
 
 /// Places of a file at which somebody reads on: several programs, or data between an image's tables.
 const STREAMS: usize = 8;
@@ -41,6 +46,8 @@ struct Stream {
     /// The furthest block that was read.
     last: u64,
     ahead: u64,
+    /// The first block that was not asked for.
+    next: u64,
 }
 
 impl ObjectFile {
@@ -56,51 +63,81 @@ impl ObjectFile {
 
     fn block(&self, number: u64) -> Result<Bytes> {
         let ahead = self.streams.lock().read_on(number);
-        let cache = self.bucket.blocks();
-        let cell = cache.wanted(&self.content, number);
-        let last = self.meta.object_size.saturating_sub(1) / BLOCK;
-        for next in number + 1..=last.min(number + ahead) {
-            let Some(cell) = cache.ahead(&self.content, next) else { continue };
-            let fetch = fetch(self.bucket.clone(), self.meta.clone(), next, cell);
-            // A failure ahead of the reader is met again, and reported, when the reader gets there.
-            self.runtime.spawn(async move { fetch.await.map(drop) });
-        }
+        let cell = self.bucket.blocks().wanted(&self.content, number);
+        self.read_ahead(ahead);
         match cell.get() {
-            Some(bytes) => Ok(bytes.clone()),
-            None => self.runtime.block_on(fetch(
-                self.bucket.clone(),
-                self.meta.clone(),
-                number,
-                Arc::clone(&cell),
-            )),
+            Some(bytes) => Ok(bytes),
+            None => {
+                let range = self.bytes_of(number, 1);
+                let fetch = self.bucket.read(&self.meta.key, range, self.meta.etag.as_deref());
+                self.runtime.block_on(cell.get_or_fetch(fetch))
+            }
         }
+    }
+
+    /// Begins to fetch those of these blocks that nobody has.
+    fn read_ahead(&self, blocks: Range<u64>) {
+        let end = blocks.end.min(self.meta.object_size.div_ceil(BLOCK));
+        let mut first = blocks.start;
+        while first < end {
+            let run = first..end.min(first + RUN);
+            let arriving: VecDeque<_> =
+                run.map_while(|number| self.bucket.blocks().ahead(&self.content, number)).collect();
+            let count = arriving.len() as u64;
+            if count > 0 {
+                let (bucket, meta) = (self.bucket.clone(), self.meta.clone());
+                // A failure ahead of the reader is met again, and reported, when the reader gets there.
+                self.runtime.spawn(fetch_run(bucket, meta, self.bytes_of(first, count), arriving));
+            }
+            first += count.max(1);
+        }
+    }
+
+    /// The bytes of so many blocks.
+    fn bytes_of(&self, first: u64, count: u64) -> Range<u64> {
+        first * BLOCK..((first + count) * BLOCK).min(self.meta.object_size)
     }
 }
 
 impl Streams {
-    /// Notes a read; returns how many blocks are to be there after it.
-    fn read_on(&mut self, number: u64) -> u64 {
-        let goes_on = |stream: &Stream| number <= stream.last + 1 && number + SLACK >= stream.last;
+    /// Notes a read; returns the blocks that are to be asked for besides.
+    fn read_on(&mut self, number: u64) -> Range<u64> {
+        let goes_on =
+            |s: &Stream| number + SLACK.max(s.ahead) >= s.last && number <= s.last + SLACK.max(s.ahead);
         let mut stream = match self.0.iter().rposition(goes_on) {
             Some(known) => self.0.remove(known),
-            None if number == 0 => Stream { last: 0, ahead: 1 },
-            None => Stream { last: number, ahead: 0 },
+            None if number == 0 => Stream { last: 0, ahead: 1, next: 1 },
+            None => Stream { last: number, ahead: 0, next: number + 1 },
         };
-        if number == stream.last + 1 {
-            stream = Stream { last: number, ahead: (stream.ahead * 2).clamp(1, LARGEST_AHEAD) };
+        let grows = number > stream.last && stream.ahead < LARGEST_AHEAD;
+        if number > stream.last {
+            stream.last = number;
+            stream.ahead = (stream.ahead * 2).clamp(1, LARGEST_AHEAD);
         }
-        let ahead = stream.ahead;
+        let first = stream.next.max(number + 1);
+        let missing = (stream.last + 1 + stream.ahead).saturating_sub(first);
+        // Whole runs once there is one, so that not every block is a request.
+        let asked = if missing >= RUN { missing / RUN * RUN } else { missing };
+        let asked = if grows || missing >= RUN || stream.next == 1 { asked } else { 0 };
+        if asked > 0 {
+            stream.next = first + asked;
+        }
         self.0.push(stream);
         if self.0.len() > STREAMS {
             self.0.remove(0);
         }
-        ahead
+        first..first + asked
     }
 }
 
-async fn fetch(bucket: Bucket, meta: ObjectMeta, block: u64, cell: BlockCell) -> Result<Bytes> {
-    let range = block * BLOCK..((block + 1) * BLOCK).min(meta.object_size);
-    cell.get_or_try_init(|| bucket.read(&meta.key, range, meta.etag.as_deref())).await.cloned()
+/// Fetches blocks that follow each other by one request, each of which is there as soon as it has come.
+async fn fetch_run(bucket: Bucket, meta: ObjectMeta, range: Range<u64>, mut arriving: VecDeque<Arriving>) {
+    let take = |bytes| {
+        if let Some(block) = arriving.pop_front() {
+            block.arrived(bytes);
+        }
+    };
+    let _ = bucket.read_pieces(&meta.key, range, meta.etag.as_deref(), BLOCK as usize, take).await;
 }
 
 impl VirtualFile for ObjectFile {
@@ -134,10 +171,23 @@ mod tests {
     #[test]
     fn reading_on_reads_ahead_and_jumping_does_not() {
         let mut streams = Streams::default();
-        let ahead: Vec<_> = [0, 0, 1, 2, 1, 3, 4, 5, 6].map(|number| streams.read_on(number)).to_vec();
-        assert_eq!(ahead, [1, 1, 2, 4, 4, 8, 16, 16, 16]);
-        assert_eq!([100, 5000, 5001].map(|number| streams.read_on(number)), [0, 0, 1]);
-        // What was read between does not end the first.
-        assert_eq!([7, 5002, 8, 101].map(|number| streams.read_on(number)), [16, 2, 16, 1]);
+        let asked: Vec<_> = (0..6).map(|number| streams.read_on(number)).collect();
+        assert_eq!(asked, [1..2, 2..4, 4..7, 7..12, 12..20, 20..36]);
+        // From then on by whole runs, each block once.
+        let mut next = 36;
+        for number in 6..100 {
+            let asked = streams.read_on(number);
+            assert!(
+                asked.is_empty() || asked.start == next && asked.end == next + RUN,
+                "{number}: {asked:?}"
+            );
+            next = next.max(asked.end);
+            assert!(next > number && next <= number + 1 + LARGEST_AHEAD);
+        }
+        // What was read again, and what was read between, does not end it.
+        let none = |range: Range<u64>| assert!(range.is_empty(), "{range:?}");
+        [97, 5000, 90_000, 99, 70_000].into_iter().for_each(|number| none(streams.read_on(number)));
+        assert_eq!(streams.read_on(5001), 5002..5003);
+        assert!((100..116).any(|number| !streams.read_on(number).is_empty()));
     }
 }

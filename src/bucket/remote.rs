@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
 use md5::{Digest, Md5};
 use object_store::aws::AmazonS3;
@@ -199,13 +199,43 @@ impl RemoteStore {
     }
 
     pub(super) async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
-        let options = GetOptions {
-            if_match: etag.map(str::to_owned),
-            range: Some(GetRange::Bounded(range)),
-            ..GetOptions::default()
-        };
         let failed = |e| translated("cannot read the object", ErrorKind::Io, e);
-        self.store.get_opts(&self.path(key)?, options).await.map_err(failed)?.bytes().await.map_err(failed)
+        self.store
+            .get_opts(&self.path(key)?, ranged(range, etag))
+            .await
+            .map_err(failed)?
+            .bytes()
+            .await
+            .map_err(failed)
+    }
+
+    /// The same, handed over in pieces of so many bytes as they come.
+    pub(super) async fn read_pieces(
+        &self,
+        key: &ObjectKey,
+        range: Range<u64>,
+        etag: Option<&str>,
+        piece: usize,
+        mut take: impl FnMut(Bytes) + Send,
+    ) -> Result<()> {
+        let failed = |e| translated("cannot read the object", ErrorKind::Io, e);
+        let got = self.store.get_opts(&self.path(key)?, ranged(range, etag)).await.map_err(failed)?;
+        let mut body = got.into_stream();
+        let mut collected = BytesMut::with_capacity(piece);
+        while let Some(chunk) = body.next().await {
+            let mut chunk = chunk.map_err(failed)?;
+            while !chunk.is_empty() {
+                let length = chunk.len().min(piece - collected.len());
+                collected.extend_from_slice(&chunk.split_to(length));
+                if collected.len() == piece {
+                    take(std::mem::replace(&mut collected, BytesMut::with_capacity(piece)).freeze());
+                }
+            }
+        }
+        if !collected.is_empty() {
+            take(collected.freeze());
+        }
+        Ok(())
     }
 
     pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
@@ -274,6 +304,15 @@ impl RemoteStore {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(translated("cannot abort the upload", ErrorKind::Io, error)),
         }
+    }
+}
+
+/// A request for bytes of one content.
+fn ranged(range: Range<u64>, etag: Option<&str>) -> GetOptions {
+    GetOptions {
+        if_match: etag.map(str::to_owned),
+        range: Some(GetRange::Bounded(range)),
+        ..GetOptions::default()
     }
 }
 
