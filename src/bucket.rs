@@ -183,13 +183,7 @@ impl Bucket {
         store: Arc<dyn ObjectStore>,
         uploads: Arc<dyn MultipartStore>,
     ) -> Self {
-        Self::new(
-            name,
-            url,
-            Backend::Remote(RemoteStore::new(store, uploads)),
-            MAX_COPY,
-            RequestLimits::default(),
-        )
+        Self::with_copy_limit(name, url, store, uploads, MAX_COPY)
     }
 
     /// As [`with_stores`](Self::with_stores), over a store that copies no object larger than this with one request.
@@ -200,13 +194,8 @@ impl Bucket {
         uploads: Arc<dyn MultipartStore>,
         largest_copy: u64,
     ) -> Self {
-        Self::new(
-            name,
-            url,
-            Backend::Remote(RemoteStore::new(store, uploads)),
-            largest_copy,
-            RequestLimits::default(),
-        )
+        let backend = Backend::Remote(RemoteStore::new(store, uploads));
+        Self::new(name, url, backend, largest_copy, RequestLimits::default())
     }
 
     fn new(name: &str, url: &str, backend: Backend, largest_copy: u64, limits: RequestLimits) -> Self {
@@ -219,7 +208,7 @@ impl Bucket {
         &self.inner.limits.blocks
     }
 
-    /// Whether requests leave this machine, or may.
+    /// Whether it is at a store, and not a directory.
     fn is_remote(&self) -> bool {
         matches!(self.inner.backend, Backend::Remote(_))
     }

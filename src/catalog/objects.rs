@@ -166,7 +166,6 @@ impl CatalogStore for BucketFiles {
         {
             return Ok(text.clone());
         }
-        // A listing's tag is not always written as answers of the object itself have it.
         let meta = self.meta_now(&key)?;
         let place = self.inner.bucket.url_of(&key);
         if meta.object_size > limit {
@@ -270,10 +269,12 @@ impl Storage for ObjectStorage {
     }
 
     fn verify_unchanged(&self) -> Result<()> {
-        let now = self.files.meta(&self.key).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => changed(&self.name),
-            _ => e,
-        })?;
+        let gone = |e: Error| if e.kind() == ErrorKind::NotFound { changed(&self.name) } else { e };
+        if generation(&self.files.meta(&self.key).map_err(gone)?) == self.generation {
+            return Ok(());
+        }
+        // That may be from a listing, whose tags not every store writes as it answers for the object itself.
+        let now = self.files.meta_now(&self.key).map_err(gone)?;
         if generation(&now) == self.generation { Ok(()) } else { Err(changed(&self.name)) }
     }
 }
