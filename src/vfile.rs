@@ -4,6 +4,19 @@ use crate::error::Result;
 use crate::extent::Extent;
 use crate::units::FileOffset;
 
+/// How far the work is that finds a file's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preparation {
+    /// Steps done.
+    pub done: u64,
+    /// Steps in all.
+    pub total: u64,
+    /// Bytes of the file that these steps made.
+    pub bytes: u64,
+    /// Whether no byte can be read before it has ended; else reading from the start keeps up with it.
+    pub is_first: bool,
+}
+
 /// A file whose bytes can be read anywhere, from many threads at once.
 ///
 /// Any split of reads gives the same bytes as one whole read.
@@ -19,6 +32,11 @@ pub trait VirtualFile: Send + Sync {
     /// Bytes in the file. Where they are not known, this takes a pass over the source.
     fn exact_size(&self) -> Result<u64> {
         Ok(self.file_size())
+    }
+
+    /// How far the work is that finds the size, for files that need such work.
+    fn preparation(&self) -> Option<Preparation> {
+        None
     }
 
     /// Reads up to `buf.len()` bytes at `at` and says how many: fewer only at the end of the file, 0 past it.

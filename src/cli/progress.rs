@@ -11,6 +11,17 @@ use crate::units::human_bytes;
 /// How often a plain line is printed.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// A bar of bytes, of which it is known how many there are.
+const SIZED: &str =
+    "{msg:24!} {bar:14} {percent:>3}%  {binary_bytes:>10}  {binary_bytes_per_sec:>11}  {eta:>4}";
+
+/// A bar of percents.
+const UNSIZED: &str = "{msg:24!} {bar:14} {percent:>3}%  size not known yet  {prefix}";
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or(ProgressStyle::default_bar())
+}
+
 /// The progress of several things at once, on standard error.
 pub(super) struct Board {
     bars: Option<MultiProgress>,
@@ -28,18 +39,14 @@ impl Board {
     /// One more thing, with its name, of `total` bytes.
     pub(super) fn add(&self, name: &str, total: u64) -> Progress {
         if let Some(bars) = &self.bars {
-            let style =
-                "{msg:24!} {bar:14} {percent:>3}%  {binary_bytes:>10}  {binary_bytes_per_sec:>11}  {eta:>4}";
-            let bar = ProgressBar::new(total)
-                .with_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()))
-                .with_message(name.to_owned());
+            let bar = ProgressBar::new(total).with_style(style(SIZED)).with_message(name.to_owned());
             return Progress(Kind::Bar(bars.add(bar)));
         }
         if !self.lines {
             return Progress(Kind::Silent);
         }
         let begun = Instant::now();
-        let state = State { name: name.to_owned(), total, done: 0, begun, printed: begun };
+        let state = State { name: name.to_owned(), total, done: 0, percent: None, begun, printed: begun };
         Progress(Kind::Lines(Mutex::new(state)))
     }
 
@@ -65,6 +72,8 @@ struct State {
     name: String,
     total: u64,
     done: u64,
+    /// What is done and what is left, where the bytes are not known.
+    percent: Option<(u8, String)>,
     begun: Instant,
     printed: Instant,
 }
@@ -88,12 +97,32 @@ impl Progress {
         match &self.0 {
             Kind::Silent => {}
             Kind::Bar(bar) => {
+                bar.set_style(style(SIZED));
                 bar.set_length(total);
                 bar.set_position(done);
             }
             Kind::Lines(state) => {
                 let mut state = state.lock();
-                (state.done, state.total) = (done, total);
+                (state.done, state.total, state.percent) = (done, total, None);
+                state.print_now_and_then();
+            }
+        }
+    }
+
+    /// So many percent are done of something whose bytes nobody can count yet, and so many seconds may be left.
+    pub(super) fn set_percent(&self, percent: u8, seconds: Option<u64>) {
+        let left = seconds.map(|seconds| format!("{} left", left(seconds))).unwrap_or_default();
+        match &self.0 {
+            Kind::Silent => {}
+            Kind::Bar(bar) => {
+                bar.set_style(style(UNSIZED));
+                bar.set_length(100);
+                bar.set_position(percent.into());
+                bar.set_prefix(left);
+            }
+            Kind::Lines(state) => {
+                let mut state = state.lock();
+                state.percent = Some((percent, left));
                 state.print_now_and_then();
             }
         }
@@ -111,8 +140,23 @@ impl State {
     fn print_now_and_then(&mut self) {
         if self.printed.elapsed() >= LINE_INTERVAL {
             self.printed = Instant::now();
-            eprintln!("{}", line(&self.name, self.done, self.total, self.begun.elapsed()));
+            match &self.percent {
+                Some((percent, left)) => {
+                    let comma = if left.is_empty() { "" } else { ", " };
+                    eprintln!("{}: {percent} %{comma}{left}", self.name);
+                }
+                None => eprintln!("{}", line(&self.name, self.done, self.total, self.begun.elapsed())),
+            }
         }
+    }
+}
+
+/// Seconds for people.
+fn left(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7199 => format!("{} min", seconds.div_ceil(60)),
+        _ => format!("{} h", seconds.div_ceil(3600)),
     }
 }
 
@@ -124,12 +168,7 @@ fn line(name: &str, done: u64, total: u64, elapsed: Duration) -> String {
         return format!("{name}: {}, {speed}/s", human_bytes(done));
     }
     let percent = (u128::from(done) * 100 / u128::from(total)).min(100);
-    let left = (total.saturating_sub(done) as f64 / rate.max(1.0)).ceil() as u64;
-    let left = match left {
-        0..=119 => format!("{left} s"),
-        120..=7199 => format!("{} min", left.div_ceil(60)),
-        _ => format!("{} h", left.div_ceil(3600)),
-    };
+    let left = left((total.saturating_sub(done) as f64 / rate.max(1.0)).ceil() as u64);
     format!("{name}: {percent} %, {} of {}, {speed}/s, {left} left", human_bytes(done), human_bytes(total))
 }
 

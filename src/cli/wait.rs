@@ -63,7 +63,10 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
 /// The status when it is final.
 fn look(file: &Path, progress: &Progress) -> Result<Option<Status>> {
     let status = read_status(file)?;
-    progress.set(status.bytes_uploaded, status.size.unwrap_or(0));
+    match status.size {
+        Some(size) => progress.set(status.bytes_uploaded, size),
+        None => progress.set_percent(status.progress, status.eta_seconds),
+    }
     Ok(status.status.is_final().then_some(status))
 }
 

@@ -20,7 +20,7 @@ use crate::image::DiskImage;
 use crate::layout::CompressedLayout;
 use crate::layout::compressed::{Ends, LengthIndex, Piece, Record};
 use crate::units::{FileOffset, MIB, VirtualOffset};
-use crate::vfile::{VirtualFile, readable};
+use crate::vfile::{Preparation, VirtualFile, readable};
 
 /// Bytes of the disk that one step compresses: few at first, so that the first byte comes soon, then more, so that
 /// all cores have enough to do. A step holds this much of compressed units, and a unit for each thread.
@@ -387,6 +387,17 @@ impl VirtualFile for CompressedFile {
 
     fn exact_size(&self) -> Result<u64> {
         self.complete(&|_| ())
+    }
+
+    fn preparation(&self) -> Option<Preparation> {
+        let state = self.state.read();
+        let index = state.index();
+        Some(Preparation {
+            done: index.lengths().len() as u64,
+            total: index.map().allocated(),
+            bytes: index.end().bytes(),
+            is_first: !self.is_streamable(),
+        })
     }
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {

@@ -74,6 +74,8 @@ pub struct Job {
     failure: Mutex<Option<Error>>,
     file: Mutex<Option<Arc<dyn VirtualFile>>>,
     started: Mutex<Option<Instant>>,
+    /// Whether the file's size was not known when the job was started.
+    begun_unsized: AtomicBool,
     /// The multipart upload under way.
     upload: Mutex<Option<Arc<PartLog>>>,
     /// What was sent while a program wrote the file.
@@ -135,6 +137,7 @@ impl Job {
             failure: Mutex::default(),
             file: Mutex::new(file),
             started: Mutex::default(),
+            begun_unsized: AtomicBool::new(false),
             upload: Mutex::default(),
             early_upload: Mutex::default(),
             status_unwritten: AtomicBool::new(false),
@@ -159,7 +162,10 @@ impl Job {
     /// A snapshot of the job's status.
     pub fn status(&self) -> Status {
         let mut status = self.status.lock().clone();
-        status.eta_seconds = self.eta(&status);
+        if status.status == JobState::Running && !self.is_following() {
+            status.progress = self.progress(&status);
+            status.eta_seconds = self.eta(&status);
+        }
         status
     }
 
@@ -227,17 +233,30 @@ impl Job {
             s.size = size;
             (s.bytes_done, s.bytes_uploaded, s.progress) = (0, 0, 0);
         });
+        self.begun_unsized.store(size.is_none(), Ordering::Relaxed);
     }
 
-    /// Counts bytes that the store confirmed, of at most `largest_size`.
-    pub(super) fn uploaded(&self, bytes: u64, largest_size: u64) {
-        self.update(|s| {
-            s.bytes_uploaded += bytes;
-            // 100 is for SUCCESS alone.
-            let size = s.size.unwrap_or(largest_size);
-            let percent = s.bytes_uploaded.saturating_mul(100).checked_div(size).unwrap_or(0);
-            s.progress = percent.min(99) as u8;
-        });
+    /// Counts bytes that the store confirmed.
+    pub(super) fn uploaded(&self, bytes: u64) {
+        self.update(|s| s.bytes_uploaded += bytes);
+    }
+
+    /// Percent of the bytes, whose number is estimated where it is not known. A file that cannot be read before it is
+    /// known is half done then. 100 is for SUCCESS alone.
+    fn progress(&self, status: &Status) -> u8 {
+        let percent =
+            |done: u64, total: u64| done.saturating_mul(100).checked_div(total).unwrap_or(0).min(100);
+        let uploaded = |size| percent(status.bytes_uploaded, size);
+        let file = self.file().filter(|_| self.begun_unsized.load(Ordering::Relaxed));
+        let whole = match (file.and_then(|file| file.preparation()), status.size) {
+            (Some(work), size) if work.is_first => {
+                (percent(work.done, work.total) + size.map_or(0, uploaded)) / 2
+            }
+            (_, Some(size)) => uploaded(size),
+            (Some(work), None) => uploaded(work.bytes.saturating_mul(work.total) / work.done.max(1)),
+            (None, None) => 0,
+        };
+        whole.min(99) as u8
     }
 
     /// Whether the status has to be taken from here, because the bucket's file is not the newest.
@@ -324,9 +343,11 @@ impl Job {
 
     fn eta(&self, status: &Status) -> Option<u64> {
         let elapsed = (*self.started.lock())?.elapsed().as_secs_f64();
-        let (done, size) = (status.bytes_uploaded, status.size?);
-        (status.status == JobState::Running && done > 0)
-            .then(|| (elapsed * size.saturating_sub(done) as f64 / done as f64).ceil() as u64)
+        let (done, size) = match status.size {
+            Some(size) if !self.begun_unsized.load(Ordering::Relaxed) => (status.bytes_uploaded, size),
+            _ => (status.progress.into(), 100),
+        };
+        (done > 0).then(|| (elapsed * size.saturating_sub(done) as f64 / done as f64).ceil() as u64)
     }
 }
 
@@ -342,4 +363,80 @@ pub(super) fn new_job_id() -> String {
     // RandomState is seeded by the operating system and differs at each call.
     let random = std::hash::RandomState::new().build_hasher().finish();
     format!("{:012x}-{random:016x}", Timestamp::now().as_millisecond())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::extent::{Extent, ExtentKind};
+    use crate::units::FileOffset;
+    use crate::vfile::Preparation;
+
+    /// A file that is being prepared.
+    struct Prepared {
+        size: Mutex<Option<u64>>,
+        work: Mutex<Preparation>,
+    }
+
+    impl VirtualFile for Prepared {
+        fn file_size(&self) -> u64 {
+            self.size.lock().unwrap_or(9999)
+        }
+
+        fn known_size(&self) -> Option<u64> {
+            *self.size.lock()
+        }
+
+        fn preparation(&self) -> Option<Preparation> {
+            Some(*self.work.lock())
+        }
+
+        fn read_at(&self, _: FileOffset, _: &mut [u8]) -> Result<usize> {
+            Ok(0)
+        }
+
+        fn extent_at(&self, _: FileOffset) -> Result<Extent> {
+            Ok(Extent::new(ExtentKind::Data, 1))
+        }
+    }
+
+    #[test]
+    fn progress_is_of_the_whole_work() {
+        let request = || JobRequest {
+            bucket: "b".to_owned(),
+            key: ObjectKey::parse("k").unwrap(),
+            source: JobSource::Staged(PathBuf::new()),
+            client_token: None,
+            tags: Default::default(),
+        };
+        for (is_first, expected) in [(true, [0, 25, 50, 75, 99]), (false, [0, 25, 25, 75, 99])] {
+            let work = Preparation { done: 0, total: 10, bytes: 0, is_first };
+            let file = Arc::new(Prepared { size: Mutex::default(), work: Mutex::new(work) });
+            let job = Job::new(request(), String::new(), Some(file.clone()));
+            job.start(file.clone());
+            let progress = || job.status().progress;
+            let mut seen = vec![progress()];
+            *file.work.lock() = Preparation { done: 5, bytes: 500, ..work };
+            if !is_first {
+                job.uploaded(250);
+            }
+            seen.push(progress());
+            file.work.lock().done = 10;
+            *file.size.lock() = Some(1000);
+            job.update(|s| s.size = Some(1000));
+            seen.push(progress());
+            job.uploaded(500);
+            seen.push(progress());
+            job.uploaded(500);
+            seen.push(progress());
+            assert_eq!(seen, expected);
+        }
+        // What was known at the start is uploaded only.
+        let work = Preparation { done: 10, total: 10, bytes: 1000, is_first: true };
+        let file = Arc::new(Prepared { size: Mutex::new(Some(1000)), work: Mutex::new(work) });
+        let job = Job::new(request(), String::new(), Some(file.clone()));
+        job.start(file);
+        job.uploaded(300);
+        assert_eq!(job.status().progress, 30);
+    }
 }

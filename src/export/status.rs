@@ -84,7 +84,7 @@ pub struct Status {
     pub job_id: String,
     /// The job's state.
     pub status: JobState,
-    /// Percent of the bytes uploaded, 0 to 100; 100 only with SUCCESS.
+    /// Percent of what is to be done, 0 to 100; 100 only with SUCCESS.
     pub progress: u8,
     /// The image exported; null for a plain write.
     pub image: Option<StatusImage>,

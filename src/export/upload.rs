@@ -97,7 +97,7 @@ impl Attempt<'_> {
             let sent = log.part(index).filter(|part| self.is_whole(part, at, part_size));
             if let Some(part) = sent.as_ref().filter(|part| digests.cover(at + part.length)) {
                 self.advance(at + part.length);
-                self.job.uploaded(part.length, self.file.file_size());
+                self.job.uploaded(part.length);
                 (index, at) = (index + 1, at + part.length);
                 continue;
             }
@@ -116,7 +116,7 @@ impl Attempt<'_> {
             self.advance(end);
             digests.add(at, &part).await?;
             if sent.is_some_and(|sent| sent.length == length) {
-                self.job.uploaded(length, self.file.file_size());
+                self.job.uploaded(length);
             } else {
                 while in_flight.len() >= in_flight_limit {
                     self.finish_one(&mut in_flight).await?;
@@ -193,7 +193,7 @@ impl Attempt<'_> {
     async fn finish_one(&self, in_flight: &mut JoinSet<Result<u64>>) -> Result<()> {
         if let Some(finished) = in_flight.join_next().await {
             let length = joined(finished)??;
-            self.job.uploaded(length, self.file.file_size());
+            self.job.uploaded(length);
             self.metrics.uploaded_bytes.add(length);
         }
         Ok(())
@@ -210,7 +210,7 @@ impl Attempt<'_> {
         self.job.set_publishing();
         self.bucket.put_tagged(self.key, bytes, &self.job.request().tags).await?;
         let meta = self.bucket.verify(self.key, size, Some(&format!("\"{md5}\""))).await?;
-        self.job.uploaded(size, size);
+        self.job.uploaded(size);
         self.metrics.uploaded_bytes.add(size);
         Ok(Uploaded { meta, sha256, md5 })
     }
