@@ -30,6 +30,9 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// How long writing a status may take; the job's end does not wait longer for it.
 const STATUS_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long a refusal waits for its status to be in the bucket.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(5);
+
 /// Files that are sent while they are written, at once. Others are sent when they are closed.
 const EARLY_UPLOADS: usize = 4;
 
@@ -149,13 +152,16 @@ impl JobQueue {
         Ok(job)
     }
 
-    /// Records that a copy was refused before a job could start, so that its status file says why.
+    /// Records that a copy was refused before a job could start, so that its status file says why: when this returns,
+    /// unless the store takes longer than people wait for a refusal.
     pub fn record_refusal(&self, request: JobRequest, error: &Error) -> Result<()> {
         let job = self.enter(request, None)?;
         self.inner.metrics.jobs_submitted.add(1);
         let inner = Arc::clone(&self.inner);
-        let error = error.clone();
-        self.inner.runtime.spawn(async move { inner.end(&job, Err(error)).await });
+        let (error, refused) = (error.clone(), Arc::clone(&job));
+        self.inner.runtime.spawn(async move { inner.end(&refused, Err(error)).await });
+        // The failure is the caller's own.
+        let _ = job.wait(REFUSAL_LIMIT);
         Ok(())
     }
 
