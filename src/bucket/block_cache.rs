@@ -84,7 +84,8 @@ pub(super) fn next_number() -> u64 {
 impl ContentId {
     /// What an object has under an entity tag: the same for all who open it in this bucket.
     pub(super) fn tagged(bucket: u64, key: &ObjectKey, etag: &str) -> Self {
-        Self(format!("{bucket} {key} {etag}").into())
+        // No key has a line feed.
+        Self(format!("{bucket}\n{key}\n{etag}").into())
     }
 
     /// A content that nobody else shares, because nothing tells whether it is the same.

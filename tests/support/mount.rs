@@ -10,6 +10,8 @@ pub struct World {
     directory: tempfile::TempDir,
     /// What is mounted instead of the directory `catalog`.
     pub source: Option<String>,
+    /// The S3 bucket's.
+    pub space: Option<super::s3::Space>,
     /// Variables for the daemon.
     pub environment: Vec<(String, String)>,
 }
@@ -20,7 +22,7 @@ impl World {
         for name in ["catalog", "bucket", "state", "mnt", "out"] {
             std::fs::create_dir(directory.path().join(name)).unwrap();
         }
-        Self { directory, source: None, environment: Vec::new() }
+        Self { directory, source: None, space: None, environment: Vec::new() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

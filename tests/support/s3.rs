@@ -1,5 +1,7 @@
 //! The S3 server that scripts/test starts.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::process::Command;
 
 use object_store::ObjectStoreExt;
@@ -24,10 +26,29 @@ pub fn aws(endpoint: &str, arguments: &[&str]) -> Command {
     aws
 }
 
+/// What a bucket takes on the server's disk, freed at once at the end of its test.
+pub struct Space(String);
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        let Ok(master) = std::env::var("FREIGHTFS_TEST_S3_MASTER") else { return };
+        // SeaweedFS keeps the objects of a bucket in volumes of its own.
+        let delete = format!("GET /col/delete?collection={} HTTP/1.0\r\nhost: {master}\r\n\r\n", self.0);
+        let freed = TcpStream::connect(&master).and_then(|mut stream| {
+            stream.write_all(delete.as_bytes())?;
+            stream.read_to_end(&mut Vec::new())
+        });
+        if let Err(error) = freed {
+            println!("the space of the bucket {} is not freed: {error}", self.0);
+        }
+    }
+}
+
 /// A world for mounts with a new S3 bucket of that name.
 pub fn world(endpoint: &str, bucket: &str) -> World {
     succeed(&mut aws(endpoint, &["s3api", "create-bucket", "--bucket", bucket]));
     let mut world = World::new();
+    world.space = Some(Space(bucket.to_owned()));
     for (name, value) in [("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true")] {
         world.environment.push((name.to_owned(), value.to_owned()));
     }
