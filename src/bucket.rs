@@ -361,8 +361,7 @@ impl Bucket {
         Ok(bytes)
     }
 
-    /// The same by one request, handed over in pieces of so many bytes as they come. A last piece that is too short was
-    /// cut off, and is not handed over.
+    /// The same by one request, handed over in pieces of so many bytes as they come, the last one with what is left.
     async fn read_pieces(
         &self,
         key: &ObjectKey,
@@ -379,15 +378,7 @@ impl Bucket {
                 Ok(())
             }
             Backend::Remote(store) => {
-                let mut left = range.end - range.start;
-                let whole = |bytes: Bytes| {
-                    let wanted = left.min(piece as u64);
-                    left -= wanted;
-                    if bytes.len() as u64 == wanted {
-                        take(bytes);
-                    }
-                };
-                let read = store.read_pieces(key, range, etag, piece, whole).await;
+                let read = store.read_pieces(key, range, etag, piece, take).await;
                 read.map_err(|e| self.named(e, key))
             }
         }

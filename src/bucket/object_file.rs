@@ -104,12 +104,12 @@ impl Streams {
     fn read_on(&mut self, number: u64) -> Range<u64> {
         let goes_on =
             |s: &Stream| number + SLACK.max(s.ahead) >= s.last && number <= s.last + SLACK.max(s.ahead);
-        let mut stream = match self.0.iter().rposition(goes_on) {
-            Some(known) => self.0.remove(known),
-            None if number == 0 => Stream { last: 0, ahead: 1, next: 1 },
-            None => Stream { last: number, ahead: 0, next: number + 1 },
-        };
-        let grows = number > stream.last && stream.ahead < LARGEST_AHEAD;
+        let known = self.0.iter().rposition(goes_on).map(|at| self.0.remove(at));
+        let is_new = known.is_none();
+        // Who begins at the start will read on.
+        let begun = || Stream { last: number, ahead: u64::from(number == 0), next: number + 1 };
+        let mut stream = known.unwrap_or_else(begun);
+        let grows = is_new || number > stream.last && stream.ahead < LARGEST_AHEAD;
         if number > stream.last {
             stream.last = number;
             stream.ahead = (stream.ahead * 2).clamp(1, LARGEST_AHEAD);
@@ -117,11 +117,8 @@ impl Streams {
         let first = stream.next.max(number + 1);
         let missing = (stream.last + 1 + stream.ahead).saturating_sub(first);
         // Whole runs once there is one, so that not every block is a request.
-        let asked = if missing >= RUN { missing / RUN * RUN } else { missing };
-        let asked = if grows || missing >= RUN || stream.next == 1 { asked } else { 0 };
-        if asked > 0 {
-            stream.next = first + asked;
-        }
+        let asked = if missing < RUN && grows { missing } else { missing / RUN * RUN };
+        stream.next = stream.next.max(first + asked);
         self.0.push(stream);
         if self.0.len() > STREAMS {
             self.0.remove(0);

@@ -209,7 +209,8 @@ impl RemoteStore {
             .map_err(failed)
     }
 
-    /// The same, handed over in pieces of so many bytes as they come.
+    /// The same, handed over in pieces of so many bytes as they come. A piece that was cut off is not handed over, and
+    /// nor is what was not asked for.
     pub(super) async fn read_pieces(
         &self,
         key: &ObjectKey,
@@ -219,21 +220,22 @@ impl RemoteStore {
         mut take: impl FnMut(Bytes) + Send,
     ) -> Result<()> {
         let failed = |e| translated("cannot read the object", ErrorKind::Io, e);
+        let mut left = range.end - range.start;
         let got = self.store.get_opts(&self.path(key)?, ranged(range, etag)).await.map_err(failed)?;
         let mut body = got.into_stream();
-        let mut collected = BytesMut::with_capacity(piece);
+        let mut collected = BytesMut::new();
         while let Some(chunk) = body.next().await {
             let mut chunk = chunk.map_err(failed)?;
-            while !chunk.is_empty() {
-                let length = chunk.len().min(piece - collected.len());
+            while !chunk.is_empty() && left > 0 {
+                let wanted = left.min(piece as u64) as usize;
+                collected.reserve(wanted - collected.len());
+                let length = chunk.len().min(wanted - collected.len());
                 collected.extend_from_slice(&chunk.split_to(length));
-                if collected.len() == piece {
-                    take(std::mem::replace(&mut collected, BytesMut::with_capacity(piece)).freeze());
+                if collected.len() == wanted {
+                    left -= wanted as u64;
+                    take(std::mem::take(&mut collected).freeze());
                 }
             }
-        }
-        if !collected.is_empty() {
-            take(collected.freeze());
         }
         Ok(())
     }
