@@ -86,7 +86,12 @@ impl LocalFiles {
     /// The names of the regular files in a directory; none where it cannot be read.
     fn files_in(directory: &Path) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
-        let files = entries.flatten().filter(|entry| entry.path().is_file());
+        // Only a link has to be looked at: what others are stands in the directory.
+        let is_file = |entry: &std::fs::DirEntry| {
+            let kind = entry.file_type();
+            kind.is_ok_and(|kind| kind.is_file() || kind.is_symlink() && entry.path().is_file())
+        };
+        let files = entries.flatten().filter(is_file);
         files.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 }
