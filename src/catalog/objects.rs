@@ -113,6 +113,24 @@ impl BucketFiles {
         Ok(top.objects.into_iter().chain(below).collect())
     }
 
+    /// The text of an object, of this generation.
+    fn text(&self, meta: &ObjectMeta, limit: u64) -> Result<String> {
+        let bucket = &self.inner.bucket;
+        let place = || bucket.url_of(&meta.key);
+        if meta.object_size > limit {
+            return Err(too_large(limit).in_file(place()));
+        }
+        let bytes = match meta.object_size {
+            0 => Vec::new(),
+            size => {
+                let read = bucket.read(&meta.key, 0..size, meta.etag.as_deref());
+                self.inner.runtime.block_on(read)?.to_vec()
+            }
+        };
+        String::from_utf8(bytes)
+            .map_err(|e| Error::new(ErrorKind::Malformed, "is not UTF-8").because(e).in_file(place()))
+    }
+
     fn key(&self, path: &Path) -> Result<ObjectKey> {
         let place = || format!("{}{}", self.inner.bucket.url(), path.display());
         let text = path.to_str().and_then(|text| text.strip_prefix('/'));
@@ -166,21 +184,15 @@ impl CatalogStore for BucketFiles {
         {
             return Ok(text.clone());
         }
-        let meta = self.meta_now(&key)?;
-        let place = self.inner.bucket.url_of(&key);
-        if meta.object_size > limit {
-            return Err(too_large(limit).in_file(place));
-        }
-        let bytes = match meta.object_size {
-            0 => Vec::new(),
-            size => {
-                let read = self.inner.bucket.read(&key, 0..size, meta.etag.as_deref());
-                self.inner.runtime.block_on(read)?.to_vec()
+        // The listing's tag will do; where the store writes it otherwise for the object itself, that is asked.
+        let (generation, text) = match self.text(&meta, limit) {
+            Ok(text) => (generation, text),
+            Err(_) => {
+                let meta = self.meta_now(&key)?;
+                (self::generation(&meta), self.text(&meta, limit)?)
             }
         };
-        let text = String::from_utf8(bytes)
-            .map_err(|e| Error::new(ErrorKind::Malformed, "is not UTF-8").because(e).in_file(place))?;
-        self.inner.texts.lock().put(key, (self::generation(&meta), text.clone()));
+        self.inner.texts.lock().put(key, (generation, text.clone()));
         Ok(text)
     }
 
