@@ -8,7 +8,7 @@
 //! | level | modules | what they own |
 //! |---|---|---|
 //! | 0 | [`error`], [`units`], [`format`](mod@format) | the one error type; offsets and sizes as types; the names of the formats |
-//! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`] | bytes by position; data, zeros, holes and allocation maps; compressors; on-disk headers; the trait of computed files; mount options; counters |
+//! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`], [`failpoint`] | bytes by position; data, zeros, holes and allocation maps; compressors; on-disk headers; the trait of computed files; mount options; counters; the durable steps, for tests |
 //! | 2 | [`image`], [`layout`] | readers: a file as the disk its guest sees; layouts: where each byte of a file of some format comes from |
 //! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout (× compressor) = a file; which images there are, in a directory or a bucket; objects and uploads |
 //! | 5 | [`export`] | jobs, their journal, their status |
@@ -102,6 +102,7 @@ pub mod convert;
 pub mod error;
 pub mod export;
 pub mod extent;
+pub mod failpoint;
 pub mod format;
 pub mod fuse;
 pub mod header;

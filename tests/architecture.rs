@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Modules by level, lowest first. Modules of one level do not import each other, but for those named in [`PEERS`].
 const LEVELS: [&[&str]; 9] = [
     &["error", "units", "format"],
-    &["codec", "extent", "header", "metrics", "policy", "settings", "storage", "vfile"],
+    &["codec", "extent", "failpoint", "header", "metrics", "policy", "settings", "storage", "vfile"],
     &["image", "layout"],
     &["bucket", "catalog", "convert"],
     &[],
