@@ -3,20 +3,22 @@
 //!
 //! # Levels
 //!
-//! A module imports lower levels only; `tests/architecture.rs` fails on an upward import.
+//! A module imports lower levels only; `tests/architecture.rs` reads this table and fails on any other import, and on a
+//! circle between files.
 //!
 //! | level | modules | what they own |
 //! |---|---|---|
-//! | 0 | [`error`], [`units`], [`format`](mod@format) | the one error type; offsets and sizes as types; the names of the formats |
-//! | 1 | [`storage`], [`extent`], [`codec`], [`header`], [`vfile`], [`settings`], [`metrics`], [`failpoint`] | bytes by position; data, zeros, holes and allocation maps; compressors; on-disk headers; the trait of computed files; mount options; counters; the durable steps, for tests |
-//! | 2 | [`image`], [`layout`] | readers: a file as the disk its guest sees; layouts: where each byte of a file of some format comes from |
-//! | 3 | [`convert`], [`catalog`], [`bucket`] | image × layout (× compressor) = a file; which images there are, in a directory or a bucket; objects and uploads |
-//! | 5 | [`export`] | jobs, their journal, their status |
-//! | 6 | [`vfs`] | names, handles, and what a copy means; knows nothing of FUSE |
-//! | 7 | [`fuse`] | the kernel's protocol; the only user of fuser |
-//! | 8 | [`cli`] | arguments, wiring, the daemon |
+//! | 1 | [`error`], [`units`], [`metrics`], [`header`] | the one error type; offsets and sizes as types; counters; on-disk headers |
+//! | 2 | [`format`](mod@format), [`codec`], [`extent`], [`failpoint`] | the names of the formats; compressors; data, zeros, holes and allocation maps; the durable steps, for tests |
+//! | 3 | [`policy`], [`vfile`], [`layout`], [`storage`] | what may be exported; the trait of computed files; where each byte of a file of some format comes from; bytes by position |
+//! | 4 | [`settings`], [`image`] | mount options; readers: a file as the disk its guest sees |
+//! | 5 | [`bucket`], [`convert`] | objects and uploads; image × layout (× compressor) = a file |
+//! | 6 | [`catalog`], [`export`] | which images there are, in a directory or a bucket; jobs, their journal, their status |
+//! | 7 | [`vfs`] | names, handles, and what a copy means; knows nothing of FUSE |
+//! | 8 | [`fuse`] | the kernel's protocol; the only user of fuser |
+//! | 9 | [`cli`] | arguments, wiring, the daemon |
 //!
-//! Everything up to level 3, and `vfs`, is synchronous, positional and shared between threads; `bucket` and
+//! Readers, layouts and `convert` are synchronous, positional and shared between threads; `bucket` and
 //! `export` are asynchronous. The two meet where `vfs` waits for a bucket or a job.
 //!
 //! # The way of a read
