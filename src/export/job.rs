@@ -120,6 +120,10 @@ impl Job {
             host: nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default(),
             attempt: 0,
             error: None,
+            updated: None,
+            valid_seconds: None,
+            waiting: None,
+            notes: Vec::new(),
         };
         Self::from_record(request, status, file)
     }

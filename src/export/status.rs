@@ -123,6 +123,19 @@ pub struct Status {
     pub attempt: u32,
     /// Why it failed.
     pub error: Option<StatusError>,
+    /// When this status was last written into the bucket, or shown.
+    #[serde(default)]
+    pub updated: Option<Timestamp>,
+    /// For how many seconds from `updated` on it holds: an unfinished one that is older comes from a host that ended,
+    /// is cut off, or sleeps. Null once the job has ended.
+    #[serde(default)]
+    pub valid_seconds: Option<u64>,
+    /// What the job waits for, in words: a bucket or an image that is not in this mount, a store that fails.
+    #[serde(default)]
+    pub waiting: Option<String>,
+    /// What else is to be known, in words: a user's object at the place of a sidecar, which was left alone.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 impl Status {
@@ -147,6 +160,7 @@ impl Status {
     fn end(&mut self) {
         self.end_time = Some(now());
         self.eta_seconds = None;
+        (self.valid_seconds, self.waiting) = (None, None);
     }
 
     /// The file's bytes: one indented JSON object and a newline.
