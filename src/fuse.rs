@@ -1,7 +1,8 @@
 //! The adapter between the kernel's FUSE protocol and [`crate::vfs`]: the only user of fuser.
 //!
-//! Reads of images and writes run on the dispatcher's threads, of which there are more than cores; everything
-//! that may wait for a store runs on the runtime's blocking threads and replies from there.
+//! What cannot wait is answered on the dispatcher's threads, of which there are more than cores: reads of local images,
+//! and writes into a staged file that nobody else changes. Everything else is a task of the runtime that replies when it
+//! is done, so that however many requests wait for a store, no thread does.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -21,7 +22,7 @@ use tracing::{debug, warn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Op;
 use crate::units::{FileOffset, MIB, SECTOR};
-use crate::vfs::{Attr, AttrChange, HandleId, Ino, NodeKind, OpenOptions, ReadPath, Vfs, Whence};
+use crate::vfs::{Attr, AttrChange, HandleId, Ino, NodeKind, OpenOptions, Vfs, Whence};
 
 /// Largest read and write request, in bytes: what the kernel allows (FUSE_MAX_MAX_PAGES, 256 pages).
 const MAX_REQUEST: u32 = MIB as u32;
@@ -124,11 +125,10 @@ struct FuseAdapter {
 }
 
 impl FuseAdapter {
-    /// Runs `work` on a thread that may block.
-    fn work(&self, op: Op, work: impl FnOnce(&Vfs) + Send + 'static) {
+    /// Runs `work`, which may wait, as a task.
+    fn work<F: Future<Output = ()> + Send + 'static>(&self, op: Op, work: impl FnOnce(Arc<Vfs>) -> F) {
         self.vfs.metrics().count(op);
-        let vfs = Arc::clone(&self.vfs);
-        self.runtime.spawn_blocking(move || work(&vfs));
+        self.runtime.spawn(work(Arc::clone(&self.vfs)));
     }
 }
 
@@ -137,28 +137,30 @@ thread_local! {
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-fn read_and_reply(vfs: &Vfs, fh: FileHandle, offset: u64, size: u32, reply: ReplyData) {
+/// Answers a read that has nothing to wait for; gives the reply back otherwise.
+fn read_now(vfs: &Vfs, fh: FileHandle, offset: u64, size: usize, reply: ReplyData) -> Option<ReplyData> {
     READ_BUFFER.with_borrow_mut(|buffer| {
-        let size = size.min(MAX_REQUEST) as usize;
         if buffer.len() < size {
             buffer.resize(size, 0);
         }
-        match vfs.read(handle(fh), FileOffset(offset), &mut buffer[..size]) {
-            Ok(read) => reply.data(&buffer[..read]),
-            Err(e) => reply.error(errno("read", &e)),
+        match vfs.read_now(handle(fh), FileOffset(offset), &mut buffer[..size]) {
+            Some(Ok(read)) => reply.data(&buffer[..read]),
+            Some(Err(e)) => reply.error(errno("read", &e)),
+            None => return Some(reply),
         }
-    });
+        None
+    })
 }
 
 /// `.` and `..` come before the directory's own names.
-fn reply_directory(vfs: &Vfs, node: INodeNo, fh: HandleId, offset: u64, mut reply: ReplyDirectory) {
+async fn reply_directory(vfs: Arc<Vfs>, node: INodeNo, fh: HandleId, offset: u64, mut reply: ReplyDirectory) {
     for (number, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
         let _ = reply.add(node, number as u64 + 1, FileType::Directory, name);
     }
     let read = vfs.read_directory(fh, offset.saturating_sub(2), |number, entry| {
         reply.add(INodeNo(entry.ino.0), number + 3, file_type(entry.kind), &entry.name)
     });
-    match read {
+    match read.await {
         Ok(()) => reply.ok(),
         Err(e) => reply.error(errno("readdir", &e)),
     }
@@ -172,8 +174,9 @@ fn handle(fh: FileHandle) -> HandleId {
     HandleId(fh.0)
 }
 
-fn utf8(name: &OsStr) -> Result<&str> {
-    name.to_str().ok_or_else(|| Error::new(ErrorKind::Malformed, format!("the name {name:?} is not UTF-8")))
+fn utf8(name: &OsStr) -> Result<String> {
+    let wrong = || Error::new(ErrorKind::Malformed, format!("the name {name:?} is not UTF-8"));
+    name.to_str().map(str::to_owned).ok_or_else(wrong)
 }
 
 fn errno(op: &str, error: &Error) -> Errno {
@@ -247,6 +250,13 @@ fn open_options(flags: i32) -> OpenOptions {
     }
 }
 
+fn reply_write(written: Result<()>, length: u32, reply: ReplyWrite) {
+    match written {
+        Ok(()) => reply.written(length),
+        Err(e) => reply.error(errno("write", &e)),
+    }
+}
+
 fn reply_empty(op: &str, result: Result<()>, reply: ReplyEmpty) {
     match result {
         Ok(()) => reply.ok(),
@@ -305,9 +315,10 @@ impl Filesystem for FuseAdapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let name = name.to_owned();
-        self.work(Op::Lookup, move |vfs| {
-            reply_entry("lookup", utf8(&name).and_then(|name| vfs.lookup(ino(parent), name)), reply);
+        let name = utf8(name);
+        self.work(Op::Lookup, async move |vfs| {
+            let found = async { vfs.lookup(ino(parent), &name?).await };
+            reply_entry("lookup", found.await, reply);
         });
     }
 
@@ -316,7 +327,7 @@ impl Filesystem for FuseAdapter {
     }
 
     fn getattr(&self, _req: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.work(Op::Getattr, move |vfs| reply_attr("getattr", vfs.getattr(ino(node)), reply));
+        self.work(Op::Getattr, async move |vfs| reply_attr("getattr", vfs.getattr(ino(node)).await, reply));
     }
 
     fn setattr(
@@ -339,7 +350,9 @@ impl Filesystem for FuseAdapter {
     ) {
         let mode = mode.map(|mode| (mode & 0o7777) as u16);
         let change = AttrChange { mode, uid, gid, file_size: size, modified: mtime.map(time) };
-        self.work(Op::Setattr, move |vfs| reply_attr("setattr", vfs.setattr(ino(node), &change), reply));
+        self.work(Op::Setattr, async move |vfs| {
+            reply_attr("setattr", vfs.setattr(ino(node), &change).await, reply);
+        });
     }
 
     fn mkdir(
@@ -351,9 +364,10 @@ impl Filesystem for FuseAdapter {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        let name = name.to_owned();
-        self.work(Op::Mkdir, move |vfs| {
-            reply_entry("mkdir", utf8(&name).and_then(|name| vfs.make_directory(ino(parent), name)), reply);
+        let name = utf8(name);
+        self.work(Op::Mkdir, async move |vfs| {
+            let made = async { vfs.make_directory(ino(parent), &name?).await };
+            reply_entry("mkdir", made.await, reply);
         });
     }
 
@@ -380,16 +394,18 @@ impl Filesystem for FuseAdapter {
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let name = name.to_owned();
-        self.work(Op::Unlink, move |vfs| {
-            reply_empty("unlink", utf8(&name).and_then(|name| vfs.unlink(ino(parent), name)), reply);
+        let name = utf8(name);
+        self.work(Op::Unlink, async move |vfs| {
+            let removed = async { vfs.unlink(ino(parent), &name?).await };
+            reply_empty("unlink", removed.await, reply);
         });
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let name = name.to_owned();
-        self.work(Op::Rmdir, move |vfs| {
-            reply_empty("rmdir", utf8(&name).and_then(|name| vfs.remove_directory(ino(parent), name)), reply);
+        let name = utf8(name);
+        self.work(Op::Rmdir, async move |vfs| {
+            let removed = async { vfs.remove_directory(ino(parent), &name?).await };
+            reply_empty("rmdir", removed.await, reply);
         });
     }
 
@@ -406,18 +422,18 @@ impl Filesystem for FuseAdapter {
         if flags.contains(RenameFlags::RENAME_EXCHANGE) {
             return reply.error(Errno::EINVAL);
         }
-        let (name, new_name) = (name.to_owned(), new_name.to_owned());
+        let (name, new_name) = (utf8(name), utf8(new_name));
         let exclusive = flags.contains(RenameFlags::RENAME_NOREPLACE);
-        self.work(Op::Rename, move |vfs| {
-            let renamed = utf8(&name)
-                .and_then(|name| vfs.rename(ino(parent), name, ino(new_parent), utf8(&new_name)?, exclusive));
-            reply_empty("rename", renamed, reply);
+        self.work(Op::Rename, async move |vfs| {
+            let renamed =
+                async { vfs.rename(ino(parent), &name?, ino(new_parent), &new_name?, exclusive).await };
+            reply_empty("rename", renamed.await, reply);
         });
     }
 
     fn open(&self, req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let options = OpenOptions { opener: Some(req.pid()), ..open_options(flags.0) };
-        self.work(Op::Open, move |vfs| match vfs.open(ino(node), options) {
+        self.work(Op::Open, async move |vfs| match vfs.open(ino(node), options).await {
             Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO),
             Err(e) => reply.error(errno("open", &e)),
         });
@@ -433,10 +449,11 @@ impl Filesystem for FuseAdapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let name = name.to_owned();
+        let name = utf8(name);
         let options = OpenOptions { opener: Some(req.pid()), ..open_options(flags) };
-        self.work(Op::Create, move |vfs| {
-            match utf8(&name).and_then(|name| vfs.create(ino(parent), name, options)) {
+        self.work(Op::Create, async move |vfs| {
+            let created = async { vfs.create(ino(parent), &name?, options).await };
+            match created.await {
                 Ok((attr, id)) => {
                     let (fh, flags) = (FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO);
                     reply.created(&attr.ttl, &file_attr(&attr), Generation(0), fh, flags);
@@ -457,14 +474,12 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.vfs.read_path(handle(fh)) {
-            ReadPath::Slow => self.work(Op::Read, move |vfs| read_and_reply(vfs, fh, offset, size, reply)),
-            ReadPath::Document => read_and_reply(&self.vfs, fh, offset, size, reply),
-            ReadPath::Image => {
-                self.vfs.metrics().count(Op::Read);
-                read_and_reply(&self.vfs, fh, offset, size, reply);
-            }
-        }
+        let size = size.min(MAX_REQUEST) as usize;
+        let Some(reply) = read_now(&self.vfs, fh, offset, size, reply) else { return };
+        self.work(Op::Read, async move |vfs| match vfs.read(handle(fh), FileOffset(offset), size).await {
+            Ok(bytes) => reply.data(&bytes),
+            Err(e) => reply.error(errno("read", &e)),
+        });
     }
 
     fn write(
@@ -479,15 +494,19 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.vfs.metrics().count(Op::Write);
-        match self.vfs.write(handle(fh), FileOffset(offset), data) {
-            Ok(()) => reply.written(data.len() as u32),
-            Err(e) => reply.error(errno("write", &e)),
+        let (at, length) = (FileOffset(offset), data.len() as u32);
+        if let Some(written) = self.vfs.write_now(handle(fh), at, data) {
+            self.vfs.metrics().count(Op::Write);
+            return reply_write(written, length, reply);
         }
+        let data = data.to_vec();
+        self.work(Op::Write, async move |vfs| {
+            reply_write(vfs.write(handle(fh), at, data).await, length, reply);
+        });
     }
 
     fn flush(&self, _req: &Request, _node: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        self.work(Op::Flush, move |vfs| reply_empty("flush", vfs.flush(handle(fh)), reply));
+        self.work(Op::Flush, async move |vfs| reply_empty("flush", vfs.flush(handle(fh)).await, reply));
     }
 
     fn release(
@@ -500,18 +519,18 @@ impl Filesystem for FuseAdapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.work(Op::Release, move |vfs| {
-            vfs.release(handle(fh));
+        self.work(Op::Release, async move |vfs| {
+            vfs.release(handle(fh)).await;
             reply.ok();
         });
     }
 
     fn fsync(&self, _req: &Request, _node: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.work(Op::Fsync, move |vfs| reply_empty("fsync", vfs.sync(handle(fh)), reply));
+        self.work(Op::Fsync, async move |vfs| reply_empty("fsync", vfs.sync(handle(fh)).await, reply));
     }
 
     fn opendir(&self, _req: &Request, node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.work(Op::Readdir, move |vfs| match vfs.open_directory(ino(node)) {
+        self.work(Op::Readdir, async move |vfs| match vfs.open_directory(ino(node)).await {
             Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::empty()),
             Err(e) => reply.error(errno("opendir", &e)),
         });
@@ -529,8 +548,10 @@ impl Filesystem for FuseAdapter {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.vfs.release(handle(fh));
-        reply.ok();
+        self.work(Op::Readdir, async move |vfs| {
+            vfs.release(handle(fh)).await;
+            reply.ok();
+        });
     }
 
     fn fsyncdir(&self, _req: &Request, _node: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
@@ -563,18 +584,18 @@ impl Filesystem for FuseAdapter {
             libc::XATTR_REPLACE => Some(true),
             _ => None,
         };
-        let (name, value) = (name.to_owned(), value.to_vec());
-        self.work(Op::Xattr, move |vfs| {
-            let change = |name: &str| vfs.change_xattr(ino(node), name, Some(&value), exists);
-            reply_xattr_change("setxattr", utf8(&name).and_then(change), reply);
+        let (name, value) = (utf8(name), value.to_vec());
+        self.work(Op::Xattr, async move |vfs| {
+            let changed = async { vfs.change_xattr(ino(node), &name?, Some(&value), exists).await };
+            reply_xattr_change("setxattr", changed.await, reply);
         });
     }
 
     fn removexattr(&self, _req: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let name = name.to_owned();
-        self.work(Op::Xattr, move |vfs| {
-            let change = |name: &str| vfs.change_xattr(ino(node), name, None, Some(true));
-            reply_xattr_change("removexattr", utf8(&name).and_then(change), reply);
+        let name = utf8(name);
+        self.work(Op::Xattr, async move |vfs| {
+            let changed = async { vfs.change_xattr(ino(node), &name?, None, Some(true)).await };
+            reply_xattr_change("removexattr", changed.await, reply);
         });
     }
 
@@ -587,10 +608,10 @@ impl Filesystem for FuseAdapter {
             self.vfs.metrics().count(Op::Xattr);
             return reply.error(Errno::ENODATA);
         };
-        self.work(Op::Xattr, move |vfs| {
+        self.work(Op::Xattr, async move |vfs| {
             let value = match name.as_str() {
-                ERROR_XATTR => Ok(vfs.error_text(ino(node)).map(String::into_bytes)),
-                other => vfs.xattr(ino(node), other),
+                ERROR_XATTR => Ok(vfs.error_text(ino(node)).await.map(String::into_bytes)),
+                other => vfs.xattr(ino(node), other).await,
             };
             match value {
                 Ok(Some(value)) => reply_xattr(&value, size, reply),
@@ -602,7 +623,7 @@ impl Filesystem for FuseAdapter {
 
     /// Ours are answered but not listed: programs copy what is listed.
     fn listxattr(&self, _req: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
-        self.work(Op::Xattr, move |vfs| match vfs.xattr_names(ino(node)) {
+        self.work(Op::Xattr, async move |vfs| match vfs.xattr_names(ino(node)).await {
             Ok(names) => {
                 let list: Vec<u8> =
                     names.into_iter().flat_map(|name| [name.as_bytes(), &[0]].concat()).collect();
@@ -627,7 +648,7 @@ impl Filesystem for FuseAdapter {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(at) = u64::try_from(offset).map(FileOffset) else { return reply.error(Errno::ENXIO) };
-        self.work(Op::Lseek, move |vfs| match vfs.seek(handle(fh), at, whence) {
+        self.work(Op::Lseek, async move |vfs| match vfs.seek(handle(fh), at, whence).await {
             Ok(Some(found)) => reply.offset(found.bytes() as i64),
             Ok(None) => reply.error(Errno::ENXIO),
             Err(e) => reply.error(errno("lseek", &e)),
@@ -648,8 +669,8 @@ impl Filesystem for FuseAdapter {
         reply: ReplyWrite,
     ) {
         let (from, at) = (FileOffset(offset_in), FileOffset(offset_out));
-        self.work(Op::CopyFileRange, move |vfs| {
-            match vfs.copy_range(handle(fh_in), from, handle(fh_out), at, len) {
+        self.work(Op::CopyFileRange, async move |vfs| {
+            match vfs.copy_range(handle(fh_in), from, handle(fh_out), at, len).await {
                 Ok(copied) => reply.written(copied as u32),
                 Err(e) => reply.error(copy_errno(&e)),
             }

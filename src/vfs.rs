@@ -1,7 +1,9 @@
 //! What the mount means: names, attributes, handles, and what a copy does. Knows nothing of FUSE.
 //!
-//! All calls are synchronous and may block; [`crate::fuse`] decides on which thread they run. A call answers with
-//! an [`Error`](crate::error::Error) whose errno the program gets.
+//! Whatever may wait, for a store, a job or a file, is an `async fn`, and [`crate::fuse`] runs it as a task: nothing
+//! here holds a thread while it waits. What is not `async` answers at once and may be called on any thread.
+//! Synchronous work that may take long goes to a thread of its lane ([`lanes`]). A call answers with an
+//! [`Error`](crate::error::Error) whose errno the program gets.
 
 mod attr;
 mod attributes;
@@ -11,6 +13,7 @@ mod draft;
 mod drafts;
 mod handle;
 mod inode;
+mod lanes;
 mod objects;
 mod permit;
 mod tags;
@@ -25,12 +28,13 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle as Runtime;
 
 pub use attr::{Attr, AttrChange, NodeKind};
-pub use handle::{HandleId, OpenOptions, ReadPath, Whence};
+pub use handle::{HandleId, OpenOptions, Whence};
 pub use inode::{Ino, ROOT_INO};
 pub use tree::DirectoryEntry;
 
 use crate::bucket::{Bucket, ObjectKey, Tags};
 use crate::catalog::Catalog;
+use crate::error::Result;
 use crate::export::JobQueue;
 use crate::format::OutputFormat;
 use crate::metrics::Metrics;
@@ -40,6 +44,7 @@ use directory::RecentObjects;
 use draft::Draft;
 use handle::Handle;
 use inode::InodeTable;
+use lanes::{Lane, Lanes};
 
 /// How a mount behaves; made by the command line.
 #[derive(Clone, Debug)]
@@ -93,6 +98,7 @@ pub struct Vfs {
     /// The names that clients gave to the exports to these keys.
     tokens: Mutex<HashMap<ObjectName, String>>,
     tags: Mutex<HashMap<ObjectName, Tags>>,
+    lanes: Lanes,
 }
 
 impl Vfs {
@@ -122,7 +128,18 @@ impl Vfs {
             recent: RecentObjects::default(),
             tokens: Mutex::default(),
             tags: Mutex::default(),
+            lanes: Lanes::default(),
         }
+    }
+
+    /// Runs synchronous work that may take long on a thread of its lane.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        lane: Lane,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let vfs = Arc::clone(self);
+        self.lanes.run(lane, move || work(&vfs)).await
     }
 
     /// The mount's counters.

@@ -245,7 +245,7 @@ impl Mounted {
         let saver = Arc::clone(&vfs);
         let saving = self.runtime.spawn(async move { saver.keep_saving_attributes().await });
         let result = self.session.run();
-        vfs.end_drafts();
+        self.runtime.block_on(vfs.end_drafts());
         if !signalled.load(Ordering::SeqCst) {
             let left = self.jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
             if left > 0 {

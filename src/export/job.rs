@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::early::EarlyUpload;
 use super::lease::Lease;
@@ -70,6 +70,8 @@ pub struct Job {
     request: JobRequest,
     status: Mutex<Status>,
     ended: Condvar,
+    /// The same for tasks.
+    ended_async: Notify,
     /// The error as it happened, for waiters; the status has it in words.
     failure: Mutex<Option<Error>>,
     file: Mutex<Option<Arc<dyn VirtualFile>>>,
@@ -138,6 +140,7 @@ impl Job {
             request,
             status: Mutex::new(status),
             ended: Condvar::new(),
+            ended_async: Notify::new(),
             failure: Mutex::default(),
             file: Mutex::new(file),
             started: Mutex::default(),
@@ -192,6 +195,28 @@ impl Job {
             }
         }
         let status = status.clone();
+        self.outcome(&status).map(|()| status)
+    }
+
+    /// The same for tasks: no thread waits.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub async fn ended(&self, limit: Duration) -> Result<Status> {
+        let ended = async {
+            let mut ended = std::pin::pin!(self.ended_async.notified());
+            // Waited for from here on, so that an end between the look and the wait wakes it.
+            ended.as_mut().enable();
+            if !self.status.lock().status.is_final() {
+                ended.await;
+            }
+        };
+        let timed_out = tokio::time::timeout(limit, ended).await.is_err();
+        let status = self.status.lock().clone();
+        if timed_out && !status.status.is_final() {
+            let what = format!("the job has not ended within {} seconds; it goes on", limit.as_secs());
+            return Err(Error::new(ErrorKind::TimedOut, what).in_file(status.url));
+        }
         self.outcome(&status).map(|()| status)
     }
 
@@ -343,6 +368,7 @@ impl Job {
         *self.file.lock() = None;
         *self.status.lock() = last;
         self.ended.notify_all();
+        self.ended_async.notify_waiters();
     }
 
     fn eta(&self, status: &Status) -> Option<u64> {

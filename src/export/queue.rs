@@ -154,32 +154,29 @@ impl JobQueue {
 
     /// Records that a copy was refused before a job could start, so that its status file says why: when this returns,
     /// unless the store takes longer than people wait for a refusal.
-    pub fn record_refusal(&self, request: JobRequest, error: &Error) -> Result<()> {
+    pub async fn record_refusal(&self, request: JobRequest, error: &Error) -> Result<()> {
         let job = self.enter(request, None)?;
         self.inner.metrics.jobs_submitted.add(1);
         let inner = Arc::clone(&self.inner);
         let (error, refused) = (error.clone(), Arc::clone(&job));
         self.inner.runtime.spawn(async move { inner.end(&refused, Err(error)).await });
         // The failure is the caller's own.
-        let _ = job.wait(REFUSAL_LIMIT);
+        let _ = job.ended(REFUSAL_LIMIT).await;
         Ok(())
     }
 
     /// Notes that what a job does or did was asked for again.
-    pub fn repeat(&self, job: &Arc<Job>) {
+    pub async fn repeat(&self, job: &Arc<Job>) {
         job.update(|s| s.repeated += 1);
         let status = job.status();
         if !status.status.is_final() {
             return;
         }
-        let (inner, job) = (Arc::clone(&self.inner), Arc::clone(job));
-        self.inner.runtime.block_on(async move {
-            let written = inner.put_status(&job, status.to_json()).await;
-            if let Err(error) = inner.journal.save(&Record::new(job.request().clone(), status.clone())) {
-                warn!(job = status.job_id, "{}", error.report());
-            }
-            inner.note_written(&job, &status, written);
-        });
+        let written = self.inner.put_status(job, status.to_json()).await;
+        if let Err(error) = self.inner.journal.save(&Record::new(job.request().clone(), status.clone())) {
+            warn!(job = status.job_id, "{}", error.report());
+        }
+        self.inner.note_written(job, &status, written);
     }
 
     /// Takes up the jobs in the journal that have not ended, and remembers those that have. `resolver` finds the
@@ -292,7 +289,7 @@ impl JobQueue {
     /// Waits until no job is left that has not ended.
     pub async fn drain(&self) {
         while let Some(job) = self.jobs().into_iter().find(|job| !job.status().status.is_final()) {
-            let _ = tokio::task::spawn_blocking(move || job.wait(Duration::from_secs(3600))).await;
+            let _ = job.ended(Duration::from_secs(3600)).await;
         }
     }
 

@@ -91,22 +91,26 @@ fn document_name(directory: Option<&ObjectKey>) -> String {
 
 impl Vfs {
     /// What is set on a file or directory; reads the directory's document when it is not known or old.
-    fn file_attributes(&self, object: &ObjectName, is_directory: bool) -> Result<Option<FileAttributes>> {
+    async fn file_attributes(
+        &self,
+        object: &ObjectName,
+        is_directory: bool,
+    ) -> Result<Option<FileAttributes>> {
         let (directory, name) = place(object, is_directory);
-        self.load(&directory)?;
+        self.load(&directory).await?;
         let directories = self.attributes.directories.lock();
         Ok(directories.get(&directory).and_then(|d| d.files.get(&name).cloned()))
     }
 
     /// Changes what is set on a file or directory.
-    fn change_attributes(
+    async fn change_attributes(
         &self,
         object: &ObjectName,
         is_directory: bool,
         change: impl FnOnce(&mut FileAttributes),
     ) -> Result<()> {
         let (directory, name) = place(object, is_directory);
-        self.load(&directory)?;
+        self.load(&directory).await?;
         let mut directories = self.attributes.directories.lock();
         if let Some(directory) = directories.get_mut(&directory) {
             change(directory.files.entry(name.clone()).or_default());
@@ -127,7 +131,7 @@ impl Vfs {
         }
     }
 
-    fn load(&self, name: &DirectoryName) -> Result<()> {
+    async fn load(&self, name: &DirectoryName) -> Result<()> {
         let known = |directories: &HashMap<DirectoryName, Directory>| {
             directories.get(name).is_some_and(|d| d.dirty || d.loaded.elapsed() < AGE)
         };
@@ -135,7 +139,7 @@ impl Vfs {
             return Ok(());
         }
         let bucket = self.bucket(&name.0)?;
-        let bytes = self.runtime.block_on(bucket.read_control(&document_name(name.1.as_ref())))?;
+        let bytes = bucket.read_control(&document_name(name.1.as_ref())).await?;
         let files = match bytes.map(|bytes| serde_json::from_slice::<Document>(&bytes)) {
             None => BTreeMap::new(),
             Some(Ok(document)) => document.files,
@@ -155,18 +159,18 @@ impl Vfs {
     }
 
     /// Puts what was set on a file over `attr`. What cannot be read is not put there.
-    pub(super) fn overridden(&self, object: &ObjectName, attr: super::Attr) -> super::Attr {
-        self.overlaid(object, false, attr)
+    pub(super) async fn overridden(&self, object: &ObjectName, attr: super::Attr) -> super::Attr {
+        self.overlaid(object, false, attr).await
     }
 
     /// The same for an object that the store has with this tag.
-    pub(super) fn overridden_object(
+    pub(super) async fn overridden_object(
         &self,
         object: &ObjectName,
         etag: Option<&str>,
         attr: super::Attr,
     ) -> super::Attr {
-        let over = self.overlaid(object, false, attr.clone());
+        let over = self.overlaid(object, false, attr.clone()).await;
         let mut replaced = false;
         self.change_known(object, |file| {
             let known = file.etag.as_deref();
@@ -178,19 +182,19 @@ impl Vfs {
             learnt
         });
         if replaced {
-            self.forget_attributes(object, false);
+            self.forget_attributes(object, false).await;
             return attr;
         }
         over
     }
 
     /// What was set on a directory.
-    pub(super) fn overridden_directory(&self, object: &ObjectName, attr: super::Attr) -> super::Attr {
-        self.overlaid(object, true, attr)
+    pub(super) async fn overridden_directory(&self, object: &ObjectName, attr: super::Attr) -> super::Attr {
+        self.overlaid(object, true, attr).await
     }
 
-    fn overlaid(&self, object: &ObjectName, is_directory: bool, mut attr: super::Attr) -> super::Attr {
-        match self.file_attributes(object, is_directory) {
+    async fn overlaid(&self, object: &ObjectName, is_directory: bool, mut attr: super::Attr) -> super::Attr {
+        match self.file_attributes(object, is_directory).await {
             Ok(Some(set)) => {
                 attr.mode = set.mode.unwrap_or(attr.mode);
                 attr.uid = set.uid.unwrap_or(attr.uid);
@@ -204,7 +208,7 @@ impl Vfs {
     }
 
     /// Remembers what was set on a file or directory.
-    pub(super) fn remember(
+    pub(super) async fn remember(
         &self,
         object: &ObjectName,
         is_directory: bool,
@@ -221,6 +225,7 @@ impl Vfs {
             set.gid = change.gid.or(set.gid);
             set.modified = modified.or(set.modified);
         })
+        .await
     }
 
     /// Bytes were written: a time that was set before does not hold any more.
@@ -234,46 +239,51 @@ impl Vfs {
     }
 
     /// A file or directory is gone.
-    pub(super) fn forget_attributes(&self, object: &ObjectName, is_directory: bool) {
-        let forgotten = self.change_attributes(object, is_directory, |set| *set = FileAttributes::default());
+    pub(super) async fn forget_attributes(&self, object: &ObjectName, is_directory: bool) {
+        let forgotten =
+            self.change_attributes(object, is_directory, |set| *set = FileAttributes::default()).await;
         if let Err(error) = forgotten {
             warn!(key = %object.1, "attributes cannot be removed: {}", error.report());
         }
     }
 
     /// A file has another name now.
-    pub(super) fn move_attributes(&self, from: &ObjectName, to: &ObjectName) -> Result<()> {
-        let set = self.file_attributes(from, false)?.unwrap_or_default();
-        self.change_attributes(to, false, |target| *target = FileAttributes { etag: None, ..set })?;
-        self.change_attributes(from, false, |source| *source = FileAttributes::default())
+    pub(super) async fn move_attributes(&self, from: &ObjectName, to: &ObjectName) -> Result<()> {
+        let set = self.file_attributes(from, false).await?.unwrap_or_default();
+        self.change_attributes(to, false, |target| *target = FileAttributes { etag: None, ..set }).await?;
+        self.change_attributes(from, false, |source| *source = FileAttributes::default()).await
     }
 
     /// Whether a file bears the time by which rsync marks what it keeps of an interrupted transfer.
-    pub(super) fn is_marked_partial(&self, object: &ObjectName) -> Result<bool> {
-        let set = self.file_attributes(object, false)?;
+    pub(super) async fn is_marked_partial(&self, object: &ObjectName) -> Result<bool> {
+        let set = self.file_attributes(object, false).await?;
         Ok(set.and_then(|set| set.modified).is_some_and(|modified| modified.as_second() == 0))
     }
 
     /// The value of an extended attribute that a user set.
-    pub(super) fn user_xattr(
+    pub(super) async fn user_xattr(
         &self,
         object: &ObjectName,
         is_directory: bool,
         name: &str,
     ) -> Result<Option<Vec<u8>>> {
-        let set = self.file_attributes(object, is_directory)?;
+        let set = self.file_attributes(object, is_directory).await?;
         Ok(set.and_then(|set| hex::decode(set.xattrs.get(name)?).ok()))
     }
 
     /// The names of the extended attributes that users set.
-    pub(super) fn user_xattr_names(&self, object: &ObjectName, is_directory: bool) -> Result<Vec<String>> {
-        let set = self.file_attributes(object, is_directory)?;
+    pub(super) async fn user_xattr_names(
+        &self,
+        object: &ObjectName,
+        is_directory: bool,
+    ) -> Result<Vec<String>> {
+        let set = self.file_attributes(object, is_directory).await?;
         Ok(set.map(|set| set.xattrs.into_keys().collect()).unwrap_or_default())
     }
 
     /// Sets or, without a value, removes an extended attribute. `exists` says whether it must be there (or not).
     /// Returns `false` when it is not there and should be.
-    pub(super) fn change_user_xattr(
+    pub(super) async fn change_user_xattr(
         &self,
         object: &ObjectName,
         is_directory: bool,
@@ -286,7 +296,7 @@ impl Vfs {
                 format!("the extended attribute {name:?} cannot be set; those that begin with user. can");
             return Err(Error::unsupported(what));
         }
-        let set = self.file_attributes(object, is_directory)?.unwrap_or_default();
+        let set = self.file_attributes(object, is_directory).await?.unwrap_or_default();
         let there = set.xattrs.contains_key(name);
         match exists {
             Some(true) if !there => return Ok(false),
@@ -303,7 +313,8 @@ impl Vfs {
         self.change_attributes(object, is_directory, |set| match value {
             Some(value) => drop(set.xattrs.insert(name.to_owned(), hex::encode(value))),
             None => drop(set.xattrs.remove(name)),
-        })?;
+        })
+        .await?;
         Ok(true)
     }
 

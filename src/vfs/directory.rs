@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -24,7 +25,7 @@ const RECENT_OBJECTS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not zero"
 /// A directory as it is being read: names are held from the page that is read on, not all of them.
 pub(super) struct OpenDirectory {
     ino: Ino,
-    reading: Mutex<Reading>,
+    reading: tokio::sync::Mutex<Reading>,
 }
 
 struct Reading {
@@ -79,26 +80,26 @@ impl RecentObjects {
 
 impl Vfs {
     /// Opens a directory. Its first names are found out now, so that a bucket that cannot be listed is told here.
-    pub fn open_directory(&self, ino: Ino) -> Result<HandleId> {
-        let reading = Mutex::new(self.begin_reading(ino)?);
+    pub async fn open_directory(self: &Arc<Self>, ino: Ino) -> Result<HandleId> {
+        let reading = tokio::sync::Mutex::new(self.begin_reading(ino).await?);
         Ok(self.insert(Handle::Directory(OpenDirectory { ino, reading })))
     }
 
     /// Gives the names of an open directory from number `from` on, until `take` says that it is full. Number 0 begins
     /// anew with what there is then.
-    pub fn read_directory(
-        &self,
+    pub async fn read_directory(
+        self: &Arc<Self>,
         id: HandleId,
         from: u64,
-        mut take: impl FnMut(u64, &DirectoryEntry) -> bool,
+        mut take: impl FnMut(u64, &DirectoryEntry) -> bool + Send,
     ) -> Result<()> {
         let handle = self.handle(id)?;
         let Handle::Directory(directory) = &*handle else {
             return Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's"));
         };
-        let mut reading = directory.reading.lock();
+        let mut reading = directory.reading.lock().await;
         if from < reading.first {
-            *reading = self.begin_reading(directory.ino)?;
+            *reading = self.begin_reading(directory.ino).await?;
         }
         let mut number = from;
         loop {
@@ -106,7 +107,7 @@ impl Vfs {
                 // Only a reader that goes back needs them again.
                 reading.first += reading.names.len() as u64;
                 reading.names.clear();
-                if !self.read_page(&mut reading)? {
+                if !self.read_page(&mut reading).await? {
                     return Ok(());
                 }
             }
@@ -119,20 +120,24 @@ impl Vfs {
     }
 
     /// Whether nothing is in a directory of a bucket.
-    pub(super) fn is_empty_directory(&self, bucket: &str, prefix: &ObjectKey) -> Result<bool> {
+    pub(super) async fn is_empty_directory(
+        self: &Arc<Self>,
+        bucket: &str,
+        prefix: &ObjectKey,
+    ) -> Result<bool> {
         let mut reading = self.begin_bucket(bucket, Some(prefix))?;
-        while reading.names.is_empty() && self.read_page(&mut reading)? {}
+        while reading.names.is_empty() && self.read_page(&mut reading).await? {}
         Ok(reading.names.is_empty())
     }
 
-    fn begin_reading(&self, ino: Ino) -> Result<Reading> {
+    async fn begin_reading(self: &Arc<Self>, ino: Ino) -> Result<Reading> {
         let names = match self.inodes.node(ino)? {
             Node::Directory { bucket, prefix } => {
                 let mut reading = self.begin_bucket(&bucket, prefix.as_ref())?;
-                self.read_page(&mut reading)?;
+                self.read_page(&mut reading).await?;
                 return Ok(reading);
             }
-            node => self.fixed_entries(&node)?,
+            node => self.fixed_entries(node).await?,
         };
         Ok(Reading { first: 0, names: self.numbered(names).collect(), rest: None })
     }
@@ -146,11 +151,10 @@ impl Vfs {
     }
 
     /// One page more, in place of those that were read. Returns whether there was one.
-    fn read_page(&self, reading: &mut Reading) -> Result<bool> {
+    async fn read_page(&self, reading: &mut Reading) -> Result<bool> {
         let Some(mut rest) = reading.rest.take() else { return Ok(false) };
         let (bucket, asked) = (self.bucket(&rest.bucket)?, Instant::now());
-        let (listing, next) =
-            self.runtime.block_on(bucket.list_page(rest.prefix.as_ref(), rest.page.take()))?;
+        let (listing, next) = bucket.list_page(rest.prefix.as_ref(), rest.page.take()).await?;
         let mut names: BTreeMap<String, Node> = BTreeMap::new();
         for found in listing.objects {
             self.recent.insert(asked, &rest.bucket, &found);

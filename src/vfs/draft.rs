@@ -16,6 +16,7 @@ use tracing::debug;
 
 use self::ranges::Ranges;
 use self::staged::Staged;
+use super::lanes::Lane;
 use super::{ObjectName, Vfs};
 use crate::bucket::{ObjectFile, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,7 +45,7 @@ pub(super) struct RangeSource {
 /// What look-ups and listings need is kept beside the state, because the state is locked while bytes are staged.
 pub(super) struct Draft {
     object: Mutex<ObjectName>,
-    state: Mutex<State>,
+    state: tokio::sync::Mutex<State>,
     view: Mutex<View>,
     pub(super) handles: AtomicUsize,
     /// A file under a temporary name, which is published when it gets its own.
@@ -52,7 +53,7 @@ pub(super) struct Draft {
 }
 
 /// What others see of a draft.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct View {
     file_size: u64,
     /// Whether what is there has been handed to a job.
@@ -60,6 +61,7 @@ struct View {
     /// Whether the last close has something to publish.
     unpublished: bool,
     modified: SystemTime,
+    refused: Option<Error>,
 }
 
 struct State {
@@ -95,7 +97,7 @@ impl Draft {
         let state = State { content, dirty, refused: None, modified, discarded: false };
         let view = Mutex::new(state.view());
         let (handles, parked) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { object: Mutex::new(object), state: Mutex::new(state), view, handles, parked }
+        Self { object: Mutex::new(object), state: tokio::sync::Mutex::new(state), view, handles, parked }
     }
 
     /// From now on closing does not publish it; renaming does.
@@ -115,8 +117,8 @@ impl Draft {
 
     /// From now on it is published as `object`. Whoever has it open goes on with it. Fails when it was published
     /// meanwhile.
-    pub(super) fn rename(&self, object: &ObjectName) -> bool {
-        let state = self.state.lock();
+    pub(super) async fn rename(&self, object: &ObjectName) -> bool {
+        let state = self.state.lock().await;
         let unpublished = !matches!(state.content, Content::Published { .. });
         if unpublished {
             *self.object.lock() = object.clone();
@@ -130,42 +132,37 @@ impl Draft {
     }
 
     /// Publishes what there is, an empty file too, and waits for the job.
-    pub(super) fn publish_now(&self, vfs: &Vfs) -> Result<()> {
-        let job = self.change(|state| {
-            state.check()?;
-            self.check_complete(state)?;
-            self.publish(vfs, state).map(|_| match &state.content {
-                Content::Published { job, .. } => job.clone(),
-                _ => None,
-            })
-        })?;
-        job.map_or(Ok(()), |job| job.wait(vfs.settings.wait_limit).map(drop))
+    pub(super) async fn publish_now(&self, vfs: &Arc<Vfs>) -> Result<()> {
+        let mut state = self.lock().await;
+        state.check()?;
+        self.check_complete(vfs, &state).await?;
+        self.publish(vfs, &mut state).await?;
+        let job = state.job();
+        drop(state);
+        wait_for(vfs, job).await
     }
 
     /// Whether staged bytes are all that the format that their name tells says there is. A writer that was killed
     /// looks as if it had ended.
-    fn check_complete(&self, state: &State) -> Result<()> {
+    async fn check_complete(&self, vfs: &Arc<Vfs>, state: &State) -> Result<()> {
         let Content::Staged(staged) = &state.content else { return Ok(()) };
-        match OutputFormat::split_file_name(self.object().1.file_name()) {
-            Some((_, format)) => {
-                let storage = Arc::new(FileStorage::open(&staged.path)?);
-                let checked = image::check_complete(format, storage);
-                checked.map_err(|e| e.in_file(self.object().1.as_str()))
-            }
-            None => Ok(()),
-        }
+        let key = self.object().1;
+        let Some((_, format)) = OutputFormat::split_file_name(key.file_name()) else { return Ok(()) };
+        let path = staged.path.to_path_buf();
+        let check = move |_: &Vfs| image::check_complete(format, Arc::new(FileStorage::open(&path)?));
+        vfs.blocking(Lane::Staging, check).await.map_err(|e| e.in_file(key.as_str()))
     }
 
     /// An image that was opened to be replaced, and of which nothing came, stays: whoever wanted to write it was killed
     /// in its first moment.
-    fn check_emptied(&self, vfs: &Vfs, state: &State) -> Result<()> {
+    async fn check_emptied(&self, vfs: &Arc<Vfs>, state: &State) -> Result<()> {
         let (bucket, key) = self.object();
         let is_image =
             OutputFormat::split_file_name(key.file_name()).is_some_and(|(_, f)| f != OutputFormat::Raw);
         if !matches!(state.content, Content::Empty) || !is_image {
             return Ok(());
         }
-        let there = vfs.runtime.block_on(vfs.bucket(&bucket)?.head(&key))?;
+        let there = vfs.bucket(&bucket)?.head(&key).await?;
         if there.is_some_and(|meta| meta.object_size > 0) {
             let what = "nothing was written: the object that was there stays; remove it to have it gone";
             return Err(Error::new(ErrorKind::Incomplete, what).in_file(key.as_str()));
@@ -173,12 +170,9 @@ impl Draft {
         Ok(())
     }
 
-    /// Changes the state, and then what others see of it.
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
-        let mut state = self.state.lock();
-        let result = change(&mut state);
-        *self.view.lock() = state.view();
-        result
+    /// The state, to be changed. What others see of it follows when the guard is dropped.
+    async fn lock(&self) -> Locked<'_> {
+        Locked { view: &self.view, state: self.state.lock().await }
     }
 
     /// What it is published as.
@@ -212,69 +206,111 @@ impl Draft {
 
     /// The error that every later write repeats.
     pub(super) fn refusal(&self) -> Option<Error> {
-        self.state.lock().refused.clone()
+        self.view.lock().refused.clone()
     }
 
     /// The file was removed while it was open: nothing of it is published.
-    pub(super) fn discard(&self) {
-        let _ = self.change(|state| {
-            state.discarded = true;
-            state.dirty = false;
-            state.content = Content::Empty;
-            Ok(())
-        });
+    pub(super) async fn discard(&self) {
+        let mut state = self.lock().await;
+        state.discarded = true;
+        state.dirty = false;
+        state.content = Content::Empty;
     }
 
     /// Writes bytes from anywhere.
-    pub(super) fn write(&self, vfs: &Vfs, at: FileOffset, bytes: &[u8]) -> Result<()> {
+    pub(super) async fn write(&self, vfs: &Arc<Vfs>, at: FileOffset, bytes: Vec<u8>) -> Result<()> {
         vfs.written_after(&self.object());
-        self.change(|state| {
-            state.check()?;
-            let result = self.staged(vfs, state).and_then(|staged| staged.write(at, bytes));
-            self.send_early(vfs, state);
-            state.touched(result)
-        })
+        let mut state = self.lock().await;
+        state.check()?;
+        let result = match self.stage(vfs, &mut state).await {
+            Ok(()) => {
+                let length = bytes.len() as u64;
+                let written = state.staged()?.reserve(at, length);
+                let write = written.map(|file| move |_: &Vfs| staged::write_all(&file, at, &bytes));
+                match write {
+                    Ok(write) => vfs.blocking(Lane::Staging, write).await,
+                    Err(error) => Err(error),
+                }
+                .and_then(|()| Ok(state.staged()?.wrote(at, length)))
+            }
+            Err(error) => Err(error),
+        };
+        self.send_early(vfs, &mut state);
+        state.touched(result)
+    }
+
+    /// Writes bytes now, if nothing has to be waited for: the bytes are staged already, and nobody changes them.
+    pub(super) fn try_write(&self, vfs: &Vfs, at: FileOffset, bytes: &[u8]) -> Option<Result<()>> {
+        let mut state = Locked { view: &self.view, state: self.state.try_lock().ok()? };
+        if state.check().is_err() || !matches!(state.content, Content::Staged(_)) {
+            return None;
+        }
+        vfs.written_after(&self.object());
+        let length = bytes.len() as u64;
+        let result = state.staged().and_then(|staged| {
+            let file = staged.reserve(at, length)?;
+            staged::write_all(&file, at, bytes)?;
+            staged.wrote(at, length);
+            Ok(())
+        });
+        self.send_early(vfs, &mut state);
+        Some(state.touched(result))
     }
 
     /// Records that bytes of an image file stand at `at`, or stages them when they are not at their own place.
-    pub(super) fn copy_range(
+    pub(super) async fn copy_range(
         &self,
-        vfs: &Vfs,
+        vfs: &Arc<Vfs>,
         source: &RangeSource,
         from: FileOffset,
         at: FileOffset,
         length: u64,
     ) -> Result<u64> {
         vfs.written_after(&self.object());
-        self.change(|state| {
-            state.check()?;
-            let length = length.min(source.whole_size().saturating_sub(from.bytes()));
-            if length == 0 {
-                return Ok(0);
+        let mut state = self.lock().await;
+        state.check()?;
+        let length = length.min(source.whole_size().saturating_sub(from.bytes()));
+        if length == 0 {
+            return Ok(0);
+        }
+        let permit = || vfs.permit_export(&source.facts, source.format, &self.object());
+        if let Err(error) = self.check_name(source.format).and_then(|()| permit()) {
+            return state.refuse(error);
+        }
+        if from == at && state.content.accepts(source) {
+            if !matches!(state.content, Content::Ranges { .. }) {
+                state.content =
+                    Content::Ranges { source: source.clone(), ranges: Ranges::default(), file_size: 0 };
             }
-            let permit = || vfs.permit_export(&source.facts, source.format, &self.object());
-            if let Err(error) = self.check_name(source.format).and_then(|()| permit()) {
-                return state.refuse(error);
+            if let Content::Ranges { ranges, file_size, .. } = &mut state.content {
+                ranges.insert(at.bytes(), at.bytes() + length);
+                *file_size = (*file_size).max(at.bytes() + length);
             }
-            if from == at && state.content.accepts(source) {
-                if !matches!(state.content, Content::Ranges { .. }) {
-                    state.content =
-                        Content::Ranges { source: source.clone(), ranges: Ranges::default(), file_size: 0 };
-                }
-                if let Content::Ranges { ranges, file_size, .. } = &mut state.content {
-                    ranges.insert(at.bytes(), at.bytes() + length);
-                    *file_size = (*file_size).max(at.bytes() + length);
-                }
-                return state.touched(Ok(length));
-            }
-            let result = source.file.exact_size().and_then(|exact| {
-                let length = length.min(exact.saturating_sub(from.bytes()));
-                self.staged(vfs, state)?.copy(&*source.file, from, at, length)?;
-                self.send_early(vfs, state);
-                Ok(length)
-            });
-            state.touched(result)
-        })
+            return state.touched(Ok(length));
+        }
+        let result = self.copy_staged(vfs, &mut state, source, from, at, length).await;
+        self.send_early(vfs, &mut state);
+        state.touched(result)
+    }
+
+    /// Copies bytes of an image into the staged file.
+    async fn copy_staged(
+        &self,
+        vfs: &Arc<Vfs>,
+        state: &mut State,
+        source: &RangeSource,
+        from: FileOffset,
+        at: FileOffset,
+        length: u64,
+    ) -> Result<u64> {
+        self.stage(vfs, state).await?;
+        let (file, lane) = (Arc::clone(&source.file), source.lane());
+        let copy = move |staged: &mut Staged| {
+            let length = length.min(file.exact_size()?.saturating_sub(from.bytes()));
+            staged.copy(&*file, from, at, length)?;
+            Ok(length)
+        };
+        state.with_staged(vfs, lane, copy).await
     }
 
     /// Begins to send what is staged when there is enough of it.
@@ -305,8 +341,8 @@ impl Draft {
     }
 
     /// What was sent while it was written is given up.
-    pub(super) fn give_up_early_upload(&self) {
-        if let Content::Staged(staged) = &mut self.state.lock().content {
+    pub(super) async fn give_up_early_upload(&self) {
+        if let Content::Staged(staged) = &mut self.state.lock().await.content {
             drop(staged.take_early_upload());
         }
     }
@@ -329,92 +365,101 @@ impl Draft {
     }
 
     /// Cuts or extends the file. A cut to nothing also clears a refusal.
-    pub(super) fn truncate(&self, vfs: &Vfs, size: u64) -> Result<()> {
+    pub(super) async fn truncate(&self, vfs: &Arc<Vfs>, size: u64) -> Result<()> {
         vfs.written_after(&self.object());
-        self.change(|state| {
-            if size == 0 {
-                state.content = Content::Empty;
-                state.refused = None;
-                state.dirty = true;
+        let mut state = self.lock().await;
+        if size == 0 {
+            state.content = Content::Empty;
+            state.refused = None;
+            state.dirty = true;
+            return state.touched(Ok(()));
+        }
+        state.check()?;
+        match &mut state.content {
+            Content::Published { file_size, .. } if *file_size == size => return Ok(()),
+            Content::Ranges { source, file_size, .. } if source.whole_size() == size => {
+                *file_size = size;
                 return state.touched(Ok(()));
             }
-            state.check()?;
-            match &mut state.content {
-                Content::Published { file_size, .. } if *file_size == size => return Ok(()),
-                Content::Ranges { source, file_size, .. } if source.whole_size() == size => {
-                    *file_size = size;
-                    return state.touched(Ok(()));
-                }
-                _ => {}
-            }
-            let result = self.staged(vfs, state).and_then(|staged| staged.set_size(size));
-            state.touched(result)
-        })
+            _ => {}
+        }
+        let result = self.stage(vfs, &mut state).await.and_then(|()| state.staged()?.set_size(size));
+        state.touched(result)
     }
 
     /// Reads what was written so far.
-    pub(super) fn read(&self, vfs: &Vfs, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
-        self.change(|state| match state.content {
-            Content::Empty => Ok(0),
-            _ => self.staged(vfs, state)?.read(at, buf),
-        })
+    pub(super) async fn read(&self, vfs: &Arc<Vfs>, at: FileOffset, length: usize) -> Result<Vec<u8>> {
+        let mut state = self.lock().await;
+        if matches!(state.content, Content::Empty) {
+            return Ok(Vec::new());
+        }
+        self.stage(vfs, &mut state).await?;
+        let file = Arc::clone(&state.staged()?.file);
+        // Who writes meanwhile is not held up.
+        drop(state);
+        vfs.blocking(Lane::Staging, move |_| staged::read(&file, at, length)).await
     }
 
     /// What close(2) means: publishes what was written since the last flush. Nothing to do before data.
     ///
     /// # Errors
     /// The refusal or failure of this draft, every time until it is truncated.
-    pub(super) fn flush(&self, vfs: &Vfs) -> Result<()> {
-        let job = self.change(|state| {
-            state.check()?;
-            if !state.dirty || matches!(state.content, Content::Empty) || self.is_parked() {
-                return Ok(None);
-            }
-            // More may come through the same open file: what is missing is missing at the last close.
-            if let Err(error) = self.check_complete(state) {
-                debug!("not published yet: {}", error.report());
-                return Ok(None);
-            }
-            self.publish(vfs, state).or_else(|error| {
+    pub(super) async fn flush(&self, vfs: &Arc<Vfs>) -> Result<()> {
+        let mut state = self.lock().await;
+        state.check()?;
+        if !state.dirty || matches!(state.content, Content::Empty) || self.is_parked() {
+            return Ok(());
+        }
+        // More may come through the same open file: what is missing is missing at the last close.
+        if let Err(error) = self.check_complete(vfs, &state).await {
+            debug!("not published yet: {}", error.report());
+            return Ok(());
+        }
+        let job = match self.publish(vfs, &mut state).await {
+            Ok(job) => job,
+            Err(error) => {
                 // The program that closes may not look: the reason is there to be read later.
                 if let Content::Ranges { source, .. } = &state.content {
-                    vfs.record_refusal(self, &source.image, &error);
+                    vfs.record_refusal(self, &source.image, &error).await;
                 }
-                state.refuse(error)
-            })
-        })?;
+                return state.refuse(error);
+            }
+        };
         // Nothing is locked while the upload runs: the file can be looked at meanwhile.
-        match job.map(|job| job.wait(vfs.settings.wait_limit)) {
-            Some(Err(error)) => self.change(|state| state.refuse(error)),
-            Some(Ok(_)) | None => Ok(()),
+        drop(state);
+        match wait_for(vfs, job).await {
+            Err(error) => self.lock().await.refuse(error),
+            Ok(()) => Ok(()),
         }
     }
 
     /// Flushes, and waits for the job that publishes the content.
-    pub(super) fn sync(&self, vfs: &Vfs) -> Result<()> {
-        self.flush(vfs)?;
-        let job = match &self.state.lock().content {
-            Content::Published { job, .. } => job.clone(),
-            _ => None,
-        };
-        job.map_or(Ok(()), |job| job.wait(vfs.settings.wait_limit).map(drop))
+    pub(super) async fn sync(&self, vfs: &Arc<Vfs>) -> Result<()> {
+        self.flush(vfs).await?;
+        let job = self.state.lock().await.job();
+        wait_for(vfs, job).await
     }
 
     /// What the last close publishes: an empty file that nobody refused becomes an empty object, and what a flush
     /// left alone because more could come is published now, or refused. Afterwards there is nothing to publish.
-    pub(super) fn publish_last(&self, vfs: &Vfs) {
-        let published = self.change(|state| {
-            state.check()?;
-            if !state.dirty || state.discarded {
-                return Ok(());
-            }
-            let complete = self.check_complete(state).and_then(|()| self.check_emptied(vfs, state));
-            let published = complete.and_then(|()| self.publish(vfs, state));
-            published.map(drop).or_else(|error| state.refuse(error))
-        });
+    pub(super) async fn publish_last(&self, vfs: &Arc<Vfs>) {
+        let mut state = self.lock().await;
+        if state.check().is_err() || !state.dirty || state.discarded {
+            return;
+        }
+        let published = async {
+            self.check_complete(vfs, &state).await?;
+            self.check_emptied(vfs, &state).await?;
+            self.publish(vfs, &mut state).await
+        };
+        let published = match published.await {
+            Ok(_) => Ok(()),
+            Err(error) => state.refuse(error),
+        };
+        drop(state);
         match published {
             // Who wrote it was killed, and nobody is told but by the status.
-            Err(error) if error.kind() == ErrorKind::Incomplete => vfs.record_incomplete(self, &error),
+            Err(error) if error.kind() == ErrorKind::Incomplete => vfs.record_incomplete(self, &error).await,
             // After a flush that failed this is no news; without one, nobody else is told.
             Err(error) => {
                 debug!(key = %self.object().1, "not published at the last close: {}", error.report())
@@ -425,23 +470,23 @@ impl Draft {
 
     /// Starts the job for the content. Returns it when it is to be waited for: that of plain bytes, so that
     /// close(2) can report; that of a recorded image only with the `wait` option.
-    fn publish(&self, vfs: &Vfs, state: &mut State) -> Result<Option<Arc<Job>>> {
+    async fn publish(&self, vfs: &Arc<Vfs>, state: &mut State) -> Result<Option<Arc<Job>>> {
         let (job, wait) = match &state.content {
-            Content::Ranges { source, ranges, file_size } if ranges.cover(source, *file_size)? => {
-                if let Some(job) = vfs.same_export(&self.object(), &source.image)? {
-                    return Ok(self.repeat(vfs, state, job));
+            Content::Ranges { source, ranges, file_size }
+                if covers(vfs, source, ranges, *file_size).await? =>
+            {
+                if let Some(job) = vfs.same_export(&self.object(), &source.image).await? {
+                    return Ok(self.repeat(vfs, state, job).await);
                 }
                 let file = Arc::clone(&source.file);
-                (
-                    self.submit(vfs, JobSource::Image(source.image.clone()), file, &mut None)?,
-                    vfs.settings.wait,
-                )
+                let image = JobSource::Image(source.image.clone());
+                (self.submit(vfs, image, file, None).await?, vfs.settings.wait)
             }
             Content::Published { .. } => return Ok(None),
             empty_or_staged => {
                 let wait = !matches!(empty_or_staged, Content::Empty);
-                self.staged(vfs, state)?;
-                (self.submit_staged(vfs, state)?, wait)
+                self.stage(vfs, state).await?;
+                (self.submit_staged(vfs, state).await?, wait)
             }
         };
         let file_size = job.file().map_or_else(|| job.status().size.unwrap_or(0), |file| file.file_size());
@@ -452,20 +497,20 @@ impl Draft {
     }
 
     /// What was asked for is done already, or under way.
-    fn repeat(&self, vfs: &Vfs, state: &mut State, job: Arc<Job>) -> Option<Arc<Job>> {
-        vfs.jobs.repeat(&job);
+    async fn repeat(&self, vfs: &Arc<Vfs>, state: &mut State, job: Arc<Job>) -> Option<Arc<Job>> {
+        vfs.jobs.repeat(&job).await;
         let file_size = job.status().size.unwrap_or(0);
         state.content = Content::Published { file_size, job: Some(Arc::clone(&job)) };
         state.dirty = false;
         vfs.settings.wait.then_some(job)
     }
 
-    fn submit(
+    async fn submit(
         &self,
-        vfs: &Vfs,
+        vfs: &Arc<Vfs>,
         source: JobSource,
         file: Arc<dyn VirtualFile>,
-        begun: &mut Option<EarlyUpload>,
+        begun: Option<EarlyUpload>,
     ) -> Result<Arc<Job>> {
         let (bucket, key) = self.object();
         let client_token = match &source {
@@ -473,35 +518,42 @@ impl Draft {
             JobSource::Staged(_) => None,
         };
         let tags = vfs.tags(&self.object());
-        if begun.as_ref().is_some_and(|begun| *begun.tags() != tags) {
-            // They are given to an upload at its start.
-            *begun = None;
-        }
+        // They are given to an upload at its start.
+        let mut begun = begun.filter(|begun| *begun.tags() == tags);
         let request = JobRequest { bucket, key, source, client_token, tags };
         // The last close of an earlier handle may be publishing at this moment: that comes first.
-        vfs.settle(&self.object());
-        match vfs.jobs.submit(request.clone(), Arc::clone(&file), begun) {
-            Err(error) if error.kind() == ErrorKind::Busy => {
-                vfs.settle(&self.object());
-                vfs.jobs.submit(request, file, begun)
+        vfs.settle(&self.object()).await;
+        let mut is_second = false;
+        loop {
+            let (request, file) = (request.clone(), Arc::clone(&file));
+            let submit = move |vfs: &Vfs| {
+                let submitted = vfs.jobs.submit(request, file, &mut begun);
+                Ok((submitted, begun))
+            };
+            let (submitted, left) = vfs.blocking(Lane::Staging, submit).await?;
+            match submitted {
+                Err(error) if error.kind() == ErrorKind::Busy && !is_second => {
+                    vfs.settle(&self.object()).await;
+                    (begun, is_second) = (left, true);
+                }
+                submitted => return submitted,
             }
-            submitted => submitted,
         }
     }
 
     /// Hands the staged file over to a job, which removes it at its end.
-    fn submit_staged(&self, vfs: &Vfs, state: &mut State) -> Result<Arc<Job>> {
-        let Content::Staged(staged) = &mut state.content else {
-            return Err(Error::new(ErrorKind::Internal, "nothing is staged"));
-        };
+    async fn submit_staged(&self, vfs: &Arc<Vfs>, state: &mut State) -> Result<Arc<Job>> {
+        let staged = state.staged()?;
         let place = staged.path.display().to_string();
-        staged
-            .file
-            .sync_all()
-            .map_err(|e| Error::from_io("cannot sync the staged bytes", e).in_file(&place))?;
-        let path = staged.path.to_path_buf();
-        let mut begun = staged.take_early_upload();
-        let job = self.submit(vfs, JobSource::Staged(path.clone()), staged_file(&path)?, &mut begun)?;
+        let (file, path) = (Arc::clone(&staged.file), staged.path.to_path_buf());
+        let begun = staged.take_early_upload();
+        let sync = move |_: &Vfs| {
+            let synced = file.sync_all();
+            synced.map_err(|e| Error::from_io("cannot sync the staged bytes", e))?;
+            Ok((staged_file(&path)?, path))
+        };
+        let (file, path) = vfs.blocking(Lane::Staging, sync).await.map_err(|e| e.in_file(&place))?;
+        let job = self.submit(vfs, JobSource::Staged(path), file, begun).await?;
         if let Content::Staged(staged) = std::mem::replace(&mut state.content, Content::Empty) {
             staged
                 .path
@@ -511,49 +563,92 @@ impl Draft {
         Ok(job)
     }
 
-    /// The content as a staged file: what it was before is copied into one.
-    fn staged<'a>(&self, vfs: &Vfs, state: &'a mut State) -> Result<&'a mut Staged> {
-        if !matches!(state.content, Content::Staged(_)) {
-            let mut staged = Staged::new(&vfs.settings.staging, vfs.settings.stage_limit)?;
-            match &state.content {
-                Content::Ranges { source, ranges, file_size } => {
-                    let exact = source.file.exact_size()?;
-                    for (start, end) in ranges.iter().filter(|(start, _)| *start < exact) {
-                        let length = end.min(exact) - start;
-                        staged.copy(&*source.file, FileOffset(start), FileOffset(start), length)?;
-                    }
-                    // Up to the size that was shown, what was copied went on to the true end.
-                    let end = if *file_size <= source.shown_size { exact } else { *file_size };
-                    staged.set_size(end.min(*file_size))?;
-                }
-                Content::Published { job, .. } => {
-                    let file = self.published_file(vfs, job.as_deref())?;
-                    staged.copy(&*file, FileOffset(0), FileOffset(0), file.file_size())?;
-                    staged.set_size(file.file_size())?;
-                }
-                Content::Empty | Content::Staged(_) => {}
+    /// Makes the content a staged file: what it was before is copied into one.
+    async fn stage(&self, vfs: &Arc<Vfs>, state: &mut State) -> Result<()> {
+        let (lane, fill): (Lane, Box<Fill>) = match &state.content {
+            Content::Staged(_) => return Ok(()),
+            Content::Empty => (Lane::Staging, Box::new(|_| Ok(()))),
+            Content::Ranges { source, ranges, file_size } => {
+                let (source, ranges, file_size) = (source.clone(), ranges.clone(), *file_size);
+                (source.lane(), Box::new(move |staged| staged.copy_ranges(&source, &ranges, file_size)))
             }
-            state.content = Content::Staged(staged);
-        }
-        match &mut state.content {
-            Content::Staged(staged) => Ok(staged),
-            _ => Err(Error::new(ErrorKind::Internal, "nothing is staged")),
-        }
+            Content::Published { job, .. } => {
+                let file = self.published_file(vfs, job.clone()).await?;
+                let fill = move |staged: &mut Staged| {
+                    staged.copy(&*file, FileOffset(0), FileOffset(0), file.file_size())?;
+                    staged.set_size(file.file_size())
+                };
+                (Lane::Staging, Box::new(fill))
+            }
+        };
+        let filled = vfs.blocking(lane, move |vfs| {
+            let mut staged = Staged::new(&vfs.settings.staging, vfs.settings.stage_limit)?;
+            fill(&mut staged)?;
+            Ok(staged)
+        });
+        state.content = Content::Staged(filled.await?);
+        Ok(())
     }
 
-    fn published_file(&self, vfs: &Vfs, job: Option<&Job>) -> Result<Arc<dyn VirtualFile>> {
-        if let Some(job) = job {
-            job.wait(vfs.settings.wait_limit)?;
-        }
+    async fn published_file(&self, vfs: &Arc<Vfs>, job: Option<Arc<Job>>) -> Result<Arc<dyn VirtualFile>> {
+        wait_for(vfs, job).await?;
         let (bucket, key) = self.object();
         let bucket = vfs.bucket(&bucket)?;
-        let meta = vfs.runtime.block_on(bucket.head(&key))?;
         let gone = || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(&key));
-        Ok(Arc::new(ObjectFile::new(bucket.clone(), meta.ok_or_else(gone)?, vfs.runtime.clone())))
+        let meta = bucket.head(&key).await?.ok_or_else(gone)?;
+        Ok(Arc::new(ObjectFile::new(bucket.clone(), meta, vfs.runtime.clone())))
+    }
+}
+
+/// What fills a new staged file.
+type Fill = dyn FnOnce(&mut Staged) -> Result<()> + Send;
+
+/// Waits for a job, if there is one.
+async fn wait_for(vfs: &Vfs, job: Option<Arc<Job>>) -> Result<()> {
+    match job {
+        Some(job) => job.ended(vfs.settings.wait_limit).await.map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Whether recorded ranges are the whole of an image's file.
+async fn covers(vfs: &Arc<Vfs>, source: &RangeSource, ranges: &Ranges, file_size: u64) -> Result<bool> {
+    let (source, ranges) = (source.clone(), ranges.clone());
+    vfs.blocking(source.lane(), move |_| ranges.cover(&source, file_size)).await
+}
+
+/// A draft's state while somebody changes it.
+struct Locked<'a> {
+    view: &'a Mutex<View>,
+    state: tokio::sync::MutexGuard<'a, State>,
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        *self.view.lock() = self.state.view();
     }
 }
 
 impl RangeSource {
+    /// Where it is read.
+    pub(super) fn lane(&self) -> Lane {
+        Lane::Image(self.image.id.clone())
+    }
+
     /// Bytes that are the whole file: the true size once it is known, until then the one that was shown.
     fn whole_size(&self) -> u64 {
         self.file.known_size().unwrap_or(self.shown_size)
@@ -569,7 +664,46 @@ impl State {
         };
         let published = matches!(self.content, Content::Published { .. });
         let unpublished = self.dirty && !self.discarded && self.refused.is_none();
-        View { file_size, published, unpublished, modified: self.modified }
+        View { file_size, published, unpublished, modified: self.modified, refused: self.refused.clone() }
+    }
+
+    /// The job that publishes the content.
+    fn job(&self) -> Option<Arc<Job>> {
+        match &self.content {
+            Content::Published { job, .. } => job.clone(),
+            _ => None,
+        }
+    }
+
+    fn staged(&mut self) -> Result<&mut Staged> {
+        match &mut self.content {
+            Content::Staged(staged) => Ok(staged),
+            _ => Err(Error::new(ErrorKind::Internal, "nothing is staged")),
+        }
+    }
+
+    /// Works on the staged file on a thread that may wait.
+    async fn with_staged<T: Send + 'static>(
+        &mut self,
+        vfs: &Arc<Vfs>,
+        lane: Lane,
+        work: impl FnOnce(&mut Staged) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        match std::mem::replace(&mut self.content, Content::Empty) {
+            Content::Staged(mut staged) => {
+                let work = move |_: &Vfs| {
+                    let result = work(&mut staged);
+                    Ok((staged, result))
+                };
+                let (staged, result) = vfs.blocking(lane, work).await?;
+                self.content = Content::Staged(staged);
+                result
+            }
+            other => {
+                self.content = other;
+                Err(Error::new(ErrorKind::Internal, "nothing is staged"))
+            }
+        }
     }
 
     fn check(&self) -> Result<()> {

@@ -20,8 +20,8 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 impl Vfs {
     /// The draft of a key for one more writer: the one there is, or a new one over what the bucket has.
-    pub(super) fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
-        self.check_settled(object)?;
+    pub(super) async fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
+        self.check_settled(object).await?;
         if self.status_job(&object.0, &object.1).is_some() {
             return Err(Error::new(ErrorKind::Busy, "the job is running and writes this file")
                 .in_file(object.1.as_str()));
@@ -31,7 +31,7 @@ impl Vfs {
             None if truncate => None,
             None => {
                 let bucket = self.bucket(&object.0)?;
-                self.runtime.block_on(bucket.head(&object.1))?.map(|meta| meta.object_size)
+                bucket.head(&object.1).await?.map(|meta| meta.object_size)
             }
         };
         let mut drafts = self.drafts.lock();
@@ -52,7 +52,7 @@ impl Vfs {
     }
 
     /// One handle fewer. The last one publishes and takes the draft away; who opens the key meanwhile shares it.
-    pub(super) fn close_draft(&self, draft: &Arc<Draft>) {
+    pub(super) async fn close_draft(self: &Arc<Self>, draft: &Arc<Draft>) {
         loop {
             {
                 // Handles are counted under this lock, so that nobody opens a draft that is being taken away.
@@ -67,29 +67,31 @@ impl Vfs {
                     return;
                 }
             }
-            draft.publish_last(self);
+            draft.publish_last(self).await;
         }
     }
 
     /// The mount has ended: what is being written is not published any more.
-    pub fn end_drafts(&self) {
+    pub async fn end_drafts(&self) {
         let drafts: Vec<_> = self.drafts.lock().drain().map(|(_, draft)| draft).collect();
-        drafts.iter().for_each(|draft| draft.give_up_early_upload());
+        for draft in drafts {
+            draft.give_up_early_upload().await;
+        }
     }
 
     /// Leaves a FAIL status beside a key whose writer ended before its end.
-    pub(super) fn record_incomplete(&self, draft: &Draft, error: &Error) {
+    pub(super) async fn record_incomplete(&self, draft: &Draft, error: &Error) {
         let (bucket, key) = draft.object();
         let source = JobSource::Staged(std::path::PathBuf::new());
         let request = JobRequest { bucket, key, source, client_token: None, tags: Tags::new() };
-        if let Err(error) = self.jobs.record_refusal(request, error) {
+        if let Err(error) = self.jobs.record_refusal(request, error).await {
             warn!("an incomplete file could not be recorded: {}", error.report());
         }
     }
 
     /// Waits for a job that publishes bytes that were written: the store has them all already, or soon. Jobs of
     /// images take longer, and are not waited for.
-    pub(super) fn settle(&self, object: &ObjectName) {
+    pub(super) async fn settle(&self, object: &ObjectName) {
         let deadline = Instant::now() + SETTLE_LIMIT;
         // Another one may follow: that of a handle whose last close came late.
         while let Some(job) = self.jobs.active(&object.0, &object.1)
@@ -97,14 +99,14 @@ impl Vfs {
             && Instant::now() < deadline
         {
             // How it ends is for those who asked for it.
-            let _ = job.wait(deadline.saturating_duration_since(Instant::now()));
+            let _ = job.ended(deadline.saturating_duration_since(Instant::now())).await;
         }
     }
 
     /// Refuses to touch what a job is making; one that publishes what a program wrote is waited for.
-    pub(super) fn check_settled(&self, object: &ObjectName) -> Result<()> {
+    pub(super) async fn check_settled(&self, object: &ObjectName) -> Result<()> {
         for _ in 0..SETTLE_ATTEMPTS {
-            self.settle(object);
+            self.settle(object).await;
             match self.jobs.active(&object.0, &object.1) {
                 None => return Ok(()),
                 Some(job) if self.is_asked_again(object, &job) => return Ok(()),
@@ -117,7 +119,7 @@ impl Vfs {
     }
 
     /// Leaves a FAIL status beside a key whose copy was refused, so that the reason can be read later.
-    pub(super) fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
+    pub(super) async fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
         let (bucket, key) = draft.object();
         let request = JobRequest {
             bucket,
@@ -126,7 +128,7 @@ impl Vfs {
             client_token: None,
             tags: Tags::new(),
         };
-        if let Err(error) = self.jobs.record_refusal(request, error) {
+        if let Err(error) = self.jobs.record_refusal(request, error).await {
             warn!("a refusal could not be recorded: {}", error.report());
         }
     }

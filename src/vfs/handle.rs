@@ -7,12 +7,15 @@ use super::attr::Attr;
 use super::directory::OpenDirectory;
 use super::draft::{Draft, RangeSource};
 use super::inode::{Ino, Node};
+use super::lanes::Lane;
 use super::tags::TAG_PREFIX;
 use super::token::TOKEN_XATTR;
 use super::tree::read_only;
 use super::{ObjectName, Vfs};
 use crate::bucket::ObjectFile;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::OutputFormat;
+use crate::metrics::Op;
 use crate::units::{FileOffset, GIB};
 use crate::vfile::{VirtualFile, readable};
 
@@ -45,17 +48,6 @@ pub enum Whence {
     Hole,
 }
 
-/// What a read has to wait for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadPath {
-    /// Local files: nothing much.
-    Image,
-    /// A store, or a compressor: such reads belong off the dispatcher.
-    Slow,
-    /// Nothing. Reads of our own documents are not counted: looking at the metrics does not change them.
-    Document,
-}
-
 /// An open file or directory.
 pub(super) enum Handle {
     /// A directory that is being read.
@@ -64,8 +56,8 @@ pub(super) enum Handle {
     Document(Vec<u8>),
     /// An image's file.
     Image(RangeSource),
-    /// An object, or the source of the job that is making it.
-    Object(Arc<dyn VirtualFile>, ObjectName),
+    /// An object, or the source of the job that is making it, and where it is read.
+    Object(Arc<dyn VirtualFile>, Lane, ObjectName),
     /// An object being written.
     Draft(Arc<Draft>),
     /// A look at an object that somebody else is writing.
@@ -74,30 +66,23 @@ pub(super) enum Handle {
 
 impl Vfs {
     /// Opens a file.
-    pub fn open(&self, ino: Ino, options: OpenOptions) -> Result<HandleId> {
+    pub async fn open(self: &Arc<Self>, ino: Ino, options: OpenOptions) -> Result<HandleId> {
         let node = self.inodes.node(ino)?;
         let handle = match (&node, options.write) {
             (Node::Object { bucket, key }, write) => {
-                self.open_object(&(bucket.clone(), key.clone()), write, options)?
+                self.open_object(&(bucket.clone(), key.clone()), write, options).await?
             }
             (node, true) => return Err(read_only(node)),
             (Node::ImageFile { id, disk, format }, false) => {
-                let (file, image, facts) = self.exported_file(id, disk, *format)?;
-                // Who trusts the size that stat shows must not see one that is only an upper bound.
-                if file.known_size().is_none() && !self.reads_to_end(options.opener) {
-                    file.exact_size()?;
-                }
-                let shown_size = file.file_size();
-                Handle::Image(RangeSource {
-                    shown_size,
-                    file,
-                    image,
-                    format: *format,
-                    facts: Arc::new(facts),
-                })
+                let lane = Lane::Image(id.clone());
+                let (id, disk, format) = (id.clone(), disk.clone(), *format);
+                let open = move |vfs: &Self| vfs.open_image(&id, &disk, format, options.opener);
+                Handle::Image(self.blocking(lane, open).await?)
             }
             (Node::ImageJson { id }, false) => {
-                Handle::Document(self.image_document(&self.catalog.image(id)?))
+                let (lane, id) = (Lane::Image(id.clone()), id.clone());
+                let document = move |vfs: &Self| Ok(vfs.image_document(&vfs.catalog.image(&id)?));
+                Handle::Document(self.blocking(lane, document).await?)
             }
             (Node::Job { id }, false) => {
                 let job = self.jobs.job(id).ok_or_else(|| super::tree::no_entry(id))?;
@@ -111,12 +96,33 @@ impl Vfs {
         Ok(self.insert(handle))
     }
 
-    fn open_object(&self, object: &ObjectName, write: bool, options: OpenOptions) -> Result<Handle> {
+    fn open_image(
+        &self,
+        id: &str,
+        disk: &str,
+        format: OutputFormat,
+        opener: Option<u32>,
+    ) -> Result<RangeSource> {
+        let (file, image, facts) = self.exported_file(id, disk, format)?;
+        // Who trusts the size that stat shows must not see one that is only an upper bound.
+        if file.known_size().is_none() && !self.reads_to_end(opener) {
+            file.exact_size()?;
+        }
+        let shown_size = file.file_size();
+        Ok(RangeSource { shown_size, file, image, format, facts: Arc::new(facts) })
+    }
+
+    async fn open_object(
+        self: &Arc<Self>,
+        object: &ObjectName,
+        write: bool,
+        options: OpenOptions,
+    ) -> Result<Handle> {
         if write {
             self.permit_target(object)?;
-            let draft = self.open_draft(object, options.truncate)?;
+            let draft = self.open_draft(object, options.truncate).await?;
             if options.truncate {
-                draft.truncate(self, 0)?;
+                draft.truncate(self, 0).await?;
             }
             return Ok(Handle::Draft(draft));
         }
@@ -127,13 +133,14 @@ impl Vfs {
             return Ok(Handle::DraftReader(draft));
         }
         if let Some(file) = self.jobs.active(&object.0, &object.1).and_then(|job| job.file()) {
-            return Ok(Handle::Object(file, object.clone()));
+            return Ok(Handle::Object(file, Lane::Staging, object.clone()));
         }
         let bucket = self.bucket(&object.0)?;
-        let meta = self.runtime.block_on(bucket.head(&object.1))?;
+        let meta = bucket.head(&object.1).await?;
         let meta = meta.ok_or_else(|| super::tree::no_entry(object.1.as_str()))?;
         Ok(Handle::Object(
             Arc::new(ObjectFile::new(bucket.clone(), meta, self.runtime.clone())),
+            Lane::Bucket(object.0.clone()),
             object.clone(),
         ))
     }
@@ -144,11 +151,16 @@ impl Vfs {
     }
 
     /// Creates an object's file and opens it for writing.
-    pub fn create(&self, parent: Ino, name: &str, options: OpenOptions) -> Result<(Attr, HandleId)> {
+    pub async fn create(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: &str,
+        options: OpenOptions,
+    ) -> Result<(Attr, HandleId)> {
         let object = self.writable_child(parent, name)?;
         // What comes into being from here on, by another host, is what this file will replace.
         let mut truncate = options.truncate;
-        match self.resolve_object(object.0.clone(), object.1.clone()) {
+        match self.resolve_object(object.0.clone(), object.1.clone()).await {
             Ok((Node::Directory { .. }, _)) => {
                 return Err(Error::new(ErrorKind::IsDirectory, format!("{} is a directory", object.1)));
             }
@@ -160,50 +172,83 @@ impl Vfs {
             Err(error) => return Err(error),
         }
         self.permit_target(&object)?;
-        let draft = self.open_draft(&object, truncate)?;
+        let draft = self.open_draft(&object, truncate).await?;
         let temporary = options.exclusive && rsync_target(name).is_some();
         if temporary && program(options.opener).as_deref() == Some("rsync") {
             draft.park();
         }
         if options.truncate {
-            draft.truncate(self, 0)?;
+            draft.truncate(self, 0).await?;
         }
         let id = self.insert(Handle::Draft(draft));
-        Ok((self.lookup(parent, name)?, id))
+        Ok((self.lookup(parent, name).await?, id))
     }
 
-    /// Reads from an open file. Only the end of the file gives fewer bytes than `buf` takes.
-    pub fn read(&self, id: HandleId, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
-        let read = match &*self.handle(id)? {
-            Handle::Document(bytes) => return Ok(read_document(bytes, at, buf)),
-            Handle::Image(source) => source.file.read_at(at, buf)?,
-            Handle::Object(file, _) => file.read_at(at, buf)?,
-            Handle::Draft(draft) | Handle::DraftReader(draft) => draft.read(self, at, buf)?,
+    /// Reads from an open file. Only the end of the file gives fewer than `length` bytes.
+    pub async fn read(self: &Arc<Self>, id: HandleId, at: FileOffset, length: usize) -> Result<Vec<u8>> {
+        let handle = self.handle(id)?;
+        let (lane, file) = match &*handle {
+            Handle::Image(source) => (source.lane(), Arc::clone(&source.file)),
+            Handle::Object(file, lane, _) => (lane.clone(), Arc::clone(file)),
+            Handle::Draft(draft) | Handle::DraftReader(draft) => {
+                let bytes = draft.read(self, at, length).await?;
+                self.metrics.read_bytes.add(bytes.len() as u64);
+                return Ok(bytes);
+            }
+            Handle::Document(bytes) => {
+                let mut buf = vec![0; length];
+                let read = read_document(bytes, at, &mut buf);
+                buf.truncate(read);
+                return Ok(buf);
+            }
             Handle::Directory(_) => {
                 return Err(Error::new(ErrorKind::IsDirectory, "the handle is a directory's"));
             }
         };
-        self.metrics.read_bytes.add(read as u64);
-        Ok(read)
+        let read = move |vfs: &Self| {
+            let mut buf = vec![0; length];
+            let read = file.read_at(at, &mut buf)?;
+            buf.truncate(read);
+            vfs.metrics.read_bytes.add(read as u64);
+            Ok(buf)
+        };
+        self.blocking(lane, read).await
     }
 
-    /// How reading from a handle is to be done.
-    pub fn read_path(&self, id: HandleId) -> ReadPath {
-        match self.handles.read().get(&id).map(|handle| &**handle) {
-            Some(Handle::Object(..) | Handle::Draft(_) | Handle::DraftReader(_)) => ReadPath::Slow,
-            Some(Handle::Image(source)) if source.format.is_compressed() || self.catalog.is_remote() => {
-                ReadPath::Slow
+    /// The same into a buffer, where nothing has to be waited for; `None` where something might.
+    pub fn read_now(&self, id: HandleId, at: FileOffset, buf: &mut [u8]) -> Option<Result<usize>> {
+        let handle = match self.handle(id) {
+            Ok(handle) => handle,
+            Err(error) => return Some(Err(error)),
+        };
+        match &*handle {
+            // Looking at the metrics does not change them.
+            Handle::Document(bytes) => Some(Ok(read_document(bytes, at, buf))),
+            Handle::Image(source) if !source.format.is_compressed() && !self.catalog.is_remote() => {
+                self.metrics.count(Op::Read);
+                let read = source.file.read_at(at, buf);
+                self.metrics.read_bytes.add(read.as_ref().map_or(0, |&read| read as u64));
+                Some(read)
             }
-            Some(Handle::Document(_)) => ReadPath::Document,
-            _ => ReadPath::Image,
+            _ => None,
         }
     }
 
     /// Writes to an open file.
-    pub fn write(&self, id: HandleId, at: FileOffset, bytes: &[u8]) -> Result<()> {
-        self.writer(id)?.write(self, at, bytes)?;
-        self.metrics.written_bytes.add(bytes.len() as u64);
+    pub async fn write(self: &Arc<Self>, id: HandleId, at: FileOffset, bytes: Vec<u8>) -> Result<()> {
+        let length = bytes.len() as u64;
+        self.writer(id)?.write(self, at, bytes).await?;
+        self.metrics.written_bytes.add(length);
         Ok(())
+    }
+
+    /// The same where nothing has to be waited for; `None`, and nothing done, where something has.
+    pub fn write_now(&self, id: HandleId, at: FileOffset, bytes: &[u8]) -> Option<Result<()>> {
+        let written = self.writer(id).ok()?.try_write(self, at, bytes)?;
+        if written.is_ok() {
+            self.metrics.written_bytes.add(bytes.len() as u64);
+        }
+        Some(written)
     }
 
     /// Copies a range from one open file to another without moving it where that is possible; returns how much.
@@ -211,8 +256,8 @@ impl Vfs {
     /// # Errors
     /// What is refused sticks to the destination: its later writes and flushes fail with the same error. The
     /// caller decides which errno copy_file_range itself may give, because most make programs fall back silently.
-    pub fn copy_range(
-        &self,
+    pub async fn copy_range(
+        self: &Arc<Self>,
         source: HandleId,
         from: FileOffset,
         destination: HandleId,
@@ -224,9 +269,9 @@ impl Vfs {
         let copied = match &*self.handle(source)? {
             Handle::Image(source) => {
                 let first = draft.refusal().is_none();
-                let result = draft.copy_range(self, source, from, at, length);
+                let result = draft.copy_range(self, source, from, at, length).await;
                 if let (Err(error), true) = (&result, first) {
-                    self.record_refusal(&draft, &source.image, error);
+                    self.record_refusal(&draft, &source.image, error).await;
                 }
                 result?
             }
@@ -238,19 +283,19 @@ impl Vfs {
     }
 
     /// What close(2) waits for. Handles that only read have nothing to do.
-    pub fn flush(&self, id: HandleId) -> Result<()> {
+    pub async fn flush(self: &Arc<Self>, id: HandleId) -> Result<()> {
         match &*self.handle(id)? {
-            Handle::Draft(draft) => draft.flush(self),
+            Handle::Draft(draft) => draft.flush(self).await,
             _ => Ok(()),
         }
     }
 
     /// What fsync(2) waits for: the end of the job that makes the object. Fails if the job fails.
-    pub fn sync(&self, id: HandleId) -> Result<()> {
+    pub async fn sync(self: &Arc<Self>, id: HandleId) -> Result<()> {
         match &*self.handle(id)? {
-            Handle::Draft(draft) => draft.sync(self),
-            Handle::Object(_, (bucket, key)) => match self.jobs.newest(bucket, key) {
-                Some(job) => job.wait(self.settings.wait_limit).map(drop),
+            Handle::Draft(draft) => draft.sync(self).await,
+            Handle::Object(_, _, (bucket, key)) => match self.jobs.newest(bucket, key) {
+                Some(job) => job.ended(self.settings.wait_limit).await.map(drop),
                 None => Ok(()),
             },
             _ => Ok(()),
@@ -258,19 +303,24 @@ impl Vfs {
     }
 
     /// The last close of a handle.
-    pub fn release(&self, id: HandleId) {
+    pub async fn release(self: &Arc<Self>, id: HandleId) {
         let handle = self.handles.write().remove(&id);
         if let Some(Handle::Draft(draft) | Handle::DraftReader(draft)) = handle.as_deref() {
-            self.close_draft(draft);
+            self.close_draft(draft).await;
         }
     }
 
     /// The next data or hole from `at` on, as lseek(2) defines them: the end of the file is a hole.
-    pub fn seek(&self, id: HandleId, at: FileOffset, whence: Whence) -> Result<Option<FileOffset>> {
+    pub async fn seek(
+        self: &Arc<Self>,
+        id: HandleId,
+        at: FileOffset,
+        whence: Whence,
+    ) -> Result<Option<FileOffset>> {
         let handle = self.handle(id)?;
-        let file: &dyn VirtualFile = match &*handle {
-            Handle::Image(source) => &*source.file,
-            Handle::Object(file, _) => &**file,
+        let (lane, file) = match &*handle {
+            Handle::Image(source) => (source.lane(), Arc::clone(&source.file)),
+            Handle::Object(file, lane, _) => (lane.clone(), Arc::clone(file)),
             Handle::Document(bytes) => return Ok(plain_seek(bytes.len() as u64, at, whence)),
             Handle::Draft(draft) | Handle::DraftReader(draft) => {
                 return Ok(plain_seek(draft.file_size(), at, whence));
@@ -279,24 +329,16 @@ impl Vfs {
                 return Err(Error::new(ErrorKind::IsDirectory, "the handle is a directory's"));
             }
         };
-        let file_size = file.file_size();
-        let mut place = at;
-        while place.bytes() < file_size {
-            let extent = file.extent_at(place)?;
-            if extent.kind.is_data() == (whence == Whence::Data) {
-                return Ok(Some(place));
-            }
-            place += extent.length;
-        }
-        let end = at.bytes() < file_size && whence == Whence::Hole;
-        Ok(end.then_some(FileOffset(file_size)))
+        self.blocking(lane, move |_| seek_in(&*file, at, whence)).await
     }
 
     /// The reason in words why a file cannot be opened, or why its last job failed: `user.freightfs.error`.
-    pub fn error_text(&self, ino: Ino) -> Option<String> {
+    pub async fn error_text(self: &Arc<Self>, ino: Ino) -> Option<String> {
         match self.inodes.node(ino).ok()? {
             Node::ImageFile { id, disk, format } => {
-                self.exported_file(&id, &disk, format).err().map(|e| e.report())
+                let lane = Lane::Image(id.clone());
+                let open = move |vfs: &Self| vfs.exported_file(&id, &disk, format).map(drop);
+                self.blocking(lane, open).await.err().map(|e| e.report())
             }
             Node::Object { bucket, key } => {
                 if let Some(error) = self.draft(&(bucket.clone(), key.clone())).and_then(|d| d.refusal()) {
@@ -319,7 +361,7 @@ impl Vfs {
     }
 
     /// The value of an extended attribute, if it is set.
-    pub fn xattr(&self, ino: Ino, name: &str) -> Result<Option<Vec<u8>>> {
+    pub async fn xattr(self: &Arc<Self>, ino: Ino, name: &str) -> Result<Option<Vec<u8>>> {
         match self.xattr_place(ino)? {
             Some((object, false)) if name == TOKEN_XATTR => {
                 Ok(self.client_token(&object).map(String::into_bytes))
@@ -327,23 +369,23 @@ impl Vfs {
             Some((object, false)) if name.starts_with(TAG_PREFIX) => {
                 Ok(self.tags(&object).remove(&name[TAG_PREFIX.len()..]).map(String::into_bytes))
             }
-            Some((object, is_directory)) => self.user_xattr(&object, is_directory, name),
+            Some((object, is_directory)) => self.user_xattr(&object, is_directory, name).await,
             None => Ok(None),
         }
     }
 
     /// The names of the extended attributes that were set.
-    pub fn xattr_names(&self, ino: Ino) -> Result<Vec<String>> {
+    pub async fn xattr_names(self: &Arc<Self>, ino: Ino) -> Result<Vec<String>> {
         match self.xattr_place(ino)? {
-            Some((object, is_directory)) => self.user_xattr_names(&object, is_directory),
+            Some((object, is_directory)) => self.user_xattr_names(&object, is_directory).await,
             None => Ok(Vec::new()),
         }
     }
 
     /// Sets or, without a value, removes an extended attribute that begins with `user.`. `exists` says whether it must
     /// be there, or must not. Returns `false` when it is not there and should be.
-    pub fn change_xattr(
-        &self,
+    pub async fn change_xattr(
+        self: &Arc<Self>,
         ino: Ino,
         name: &str,
         value: Option<&[u8]>,
@@ -355,7 +397,7 @@ impl Vfs {
                 self.set_tag(&object, &name[TAG_PREFIX.len()..], value)
             }
             Some((object, is_directory)) => {
-                self.change_user_xattr(&object, is_directory, name, value, exists)
+                self.change_user_xattr(&object, is_directory, name, value, exists).await
             }
             None => Err(read_only(&self.inodes.node(ino)?)),
         }
@@ -401,6 +443,21 @@ fn read_document(bytes: &[u8], at: FileOffset, buf: &mut [u8]) -> usize {
         buf[..length].copy_from_slice(&bytes[start..start + length]);
     }
     length
+}
+
+/// lseek: the end of the file is a hole.
+fn seek_in(file: &dyn VirtualFile, at: FileOffset, whence: Whence) -> Result<Option<FileOffset>> {
+    let file_size = file.file_size();
+    let mut place = at;
+    while place.bytes() < file_size {
+        let extent = file.extent_at(place)?;
+        if extent.kind.is_data() == (whence == Whence::Data) {
+            return Ok(Some(place));
+        }
+        place += extent.length;
+    }
+    let end = at.bytes() < file_size && whence == Whence::Hole;
+    Ok(end.then_some(FileOffset(file_size)))
 }
 
 /// lseek in a file without holes.

@@ -45,13 +45,17 @@ impl Vfs {
     }
 
     /// What a key is: a draft, a running job's status or object, an object in the store, or a directory.
-    pub(super) fn resolve_object(&self, bucket: String, key: ObjectKey) -> Result<(Node, Attr)> {
+    pub(super) async fn resolve_object(
+        self: &Arc<Self>,
+        bucket: String,
+        key: ObjectKey,
+    ) -> Result<(Node, Attr)> {
         let store = self.bucket(&bucket)?;
         let name = (bucket, key);
         let node = Node::Object { bucket: name.0.clone(), key: name.1.clone() };
         if let Some(draft) = self.draft(&name) {
             let attr = self.file_attr(&node, draft.file_size(), 0o644, draft.modified());
-            return Ok((node, self.overridden(&name, Attr { ttl: Duration::ZERO, ..attr })));
+            return Ok((node, self.overridden(&name, Attr { ttl: Duration::ZERO, ..attr }).await));
         }
         if let Some(job) = self.status_job(&name.0, &name.1) {
             let attr = self.live_file_attr(&node, job.status().to_json().len() as u64, status_time(&job));
@@ -63,22 +67,21 @@ impl Vfs {
             let attr = self.virtual_file_attr(&node, &*file.0, file.1);
             // A job that fails or is cancelled takes the name away.
             let attr = Attr { ttl: Duration::ZERO, ..attr };
-            return Ok((node, self.overridden(&name, attr)));
+            return Ok((node, self.overridden(&name, attr).await));
         }
         let recent = self.recent.get(&name).filter(|_| self.jobs.newest(&name.0, &name.1).is_none());
         let (object, listing) = match recent {
             Some(object) => (Some(object), false),
-            None => self
-                .runtime
-                .block_on(async { tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1)) })?,
+            None => tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1))?,
         };
         if listing || self.made_directories.lock().contains(&name) {
             let node = Node::Directory { bucket: name.0.clone(), prefix: Some(name.1.clone()) };
-            let attr = self.overridden_directory(&name, self.directory_attr(&node, self.mounted));
+            let attr = self.overridden_directory(&name, self.directory_attr(&node, self.mounted)).await;
             return Ok((node, attr));
         }
         let object = object.ok_or_else(|| no_entry(name.1.as_str()))?;
-        let attr = self.overridden_object(&name, object.etag.as_deref(), self.object_attr(&node, &object));
+        let attr = self.object_attr(&node, &object);
+        let attr = self.overridden_object(&name, object.etag.as_deref(), attr).await;
         Ok((node, attr))
     }
 
@@ -142,59 +145,66 @@ impl Vfs {
     }
 
     /// Changes an object's attributes; a size cuts or extends its draft.
-    pub(super) fn set_object_attr(&self, object: &ObjectName, change: &AttrChange) -> Result<()> {
+    pub(super) async fn set_object_attr(
+        self: &Arc<Self>,
+        object: &ObjectName,
+        change: &AttrChange,
+    ) -> Result<()> {
         if let Some(file_size) = change.file_size {
             match self.draft(object) {
-                Some(draft) => draft.truncate(self, file_size)?,
-                None => self.truncate_closed(object, file_size)?,
+                Some(draft) => draft.truncate(self, file_size).await?,
+                None => self.truncate_closed(object, file_size).await?,
             }
         }
-        self.remember(object, false, change)
+        self.remember(object, false, change).await
     }
 
     /// truncate(2) of an object that nobody has open: opened, cut, and published again.
-    fn truncate_closed(&self, object: &ObjectName, file_size: u64) -> Result<()> {
-        let draft = self.open_draft(object, file_size == 0)?;
-        let result = draft.truncate(self, file_size).and_then(|()| draft.flush(self));
-        self.close_draft(&draft);
+    async fn truncate_closed(self: &Arc<Self>, object: &ObjectName, file_size: u64) -> Result<()> {
+        let draft = self.open_draft(object, file_size == 0).await?;
+        let result = match draft.truncate(self, file_size).await {
+            Ok(()) => draft.flush(self).await,
+            Err(error) => Err(error),
+        };
+        self.close_draft(&draft).await;
         result
     }
 
     /// Makes a directory, which exists in the mount until an object in it makes it exist in the store.
-    pub fn make_directory(&self, parent: Ino, name: &str) -> Result<Attr> {
+    pub async fn make_directory(self: &Arc<Self>, parent: Ino, name: &str) -> Result<Attr> {
         let object = self.writable_child(parent, name)?;
-        if self.resolve_object(object.0.clone(), object.1.clone()).is_ok() {
+        if self.resolve_object(object.0.clone(), object.1.clone()).await.is_ok() {
             return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", object.1)));
         }
         let store = self.bucket(&object.0)?;
-        self.runtime.block_on(store.make_directory(&object.1))?;
+        store.make_directory(&object.1).await?;
         self.made_directories.lock().insert(object);
-        self.lookup(parent, name)
+        self.lookup(parent, name).await
     }
 
     /// Removes an empty directory.
-    pub fn remove_directory(&self, parent: Ino, name: &str) -> Result<()> {
+    pub async fn remove_directory(self: &Arc<Self>, parent: Ino, name: &str) -> Result<()> {
         let (bucket, key) = self.writable_child(parent, name)?;
-        match self.resolve_object(bucket.clone(), key.clone())? {
+        match self.resolve_object(bucket.clone(), key.clone()).await? {
             (Node::Directory { .. }, _) => {}
             (node, _) => {
                 return Err(Error::new(ErrorKind::NotDirectory, format!("{node} is not a directory")));
             }
         }
-        if !self.is_empty_directory(&bucket, &key)? {
+        if !self.is_empty_directory(&bucket, &key).await? {
             return Err(Error::new(ErrorKind::NotEmpty, format!("{key} is not empty")));
         }
-        self.runtime.block_on(self.bucket(&bucket)?.remove_directory(&key))?;
+        self.bucket(&bucket)?.remove_directory(&key).await?;
         let directory = (bucket, key);
-        self.forget_attributes(&directory, true);
+        self.forget_attributes(&directory, true).await;
         self.made_directories.lock().remove(&directory);
         Ok(())
     }
 
     /// Removes an object, or cancels the job that is making it.
-    pub fn unlink(&self, parent: Ino, name: &str) -> Result<()> {
+    pub async fn unlink(self: &Arc<Self>, parent: Ino, name: &str) -> Result<()> {
         if let Node::Jobs = self.inodes.node(parent)? {
-            return self.cancel_job(name);
+            return self.cancel_job(name).await;
         }
         let object = self.writable_child(parent, name)?;
         let (bucket, key) = &object;
@@ -205,13 +215,13 @@ impl Vfs {
         }
         let draft = self.drafts.lock().remove(&object);
         if let Some(draft) = &draft {
-            draft.discard();
+            draft.discard().await;
         }
         // What a program wrote is a file like any other; an export is cancelled.
-        self.settle(&object);
+        self.settle(&object).await;
         if let Some(job) = self.jobs.active(bucket, key) {
             job.cancel();
-            match job.wait(CANCEL_LIMIT) {
+            match job.ended(CANCEL_LIMIT).await {
                 // It was being put in place already.
                 Ok(_) => {}
                 Err(e) if e.kind() == ErrorKind::TimedOut => return Err(e),
@@ -219,14 +229,12 @@ impl Vfs {
             }
         }
         let store = self.bucket(bucket)?;
-        self.runtime.block_on(async {
-            match store.head(key).await? {
-                Some(_) => store.delete(key).await,
-                None if draft.is_some() || held.is_some() => Ok(()),
-                None => Err(no_entry(key.as_str())),
-            }
-        })?;
-        self.forget_attributes(&object, false);
+        match store.head(key).await? {
+            Some(_) => store.delete(key).await?,
+            None if draft.is_some() || held.is_some() => {}
+            None => return Err(no_entry(key.as_str())),
+        }
+        self.forget_attributes(&object, false).await;
         self.tokens.lock().remove(&object);
         self.tags.lock().remove(&object);
         if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
@@ -242,7 +250,7 @@ impl Vfs {
     }
 
     /// Removing the file of a job that runs cancels it; what the object's name has stays.
-    fn cancel_job(&self, name: &str) -> Result<()> {
+    async fn cancel_job(self: &Arc<Self>, name: &str) -> Result<()> {
         let job =
             name.strip_suffix(".json").and_then(|id| self.jobs.job(id)).ok_or_else(|| no_entry(name))?;
         if job.status().status.is_final() {
@@ -251,7 +259,7 @@ impl Vfs {
             );
         }
         job.cancel();
-        match job.wait(CANCEL_LIMIT) {
+        match job.ended(CANCEL_LIMIT).await {
             Ok(_) => {
                 Err(Error::new(ErrorKind::Busy, "the job ended before it could be cancelled").in_file(name))
             }
@@ -261,13 +269,13 @@ impl Vfs {
     }
 
     /// What is being written under a name that a rename takes over is published no more.
-    fn make_way(&self, to: &ObjectName) -> Result<()> {
-        self.check_settled(to)?;
+    async fn make_way(self: &Arc<Self>, to: &ObjectName) -> Result<()> {
+        self.check_settled(to).await?;
         let replaced = self.drafts.lock().remove(to);
         if let Some(replaced) = replaced {
-            replaced.discard();
+            replaced.discard().await;
             // Its last close may have been publishing it.
-            self.check_settled(to)?;
+            self.check_settled(to).await?;
         }
         Ok(())
     }
@@ -275,30 +283,35 @@ impl Vfs {
     /// Renames what is being written. A file under rsync's temporary name gets its own and is published: the upload
     /// is one for that name, and done when this returns. With the modification time 0 it is what rsync keeps of a
     /// transfer that was interrupted (`--partial`): it gets its name and waits for the rest.
-    fn rename_draft(&self, draft: &Arc<Draft>, from: &ObjectName, to: &ObjectName) -> Result<bool> {
-        self.make_way(to)?;
+    async fn rename_draft(
+        self: &Arc<Self>,
+        draft: &Arc<Draft>,
+        from: &ObjectName,
+        to: &ObjectName,
+    ) -> Result<bool> {
+        self.make_way(to).await?;
+        if !draft.rename(to).await {
+            return Ok(false);
+        }
         {
             let mut drafts = self.drafts.lock();
-            if !draft.rename(to) {
-                return Ok(false);
-            }
             drafts.remove(from);
             drafts.insert(to.clone(), Arc::clone(draft));
         }
-        self.move_attributes(from, to)?;
+        self.move_attributes(from, to).await?;
         let node = |(bucket, key): &ObjectName| Node::Object { bucket: bucket.clone(), key: key.clone() };
         self.inodes.rename(&node(from), &node(to));
         if !draft.is_parked() {
             // What the store has under the old name is not there any more.
-            self.runtime.block_on(self.bucket(&from.0)?.delete(&from.1))?;
+            self.bucket(&from.0)?.delete(&from.1).await?;
             return Ok(true);
         }
-        if self.is_marked_partial(to)? {
-            draft.give_up_early_upload();
+        if self.is_marked_partial(to).await? {
+            draft.give_up_early_upload().await;
             return Ok(true);
         }
         draft.unpark();
-        let published = draft.publish_now(self);
+        let published = draft.publish_now(self).await;
         let mut drafts = self.drafts.lock();
         if draft.is_closed() && drafts.get(to).is_some_and(|known| Arc::ptr_eq(known, draft)) {
             drafts.remove(to);
@@ -307,8 +320,8 @@ impl Vfs {
     }
 
     /// Renames an object: a copy within the store, then a delete.
-    pub fn rename(
-        &self,
+    pub async fn rename(
+        self: &Arc<Self>,
         parent: Ino,
         name: &str,
         new_parent: Ino,
@@ -318,18 +331,18 @@ impl Vfs {
         let from = self.writable_child(parent, name)?;
         let to = self.writable_child(new_parent, new_name)?;
         if from == to {
-            return self.resolve_object(from.0, from.1).map(drop);
+            return self.resolve_object(from.0, from.1).await.map(drop);
         }
         if from.0 != to.0 {
             return Err(Error::new(ErrorKind::CrossDevice, "a rename from one bucket to another is a copy"));
         }
-        if let (Node::Directory { .. }, _) = self.resolve_object(from.0.clone(), from.1.clone())? {
+        if let (Node::Directory { .. }, _) = self.resolve_object(from.0.clone(), from.1.clone()).await? {
             return Err(Error::new(
                 ErrorKind::CrossDevice,
                 "a directory of a bucket cannot be renamed, only copied",
             ));
         }
-        let target = self.resolve_object(to.0.clone(), to.1.clone());
+        let target = self.resolve_object(to.0.clone(), to.1.clone()).await;
         match target {
             Ok((Node::Directory { .. }, _)) => {
                 return Err(Error::new(ErrorKind::IsDirectory, format!("{} is a directory", to.1)));
@@ -340,18 +353,16 @@ impl Vfs {
             _ => {}
         }
         if let Some(draft) = self.draft(&from)
-            && self.rename_draft(&draft, &from, &to)?
+            && self.rename_draft(&draft, &from, &to).await?
         {
             return Ok(());
         }
-        self.check_settled(&from)?;
-        self.make_way(&to)?;
+        self.check_settled(&from).await?;
+        self.make_way(&to).await?;
         let store = self.bucket(&from.0)?;
-        self.runtime.block_on(async {
-            self.jobs.copy(store, &from.1, &to.1).await?;
-            store.delete(&from.1).await
-        })?;
-        self.move_attributes(&from, &to)?;
+        self.jobs.copy(store, &from.1, &to.1).await?;
+        store.delete(&from.1).await?;
+        self.move_attributes(&from, &to).await?;
         let node = |(bucket, key): ObjectName| Node::Object { bucket, key };
         self.inodes.rename(&node(from), &node(to));
         Ok(())

@@ -49,7 +49,11 @@ impl Vfs {
     ///
     /// # Errors
     /// [`AlreadyExists`](ErrorKind::AlreadyExists) when the token named another request.
-    pub(super) fn same_export(&self, object: &ObjectName, image: &StatusImage) -> Result<Option<Arc<Job>>> {
+    pub(super) async fn same_export(
+        &self,
+        object: &ObjectName,
+        image: &StatusImage,
+    ) -> Result<Option<Arc<Job>>> {
         let is_same = |job: &Job| {
             let request = job.request();
             (&request.bucket, &request.key) == (&object.0, &object.1)
@@ -74,7 +78,7 @@ impl Vfs {
             JobState::Init | JobState::Running => Ok(Some(job)),
             JobState::Success => {
                 // The object must still be the one that the job made.
-                let there = self.runtime.block_on(self.bucket(&object.0)?.head(&object.1))?;
+                let there = self.bucket(&object.0)?.head(&object.1).await?;
                 let unchanged = there.is_some_and(|meta| {
                     status.etag.is_some() && meta.etag == status.etag && Some(meta.object_size) == status.size
                 });

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use super::attr::{Attr, NodeKind};
 use super::inode::{ControlFile, Ino, Node};
+use super::lanes::Lane;
 use super::{AttrChange, Vfs};
 use crate::catalog::CatalogImage;
 use crate::error::{Error, ErrorKind, Result};
@@ -38,9 +39,9 @@ pub(super) fn no_entry(name: &str) -> Error {
 
 impl Vfs {
     /// Finds `name` in a directory and counts it as known to the kernel until it is forgotten.
-    pub fn lookup(&self, parent: Ino, name: &str) -> Result<Attr> {
+    pub async fn lookup(self: &Arc<Self>, parent: Ino, name: &str) -> Result<Attr> {
         let node = self.child(&self.inodes.node(parent)?, name)?;
-        let (node, attr) = self.resolve(node)?;
+        let (node, attr) = self.resolve(node).await?;
         self.inodes.remember(attr.ino, node);
         Ok(attr)
     }
@@ -51,30 +52,39 @@ impl Vfs {
     }
 
     /// Attributes of an inode.
-    pub fn getattr(&self, ino: Ino) -> Result<Attr> {
+    pub async fn getattr(self: &Arc<Self>, ino: Ino) -> Result<Attr> {
         let node = self.inodes.node(ino)?;
-        let (_, mut attr) = self.resolve(node)?;
+        let (_, mut attr) = self.resolve(node).await?;
         // An object may have become a directory, or a name may be another file now: the number stays.
         attr.ino = ino;
         Ok(attr)
     }
 
     /// Changes attributes. Only objects have any that can be changed.
-    pub fn setattr(&self, ino: Ino, change: &AttrChange) -> Result<Attr> {
+    pub async fn setattr(self: &Arc<Self>, ino: Ino, change: &AttrChange) -> Result<Attr> {
         match self.inodes.node(ino)? {
-            Node::Object { bucket, key } => self.set_object_attr(&(bucket, key), change)?,
+            Node::Object { bucket, key } => self.set_object_attr(&(bucket, key), change).await?,
             Node::Directory { bucket, prefix: Some(prefix) } if change.file_size.is_none() => {
-                self.remember(&(bucket, prefix), true, change)?;
+                self.remember(&(bucket, prefix), true, change).await?;
             }
             // A bucket's top belongs to nobody: what rsync -a sets on it is taken and not kept.
             Node::Directory { prefix: None, .. } if change.file_size.is_none() => {}
             node => return Err(read_only(&node)),
         }
-        self.getattr(ino)
+        self.getattr(ino).await
     }
 
     /// The names in a directory outside the buckets.
-    pub(super) fn fixed_entries(&self, node: &Node) -> Result<Vec<(Node, String, NodeKind)>> {
+    pub(super) async fn fixed_entries(self: &Arc<Self>, node: Node) -> Result<Vec<(Node, String, NodeKind)>> {
+        match &node {
+            Node::Images | Node::Image { .. } => {
+                self.blocking(Lane::Catalog, move |vfs| vfs.entries_now(&node)).await
+            }
+            _ => self.entries_now(&node),
+        }
+    }
+
+    fn entries_now(&self, node: &Node) -> Result<Vec<(Node, String, NodeKind)>> {
         Ok(match node {
             Node::Root => self.root_entries(),
             Node::Images => {
@@ -151,38 +161,50 @@ impl Vfs {
     }
 
     /// The attributes of a node, and the node itself: an object's key may turn out to be a directory.
-    fn resolve(&self, node: Node) -> Result<(Node, Attr)> {
+    async fn resolve(self: &Arc<Self>, node: Node) -> Result<(Node, Attr)> {
         let attr = match &node {
+            Node::Directory { bucket, prefix: Some(prefix) } => {
+                return self.resolve_object(bucket.clone(), prefix.clone()).await;
+            }
+            Node::Object { bucket, key } => return self.resolve_object(bucket.clone(), key.clone()).await,
+            Node::Image { id } | Node::ImageJson { id } | Node::ImageFile { id, .. } => {
+                let (lane, node) = (Lane::Image(id.clone()), node.clone());
+                self.blocking(lane, move |vfs| vfs.attr_now(&node)).await?
+            }
+            _ => self.attr_now(&node)?,
+        };
+        Ok((node, attr))
+    }
+
+    /// The attributes of a node outside the buckets' directories.
+    fn attr_now(&self, node: &Node) -> Result<Attr> {
+        Ok(match node {
             Node::Root | Node::Images | Node::Buckets | Node::Jobs | Node::Control => {
-                self.directory_attr(&node, self.mounted)
+                self.directory_attr(node, self.mounted)
             }
             Node::Image { id } => {
                 let image = self.catalog.image(id)?;
-                self.directory_attr(&node, self.image_modified(&image))
+                self.directory_attr(node, self.image_modified(&image))
             }
             Node::ImageJson { id } => {
                 let image = self.catalog.image(id)?;
                 let file_size = self.image_document(&image).len() as u64;
-                self.live_file_attr(&node, file_size, self.image_modified(&image))
+                self.live_file_attr(node, file_size, self.image_modified(&image))
             }
-            Node::ImageFile { id, disk, format } => self.image_file_attr(&node, id, disk, *format)?,
+            Node::ImageFile { id, disk, format } => self.image_file_attr(node, id, disk, *format)?,
             Node::Directory { bucket, prefix: None } => {
                 self.bucket(bucket)?;
-                self.directory_attr(&node, self.mounted)
+                self.directory_attr(node, self.mounted)
             }
-            Node::Directory { bucket, prefix: Some(prefix) } => {
-                return self.resolve_object(bucket.clone(), prefix.clone());
-            }
-            Node::Object { bucket, key } => return self.resolve_object(bucket.clone(), key.clone()),
+            Node::Directory { .. } | Node::Object { .. } => return Err(no_entry(&node.to_string())),
             Node::Job { id } => {
                 let job = self.jobs.job(id).ok_or_else(|| no_entry(id))?;
-                self.live_file_attr(&node, job.status().to_json().len() as u64, status_time(&job))
+                self.live_file_attr(node, job.status().to_json().len() as u64, status_time(&job))
             }
             Node::ControlFile(file) => {
-                self.live_file_attr(&node, self.control_document(*file).len() as u64, SystemTime::now())
+                self.live_file_attr(node, self.control_document(*file).len() as u64, SystemTime::now())
             }
-        };
-        Ok((node, attr))
+        })
     }
 
     /// A file whose image cannot be read is listed with size 0; opening it says why.

@@ -3,7 +3,10 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::Arc;
 
+use super::RangeSource;
+use super::ranges::Ranges;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::EarlyUpload;
 use crate::units::{FileOffset, MIB, SECTOR};
@@ -20,7 +23,7 @@ const EARLY_SIZE: u64 = 16 * MIB;
 
 /// The bytes of a draft in a file.
 pub(super) struct Staged {
-    pub(super) file: File,
+    pub(super) file: Arc<File>,
     /// Removed on drop unless a job has taken it over.
     pub(super) path: tempfile::TempPath,
     pub(super) file_size: u64,
@@ -40,6 +43,7 @@ impl Staged {
             |e| Error::from_io("cannot create a staging file", e).in_file(directory.display().to_string());
         let file = tempfile::Builder::new().prefix("write-").tempfile_in(directory).map_err(failed)?;
         let (file, path) = file.into_parts();
+        let file = Arc::new(file);
         Ok(Self { file, path, file_size: 0, limit, allowance: 0, is_monotonic: true, early: None })
     }
 
@@ -47,15 +51,26 @@ impl Staged {
         Error::from_io(what, e).in_file(self.path.display().to_string())
     }
 
-    pub(super) fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
-        self.make_room(bytes.len() as u64)?;
-        self.file.write_all_at(bytes, at.bytes()).map_err(|e| self.failed("cannot stage", e))?;
-        self.is_monotonic &= at.bytes() >= self.file_size;
-        self.file_size = self.file_size.max(at.bytes() + bytes.len() as u64);
-        if let Some(early) = &self.early {
-            early.wrote(at.bytes(), bytes.len() as u64);
-        }
+    fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
+        let file = self.reserve(at, bytes.len() as u64)?;
+        write_all(&file, at, bytes)?;
+        self.wrote(at, bytes.len() as u64);
         Ok(())
+    }
+
+    /// Makes room for `length` bytes at `at`, which are then written to the file that is given back.
+    pub(super) fn reserve(&mut self, at: FileOffset, length: u64) -> Result<Arc<File>> {
+        self.make_room(length).map_err(|e| e.at(at))?;
+        Ok(Arc::clone(&self.file))
+    }
+
+    /// Notes that bytes were written.
+    pub(super) fn wrote(&mut self, at: FileOffset, length: u64) {
+        self.is_monotonic &= at.bytes() >= self.file_size;
+        self.file_size = self.file_size.max(at.bytes() + length);
+        if let Some(early) = &self.early {
+            early.wrote(at.bytes(), length);
+        }
     }
 
     /// Whether the file is worth sending while it is written, and is not sent yet, or in parts that are too small.
@@ -97,10 +112,6 @@ impl Staged {
         Ok(())
     }
 
-    pub(super) fn read(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
-        self.file.read_at(buf, at.bytes()).map_err(|e| self.failed("cannot read staged bytes", e))
-    }
-
     pub(super) fn set_size(&mut self, size: u64) -> Result<()> {
         self.file.set_len(size).map_err(|e| self.failed("cannot size the staging file", e))?;
         self.is_monotonic &= size >= self.file_size;
@@ -109,6 +120,23 @@ impl Staged {
             early.resized(size);
         }
         Ok(())
+    }
+
+    /// Copies what was recorded of an image's file.
+    pub(super) fn copy_ranges(
+        &mut self,
+        source: &RangeSource,
+        ranges: &Ranges,
+        file_size: u64,
+    ) -> Result<()> {
+        let exact = source.file.exact_size()?;
+        for (start, end) in ranges.iter().filter(|(start, _)| *start < exact) {
+            let length = end.min(exact) - start;
+            self.copy(&*source.file, FileOffset(start), FileOffset(start), length)?;
+        }
+        // Up to the size that was shown, what was copied went on to the true end.
+        let end = if file_size <= source.shown_size { exact } else { file_size };
+        self.set_size(end.min(file_size))
     }
 
     pub(super) fn copy(
@@ -131,6 +159,26 @@ impl Staged {
         }
         Ok(())
     }
+}
+
+/// Writes staged bytes.
+pub(super) fn write_all(file: &File, at: FileOffset, bytes: &[u8]) -> Result<()> {
+    file.write_all_at(bytes, at.bytes()).map_err(|e| Error::from_io("cannot stage", e))
+}
+
+/// Reads staged bytes: fewer than `length` only at the end.
+pub(super) fn read(file: &File, at: FileOffset, length: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let mut done = 0;
+    while done < length {
+        let read = file.read_at(&mut bytes[done..], at.bytes() + done as u64);
+        match read.map_err(|e| Error::from_io("cannot read staged bytes", e))? {
+            0 => break,
+            read => done += read,
+        }
+    }
+    bytes.truncate(done);
+    Ok(bytes)
 }
 
 /// Bytes that the files of the staging directory take.
