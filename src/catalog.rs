@@ -21,13 +21,12 @@ pub use disk::{FormatFile, OpenDisk};
 pub use gate::AllowedFiles;
 pub use objects::BucketFiles;
 pub use sidecar::{ImageKind, ImageOrigin, Sidecar};
-pub use store::{CatalogStore, Entry, LocalFiles, StoredFile};
+pub use store::{CatalogStore, Entry, LocalFiles};
 
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::layout::LayoutOptions;
-use crate::storage::Generation;
 
 /// Disks that stay opened, with their tables and maps, when nobody uses them.
 const OPEN_DISKS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(64).expect("64 is not 0");
@@ -71,20 +70,15 @@ pub struct CatalogDisk {
 pub struct Catalog {
     store: Arc<dyn CatalogStore>,
     listed: Mutex<Option<Listed>>,
-    open: Mutex<LruCache<PathBuf, OpenedEntry>>,
+    open: Mutex<LruCache<PathBuf, OpenedDisk>>,
     workspace: Arc<Workspace>,
 }
 
 /// A listing and when it was made.
 type Listed = (Instant, Arc<BTreeMap<String, CatalogImage>>);
 
-/// A disk as it was opened, or why it could not be, under one generation of its file.
-#[derive(Clone)]
-struct OpenedEntry {
-    generation: Generation,
-    disk: CatalogDisk,
-    result: Result<Arc<OpenDisk>>,
-}
+/// A disk as the catalog named it, and as it was opened.
+type OpenedDisk = (CatalogDisk, Arc<OpenDisk>);
 
 impl Catalog {
     /// The catalog of the directory `root`. Compressed files keep what they computed in memory.
@@ -117,9 +111,10 @@ impl Catalog {
         self.store.is_remote()
     }
 
-    /// When a disk's image file was last modified.
+    /// When a disk was last modified: the newest file of its chain, as far as that was opened, else its image file.
     pub fn modified(&self, disk: &CatalogDisk) -> Result<SystemTime> {
-        Ok(self.store.stat(&disk.path)?.1)
+        let own = self.store.stat(&disk.path)?.modified();
+        Ok(self.opened(disk).map_or(own, |open| open.modified().max(own)))
     }
 
     /// All images, by id, as the directory lists them now or did a moment ago.
@@ -152,22 +147,24 @@ impl Catalog {
         Ok(images)
     }
 
-    /// The disk `disk` opened, or the same opening as long as its file has not changed.
-    ///
-    /// A failure is remembered too, until the file changes.
+    /// The disk `disk` opened, or the same opening as long as the names of all files of its chain lead to what was
+    /// opened.
     pub fn open_disk(&self, disk: &CatalogDisk) -> Result<Arc<OpenDisk>> {
-        let (generation, _) = self.store.stat(&disk.path)?;
-        if let Some(entry) = self.open.lock().get(&disk.path) {
-            let unchanged = entry.generation == generation && entry.disk == *disk;
-            if unchanged && entry.result.as_ref().is_ok_and(|d| d.verify_unchanged().is_ok()) {
-                return entry.result.clone();
-            }
+        if let Some(open) = self.opened(disk)
+            && open.is_current(&*self.store)
+        {
+            return Ok(open);
         }
         let workspace = Arc::clone(&self.workspace);
-        let result = OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace).map(Arc::new);
-        let entry = OpenedEntry { generation, disk: disk.clone(), result: result.clone() };
-        self.open.lock().put(disk.path.clone(), entry);
-        result
+        let open = Arc::new(OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace)?);
+        self.open.lock().put(disk.path.clone(), (disk.clone(), Arc::clone(&open)));
+        Ok(open)
+    }
+
+    /// The disk as it was opened last, whatever its files are now.
+    fn opened(&self, disk: &CatalogDisk) -> Option<Arc<OpenDisk>> {
+        let mut open = self.open.lock();
+        open.get(&disk.path).filter(|(known, _)| known == disk).map(|(_, open)| Arc::clone(open))
     }
 
     /// What the names suggest, before sidecars are read.

@@ -20,7 +20,7 @@ mod status;
 mod upload;
 
 pub use early::EarlyUpload;
-pub use job::{Job, JobRequest, JobSource};
+pub use job::{Job, JobRequest, JobSource, RecordedFile};
 pub use journal::{Journal, StateDir};
 pub use queue::{JobQueue, QueueSettings};
 pub use retry::Retries;

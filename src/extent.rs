@@ -1,5 +1,7 @@
 //! The algebra of extents: which bytes are data, known zeros, or holes, and where the allocated units are.
 
+use sha2::{Digest, Sha256};
+
 use crate::units::VirtualOffset;
 
 /// What a run of bytes is known to be without reading it.
@@ -189,6 +191,22 @@ impl AllocationMap {
                 rank - 1
             })
         })
+    }
+
+    /// SHA-256 of the units' size and of all runs: equal for equal maps, however they are kept.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        let mut add = |number: u64| hash.update(number.to_le_bytes());
+        add(self.unit_size);
+        add(self.units);
+        add(self.is_allocated(0).into());
+        let mut unit = 0;
+        while unit < self.units {
+            let run = self.run_length(unit, u64::MAX);
+            add(run);
+            unit += run;
+        }
+        hash.finalize().into()
     }
 
     /// Whether any unit in `start..end` is allocated.

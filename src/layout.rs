@@ -25,6 +25,9 @@ use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::units::{FileOffset, VirtualOffset};
 
+/// Raised when a layout makes other bytes of equal inputs, so that nothing made by an earlier version is continued.
+pub const VERSION: u32 = 1;
+
 /// Where a run of bytes of a computed file comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RegionSource {
@@ -79,6 +82,17 @@ pub struct LayoutOptions {
     pub level: Option<u8>,
     /// Whether zlib clusters of qcow2 refer back up to 32 KiB and not only 4 KiB, the window that QEMU writes.
     pub large_window: bool,
+}
+
+impl LayoutOptions {
+    /// The options in bytes that differ where the options do.
+    pub fn fact(&self) -> Vec<u8> {
+        let level = self.level.map_or(i16::from(u8::MAX) + 1, i16::from);
+        let mut bytes = self.cluster_size.unwrap_or(0).to_le_bytes().to_vec();
+        bytes.extend(level.to_le_bytes());
+        bytes.push(self.large_window.into());
+        bytes
+    }
 }
 
 /// A layout of either sort.

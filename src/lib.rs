@@ -47,8 +47,12 @@
 //! lengths, a [`layout::compressed::LengthIndex`]: with it any byte that was passed once can be had again by
 //! compressing one unit. Formats whose head is fixed stream from their start; a compressed qcow2 needs one pass
 //! first. A [`convert::Workspace`] keeps what was computed: records in bounded memory, bodies on disk while there
-//! is room, and finished indices across mounts, under the generations of all files of the source and what the
-//! compressor makes of a fixed text.
+//! is room, and finished indices across mounts, under the file's identity.
+//!
+//! What a file's bytes depend on is its [`storage::Identity`]: the generations of all files of the chain, what the
+//! catalog says of the image, the layout with its version and options, what the compressor makes of a fixed text, and
+//! the digest of the allocation map, which is no function of a raw image's content: it tells a filesystem's holes. What
+//! was made already, what is continued, and what two hosts mean is asked of it and of nothing else.
 //!
 //! Everything that other programs make random, identifiers and times, is derived from the source, so two
 //! conversions of one source are byte-identical.

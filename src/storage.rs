@@ -1,20 +1,16 @@
 //! Positional sources of bytes: where image files and their parts are read from.
 
 mod file;
+mod identity;
 mod memory;
 
 pub use file::FileStorage;
+pub use identity::{Generation, Identity, IdentityFacts};
 pub use memory::MemoryStorage;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::units::FileOffset;
-
-/// Identifies the content of a source: a local file's device, inode, size and mtime, or an object's ETag.
-///
-/// Two reads under one generation are reads of the same content.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Generation(pub String);
 
 /// A source of bytes of a fixed length.
 pub trait Storage: Send + Sync {
@@ -30,7 +26,8 @@ pub trait Storage: Send + Sync {
     /// [`CorruptImage`](ErrorKind::CorruptImage) past the end (see [`check_range`]), else what reading gave.
     fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()>;
 
-    /// Whether the bytes from `at` on are data or a hole; `at` lies inside the source.
+    /// Whether the bytes from `at` on are data or a hole; `at` lies inside the source. Asked twice of one generation,
+    /// a filesystem may answer otherwise: who depends on the answer keeps it.
     fn extent_at(&self, at: FileOffset) -> Result<Extent>;
 
     /// The generation that was opened.

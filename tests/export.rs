@@ -11,8 +11,8 @@ use bytes::Bytes;
 use freightfs::bucket::{Bucket, ObjectKey, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
-    JobQueue, JobRequest, JobSource, JobState, QueueSettings, Retries, StateDir, Status, StatusImage,
-    staged_file,
+    JobQueue, JobRequest, JobSource, JobState, QueueSettings, RecordedFile, Retries, StateDir, Status,
+    StatusImage, staged_file,
 };
 use freightfs::metrics::Metrics;
 use freightfs::vfile::VirtualFile;
@@ -74,6 +74,7 @@ fn request(key: &str) -> JobRequest {
         disk: "image".into(),
         format: "raw".into(),
         generation: "1".into(),
+        identity: None,
     };
     JobRequest {
         bucket: "b".into(),
@@ -180,10 +181,10 @@ fn jobs_of_a_dead_daemon_are_taken_up_or_fail_with_the_reason() {
     let queue = setup.queue(&bucket, &state);
     let resolver = std::cell::Cell::new(0usize);
     queue
-        .resume(|_| {
+        .resume(|image| {
             resolver.set(resolver.get() + 1);
             if resolver.get() == 1 {
-                return Ok(setup.file());
+                return Ok(RecordedFile { file: setup.file(), image: image.clone(), continues: true });
             }
             Err(freightfs::error::Error::new(ErrorKind::SourceChanged, "the source changed"))
         })

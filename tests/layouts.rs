@@ -160,7 +160,7 @@ fn file(
     Ok(match layout::build(format, &input, Arc::clone(&map))? {
         AnyLayout::Plain(layout) => Arc::new(ConvertedFile::new(image, layout)),
         AnyLayout::Compressed(layout) => {
-            Arc::new(CompressedFile::new(image, layout, map, "test", Workspace::in_memory())?)
+            Arc::new(CompressedFile::new(image, layout, map, "test".into(), Workspace::in_memory())?)
         }
     })
 }
@@ -213,7 +213,8 @@ fn check_parsed(
     file: Arc<dyn VirtualFile>,
     size: u64,
 ) -> Result<()> {
-    let storage = Arc::new(Computed(file, size, Generation("computed".into())));
+    let storage =
+        Arc::new(Computed(file, size, Generation::everywhere("computed", std::time::SystemTime::UNIX_EPOCH)));
     let image = hostile::open(format.image_format(), storage)?;
     let rounded = match format {
         OutputFormat::Raw | OutputFormat::Zvhd | OutputFormat::Zvhd2 => disk.virtual_size,

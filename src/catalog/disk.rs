@@ -7,14 +7,15 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
-use super::{AllowedFiles, CatalogDisk, CatalogStore, StoredFile};
+use super::gate::OpenedFiles;
+use super::{AllowedFiles, CatalogDisk, CatalogStore};
 use crate::convert::{CompressedFile, ConvertedFile, Workspace};
 use crate::error::{Error, Result};
 use crate::extent::AllocationMap;
-use crate::format::OutputFormat;
+use crate::format::{ImageFormat, OutputFormat};
 use crate::image::{self, DiskImage, ReferenceGate};
 use crate::layout::{self, AnyLayout, LayoutInput, LayoutOptions};
-use crate::storage::Generation;
+use crate::storage::{Generation, Identity, IdentityFacts};
 use crate::vfile::VirtualFile;
 
 /// One generation of a disk, opened. Files of all formats share its reader and its maps.
@@ -22,10 +23,13 @@ pub struct OpenDisk {
     name: String,
     image: Arc<dyn DiskImage>,
     generation: Generation,
-    modified: SystemTime,
+    /// All files of the chain by their names.
+    opened: OpenedFiles,
+    format: ImageFormat,
+    is_remote: bool,
     seed: [u8; 16],
     maps: Mutex<HashMap<u64, Arc<AllocationMap>>>,
-    files: Mutex<HashMap<OutputFormat, FormatFile>>,
+    files: Mutex<HashMap<OutputFormat, (FormatFile, Identity)>>,
     options: LayoutOptions,
     workspace: Arc<Workspace>,
 }
@@ -58,18 +62,22 @@ impl OpenDisk {
         options: LayoutOptions,
         workspace: Arc<Workspace>,
     ) -> Result<Self> {
-        let StoredFile { storage, modified } = store.open(&disk.path)?;
+        let storage = store.open(&disk.path)?;
         let generation = storage.generation().clone();
-        let seed = seed(&disk.name, storage.file_size(), modified);
-        let gate: Arc<dyn ReferenceGate> =
-            Arc::new(AllowedFiles::new(Arc::clone(store), &disk.path, &disk.allowed)?);
+        let seed = seed(&disk.name, storage.file_size(), generation.modified());
+        let gate = AllowedFiles::new(Arc::clone(store), &disk.path, &disk.allowed)?;
+        let opened = gate.opened();
+        opened.lock().push((disk.path.clone(), generation.clone()));
+        let gate: Arc<dyn ReferenceGate> = Arc::new(gate);
         let image = image::open_image(disk.format, storage, &gate, 0)
             .map_err(|e: Error| e.in_file(store.place(&disk.path)))?;
         Ok(Self {
             name: disk.name.clone(),
             image,
             generation,
-            modified,
+            opened,
+            format: disk.format,
+            is_remote: store.is_remote(),
             seed,
             maps: Mutex::default(),
             files: Mutex::default(),
@@ -93,9 +101,17 @@ impl OpenDisk {
         &self.generation
     }
 
-    /// When its image file was last modified.
+    /// When the newest file of its chain was last modified.
     pub fn modified(&self) -> SystemTime {
-        self.modified
+        let opened = self.opened.lock();
+        opened.iter().map(|(_, generation)| generation.modified()).max().unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
+    /// Whether the names of all files of the chain still lead to what was opened. Who has the disk open reads on
+    /// when they do not, as long as [`verify_unchanged`](Self::verify_unchanged) allows it.
+    pub(super) fn is_current(&self, store: &dyn CatalogStore) -> bool {
+        let opened = self.opened.lock().clone();
+        opened.iter().all(|(path, generation)| store.is_current(path, generation))
     }
 
     /// Fails when a file of the chain changed since the disk was opened.
@@ -110,6 +126,11 @@ impl OpenDisk {
 
     /// The disk's file in `format`. The first call for a unit size walks the image's tables, later ones share.
     pub fn file(&self, format: OutputFormat) -> Result<FormatFile> {
+        self.identified_file(format).map(|(file, _)| file)
+    }
+
+    /// The disk's file in `format`, and what its bytes depend on.
+    pub fn identified_file(&self, format: OutputFormat) -> Result<(FormatFile, Identity)> {
         // The lock is held while a map is made, so that ten openers walk the tables once.
         let mut files = self.files.lock();
         if let Some(file) = files.get(&format) {
@@ -122,26 +143,48 @@ impl OpenDisk {
             options: self.options,
         };
         let map = match layout::unit_size(format, &self.options) {
-            Some(unit) => self.map(unit)?,
-            None => Arc::new(AllocationMap::builder(0, 1).finish()),
+            Some(unit) => Some(self.map(unit)?),
+            None => None,
         };
+        let facts = self.facts(format);
+        let placed = map.clone().unwrap_or_else(|| Arc::new(AllocationMap::builder(0, 1).finish()));
         let image = Arc::clone(&self.image);
-        let file = match layout::build(format, &input, Arc::clone(&map))? {
-            AnyLayout::Plain(layout) => FormatFile::Plain(Arc::new(ConvertedFile::new(image, layout))),
+        let identified = match layout::build(format, &input, Arc::clone(&placed))? {
+            AnyLayout::Plain(layout) => {
+                let identity = facts.finish(map.as_deref());
+                (FormatFile::Plain(Arc::new(ConvertedFile::new(image, layout))), identity)
+            }
             AnyLayout::Compressed(layout) => {
-                let (source, workspace) = (self.source_key(format), Arc::clone(&self.workspace));
-                let file = CompressedFile::new(image, layout, map, &source, workspace)?;
-                FormatFile::Compressed(Arc::new(file))
+                let identity = facts.fact(layout.compressor().identity()?).finish(map.as_deref());
+                let workspace = Arc::clone(&self.workspace);
+                let file = CompressedFile::new(image, layout, placed, identity.name(), workspace)?;
+                (FormatFile::Compressed(Arc::new(file)), identity)
             }
         };
-        files.insert(format, file.clone());
-        Ok(file)
+        files.insert(format, identified.clone());
+        Ok(identified)
     }
 
-    /// What the bytes of a compressed file depend on besides its compressor.
-    fn source_key(&self, format: OutputFormat) -> String {
-        let sources: Vec<_> = self.image.sources().into_iter().map(|generation| generation.0).collect();
-        format!("{}\n{:?}\n{}\n{}", format.suffix(), self.options, self.name, sources.join("\n"))
+    /// What the bytes of the disk's file in `format` depend on, but for the compressor and the allocation map.
+    fn facts(&self, format: OutputFormat) -> IdentityFacts {
+        let facts = Identity::of_facts()
+            .fact(layout::VERSION.to_le_bytes())
+            .fact(format.suffix())
+            .fact(self.options.fact())
+            .fact(&self.name)
+            .fact(self.seed)
+            .fact(self.format.name())
+            .fact(self.image.virtual_size().to_le_bytes());
+        self.image.sources().iter().fold(facts, IdentityFacts::source)
+    }
+
+    /// Whether what earlier versions recorded of a source, the generation of its image file alone, tells all that the
+    /// bytes of the file in `format` depend on.
+    pub fn is_told_by_generation(&self, format: OutputFormat) -> bool {
+        let is_alone = self.image.sources().iter().all(|source| *source == self.generation);
+        // The holes of a local file are the filesystem's to tell; other formats have theirs in their tables.
+        let has_own_map = self.is_remote || !matches!(self.format, ImageFormat::Raw | ImageFormat::Vhd);
+        is_alone && (has_own_map || layout::unit_size(format, &self.options).is_none())
     }
 
     fn map(&self, unit: u64) -> Result<Arc<AllocationMap>> {

@@ -3,10 +3,13 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::image::{GatedFile, ReferenceGate, ReferenceKind, denied};
+use crate::storage::Generation;
 
 /// Lets an image refer to an exact list of files.
 ///
@@ -20,7 +23,12 @@ pub struct AllowedFiles {
     directory: PathBuf,
     /// What may be opened, made absolute.
     allowed: Arc<Vec<PathBuf>>,
+    /// What was opened, by this gate and those that it gave.
+    opened: OpenedFiles,
 }
+
+/// Files that were opened for an image, each under the generation that it had then.
+pub(super) type OpenedFiles = Arc<Mutex<Vec<(PathBuf, Generation)>>>;
 
 impl AllowedFiles {
     /// The gate of the image file `image`, which may refer to `allowed`. Relative paths start at the current
@@ -33,7 +41,12 @@ impl AllowedFiles {
         };
         let directory = absolute(image)?.parent().map(Path::to_owned).unwrap_or_default();
         let allowed = allowed.iter().map(|p| absolute(p)).collect::<Result<_>>()?;
-        Ok(Self { store, directory, allowed: Arc::new(allowed) })
+        Ok(Self { store, directory, allowed: Arc::new(allowed), opened: Arc::default() })
+    }
+
+    /// The files that were opened through the gate so far and will be.
+    pub(super) fn opened(&self) -> OpenedFiles {
+        Arc::clone(&self.opened)
     }
 }
 
@@ -43,16 +56,17 @@ impl ReferenceGate for AllowedFiles {
         if reference.is_empty() || reference.contains('\0') || !self.allowed.contains(&path) {
             return Err(denied(kind, reference));
         }
-        let file = self.store.open_reference(&path).map_err(|e| match e.kind() {
+        let storage = self.store.open_reference(&path).map_err(|e| match e.kind() {
             ErrorKind::NotFound => {
                 Error::new(ErrorKind::NotFound, format!("the image names {reference:?}, which is missing"))
                     .in_file(self.store.place(&path))
             }
             _ => e,
         })?;
+        self.opened.lock().push((path.clone(), storage.generation().clone()));
         let directory = path.parent().map(Path::to_owned).unwrap_or_default();
         Ok(GatedFile {
-            storage: file.storage,
+            storage,
             format: path.file_name().and_then(|n| ImageFormat::from_file_name(&n.to_string_lossy())),
             gate: Arc::new(Self { directory, ..self.clone() }),
         })

@@ -10,7 +10,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::store::{CatalogStore, Entry, StoredFile, too_large};
+use super::store::{CatalogStore, Entry, too_large};
 use crate::bucket::{Bucket, ObjectFile, ObjectKey, ObjectMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
@@ -85,6 +85,15 @@ impl BucketFiles {
                 Err(Error::new(ErrorKind::NotFound, "there is no such object").in_file(bucket.url_of(key)))
             }
         }
+    }
+
+    /// Whether an object still has the generation `opened`.
+    fn still_has(&self, key: &ObjectKey, opened: &Generation) -> Result<bool> {
+        if generation(&self.meta(key)?) == *opened {
+            return Ok(true);
+        }
+        // That may be from a listing, whose tags not every store writes as it answers for the object itself.
+        Ok(generation(&self.meta_now(key)?) == *opened)
     }
 
     fn forget(&self, key: &ObjectKey) {
@@ -196,14 +205,16 @@ impl CatalogStore for BucketFiles {
         Ok(text)
     }
 
-    fn stat(&self, path: &Path) -> Result<(Generation, SystemTime)> {
-        let meta = self.meta(&self.key(path)?)?;
-        Ok((generation(&meta), meta.modified))
+    fn stat(&self, path: &Path) -> Result<Generation> {
+        Ok(generation(&self.meta(&self.key(path)?)?))
     }
 
-    fn open(&self, path: &Path) -> Result<StoredFile> {
+    fn is_current(&self, path: &Path, opened: &Generation) -> bool {
+        self.key(path).and_then(|key| self.still_has(&key, opened)).unwrap_or(false)
+    }
+
+    fn open(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         let meta = self.meta_now(&self.key(path)?)?;
-        let modified = meta.modified;
         let inner = &self.inner;
         let storage = ObjectStorage {
             name: inner.bucket.url_of(&meta.key),
@@ -212,10 +223,10 @@ impl CatalogStore for BucketFiles {
             file: ObjectFile::new(inner.bucket.clone(), meta, inner.runtime.clone()),
             files: self.clone(),
         };
-        Ok(StoredFile { storage: Arc::new(storage), modified })
+        Ok(Arc::new(storage))
     }
 
-    fn open_reference(&self, path: &Path) -> Result<StoredFile> {
+    fn open_reference(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         // Objects have no links.
         self.open(path)
     }
@@ -233,10 +244,10 @@ impl CatalogStore for BucketFiles {
 fn generation(meta: &ObjectMeta) -> Generation {
     let size = meta.object_size;
     match &meta.etag {
-        Some(etag) => Generation(format!("{}-{size:x}", etag.trim_matches('"'))),
+        Some(etag) => Generation::everywhere(format!("{}-{size:x}", etag.trim_matches('"')), meta.modified),
         None => {
             let since = meta.modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            Generation(format!("at-{:x}-{size:x}", since.as_secs()))
+            Generation::everywhere(format!("at-{:x}-{size:x}", since.as_secs()), meta.modified)
         }
     }
 }
@@ -282,11 +293,7 @@ impl Storage for ObjectStorage {
 
     fn verify_unchanged(&self) -> Result<()> {
         let gone = |e: Error| if e.kind() == ErrorKind::NotFound { changed(&self.name) } else { e };
-        if generation(&self.files.meta(&self.key).map_err(gone)?) == self.generation {
-            return Ok(());
-        }
-        // That may be from a listing, whose tags not every store writes as it answers for the object itself.
-        let now = self.files.meta_now(&self.key).map_err(gone)?;
-        if generation(&now) == self.generation { Ok(()) } else { Err(changed(&self.name)) }
+        let same = self.files.still_has(&self.key, &self.generation).map_err(gone)?;
+        if same { Ok(()) } else { Err(changed(&self.name)) }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{FileStorage, Generation, Storage};
@@ -15,14 +15,6 @@ pub enum Entry {
     File,
     /// A directory with the names of the files in it.
     Directory(Vec<String>),
-}
-
-/// A file that is open, and when it was last modified.
-pub struct StoredFile {
-    /// Its bytes.
-    pub storage: Arc<dyn Storage>,
-    /// When it was last modified, as it was when it was opened.
-    pub modified: SystemTime,
 }
 
 /// The files that a catalog is made of. Paths are absolute within the store.
@@ -40,14 +32,17 @@ pub trait CatalogStore: Send + Sync {
     /// The text of a file of at most `limit` bytes.
     fn read_text(&self, path: &Path, limit: u64) -> Result<String>;
 
-    /// The generation that a file has now, and when it was last modified, without opening it.
-    fn stat(&self, path: &Path) -> Result<(Generation, SystemTime)>;
+    /// The generation that a file has now, without opening it.
+    fn stat(&self, path: &Path) -> Result<Generation>;
+
+    /// Whether a file still has the generation that it had when it was opened.
+    fn is_current(&self, path: &Path, opened: &Generation) -> bool;
 
     /// Opens a file for reading.
-    fn open(&self, path: &Path) -> Result<StoredFile>;
+    fn open(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 
     /// Opens a file that an image names: a symbolic link in the last place is refused.
-    fn open_reference(&self, path: &Path) -> Result<StoredFile>;
+    fn open_reference(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 
     /// How old a listing may be. A new image is found at once all the same: what is not listed is looked for.
     fn listing_age(&self) -> Duration;
@@ -132,16 +127,20 @@ impl CatalogStore for LocalFiles {
         std::fs::read_to_string(path).map_err(failed)
     }
 
-    fn stat(&self, path: &Path) -> Result<(Generation, SystemTime)> {
+    fn stat(&self, path: &Path) -> Result<Generation> {
         FileStorage::stat(path)
     }
 
-    fn open(&self, path: &Path) -> Result<StoredFile> {
-        FileStorage::open(path).map(StoredFile::from)
+    fn is_current(&self, path: &Path, opened: &Generation) -> bool {
+        self.stat(path).is_ok_and(|now| now == *opened)
     }
 
-    fn open_reference(&self, path: &Path) -> Result<StoredFile> {
-        FileStorage::open_no_follow(path).map(StoredFile::from)
+    fn open(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        Ok(Arc::new(FileStorage::open(path)?))
+    }
+
+    fn open_reference(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        Ok(Arc::new(FileStorage::open_no_follow(path)?))
     }
 
     fn listing_age(&self) -> Duration {
@@ -150,12 +149,6 @@ impl CatalogStore for LocalFiles {
 
     fn is_remote(&self) -> bool {
         false
-    }
-}
-
-impl From<FileStorage> for StoredFile {
-    fn from(storage: FileStorage) -> Self {
-        Self { modified: storage.modified(), storage: Arc::new(storage) }
     }
 }
 

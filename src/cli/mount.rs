@@ -19,7 +19,7 @@ use crate::bucket::{BlockCache, Bucket, Pace, RequestLimits};
 use crate::catalog::{BucketFiles, Catalog, CatalogStore, LocalFiles};
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{JobQueue, QueueSettings, Retries, StateDir, StatusImage};
+use crate::export::{JobQueue, QueueSettings, RecordedFile, Retries, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
@@ -27,7 +27,6 @@ use crate::settings::{
     CACHE, CatalogSetting, JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, RETRIES, default_state,
     home_directory,
 };
-use crate::vfile::VirtualFile;
 use crate::vfs::{Vfs, VfsSettings};
 
 /// What the daemon says at last on its standard output when the mount answers, after notes; anything else is the reason
@@ -268,7 +267,7 @@ impl Mounted {
 }
 
 /// Finds the bytes of a recorded job again, if its source is what it was.
-fn resolve(vfs: &Vfs, image: &StatusImage) -> Result<Arc<dyn VirtualFile>> {
+fn resolve(vfs: &Vfs, image: &StatusImage) -> Result<RecordedFile> {
     let format = OutputFormat::from_suffix(&image.format)?;
     vfs.recorded_file(image, format)
 }

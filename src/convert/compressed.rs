@@ -62,22 +62,20 @@ impl State {
 }
 
 impl CompressedFile {
-    /// Lays `image` out. `source` names what the bytes depend on besides the layout's compressor: format, options
-    /// and the generations of the image's files.
+    /// Lays `image` out. Whatever the bytes depend on changes `name`, under which the workspace keeps the index.
     pub fn new(
         image: Arc<dyn DiskImage>,
         layout: Box<dyn CompressedLayout>,
         map: Arc<AllocationMap>,
-        source: &str,
+        name: String,
         workspace: Arc<Workspace>,
     ) -> Result<Self> {
-        let key = format!("{source}\n{}", layout.compressor().identity()?);
         let file = Self {
             unit_size: map.unit_size(),
             largest_file_size: layout.largest_file_size(),
             state: RwLock::new(State::Growing(LengthIndex::new(&*layout, map))),
             records: workspace.next_file(),
-            key,
+            key: name,
             image,
             layout,
             workspace,

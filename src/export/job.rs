@@ -28,6 +28,17 @@ pub enum JobSource {
     Staged(PathBuf),
 }
 
+/// The bytes of a recorded job's image, found again.
+pub struct RecordedFile {
+    /// The bytes.
+    pub file: Arc<dyn VirtualFile>,
+    /// What they are known by now.
+    pub image: StatusImage,
+    /// Whether they certainly are those that were recorded, so that an upload of them can be continued; else it is
+    /// made anew.
+    pub continues: bool,
+}
+
 impl JobSource {
     /// The image, where it is one; what a program wrote is none.
     pub fn image(&self) -> Option<&StatusImage> {

@@ -183,18 +183,9 @@ async fn same_before(bucket: &Bucket, key: &ObjectKey, job: &Job) -> Result<Opti
 /// Largest status file that is read.
 const MAX_STATUS: u64 = 1 << 20;
 
-/// Whether two hosts mean the same bytes: device and inode, with which a generation begins, differ between them.
+/// Whether two hosts mean the same bytes. What a program wrote is like nothing else.
 fn is_same(a: Option<&StatusImage>, b: Option<&StatusImage>) -> bool {
-    fn shared(generation: &str) -> &str {
-        generation.splitn(3, '-').nth(2).unwrap_or(generation)
-    }
-    match (a, b) {
-        (Some(a), Some(b)) => {
-            (&a.id, &a.disk, &a.format) == (&b.id, &b.disk, &b.format)
-                && shared(&a.generation) == shared(&b.generation)
-        }
-        _ => false,
-    }
+    a.zip(b).is_some_and(|(a, b)| a.is_same_elsewhere(b))
 }
 
 fn epoch_name(directory: &str, epoch: u64) -> String {

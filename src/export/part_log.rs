@@ -196,6 +196,19 @@ impl PartLog {
         Self::open(path)
     }
 
+    /// The upload is given up, and its job begins another one: the log gets a name that no job has, so that it is kept
+    /// until the upload was aborted. Durable when this returns.
+    pub(super) fn set_aside(&self) -> Result<()> {
+        let mut inner = self.inner.lock();
+        let path = inner.path.with_extension("given-up.parts");
+        let directory = path.parent().unwrap_or(Path::new("."));
+        fs::rename(&inner.path, &path)
+            .and_then(|()| File::open(directory)?.sync_all())
+            .map_err(|e| Error::from_io("cannot give up an upload", e).in_file(path.display().to_string()))?;
+        inner.path = path;
+        Ok(())
+    }
+
     /// The upload is over.
     pub(super) fn remove(&self) {
         let _ = fs::remove_file(&self.inner.lock().path);

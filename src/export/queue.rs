@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{error, info, warn};
 
 use super::early::EarlyUpload;
-use super::job::{Job, JobRequest, JobSource, Stop};
+use super::job::{Job, JobRequest, JobSource, RecordedFile, Stop};
 use super::journal::{Journal, Record};
 use super::part_log::{PartLog, UploadName};
 use super::retry::Retries;
@@ -180,8 +180,8 @@ impl JobQueue {
     }
 
     /// Takes up the jobs in the journal that have not ended, and remembers those that have. `resolver` finds the
-    /// bytes of an image again, or fails when the source is not of the recorded generation any more.
-    pub fn resume(&self, resolver: impl Fn(&StatusImage) -> Result<Arc<dyn VirtualFile>>) -> Result<()> {
+    /// bytes of an image again, or fails when the source is not what was recorded any more.
+    pub fn resume(&self, resolver: impl Fn(&StatusImage) -> Result<RecordedFile>) -> Result<()> {
         let (records, errors) = self.inner.journal.load()?;
         for error in errors {
             warn!("a job's record cannot be used: {}", error.report());
@@ -192,13 +192,17 @@ impl JobQueue {
             let (bucket, kept) = (bucket.clone(), kept.clone());
             self.inner.runtime.spawn(async move { bucket.sweep(kept).await });
         }
-        for record in records {
+        for mut record in records {
+            let mut log = None;
+            let source = (!record.status.status.is_final()).then(|| {
+                log = logs.remove(record.upload_log.as_ref().unwrap_or(&record.status.job_id));
+                self.recorded_source(&mut record, &mut log, &resolver)
+            });
             let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), None));
             self.inner.table.lock().insert(&job);
-            if !record.status.status.is_final() {
-                let log_id = record.upload_log.as_ref().unwrap_or(&record.status.job_id);
-                job.set_upload(logs.remove(log_id).map(Arc::new));
-                self.take_up(job, record, &resolver);
+            if let Some(file) = source {
+                job.set_upload(log.map(Arc::new));
+                self.take_up(job, record, file);
             } else if record.status_unwritten {
                 job.set_status_unwritten(true);
                 let inner = Arc::clone(&self.inner);
@@ -216,17 +220,35 @@ impl JobQueue {
         Ok(())
     }
 
-    /// Goes on with a job of an earlier process.
-    fn take_up(
+    /// The bytes of a recorded job. Where they may be others than those of its upload, that is given up, and only then
+    /// it is recorded what they are known by now.
+    fn recorded_source(
         &self,
-        job: Arc<Job>,
-        record: Record,
-        resolver: impl Fn(&StatusImage) -> Result<Arc<dyn VirtualFile>>,
-    ) {
-        let file = match &record.request.source {
-            JobSource::Image(image) => resolver(image),
-            JobSource::Staged(path) => super::staged_file(path),
+        record: &mut Record,
+        log: &mut Option<PartLog>,
+        resolver: impl Fn(&StatusImage) -> Result<RecordedFile>,
+    ) -> Result<Arc<dyn VirtualFile>> {
+        let found = match &record.request.source {
+            JobSource::Image(image) => resolver(image)?,
+            JobSource::Staged(path) => return super::staged_file(path),
         };
+        if !found.continues
+            && let Some(given_up) = log.take()
+        {
+            given_up.set_aside()?;
+            let inner = Arc::clone(&self.inner);
+            self.inner.runtime.spawn(async move { inner.abort(&given_up).await });
+        }
+        if record.status.image.as_ref() != Some(&found.image) {
+            record.request.source = JobSource::Image(found.image.clone());
+            record.status.image = Some(found.image);
+            self.inner.journal.save(record)?;
+        }
+        Ok(found.file)
+    }
+
+    /// Goes on with a job of an earlier process.
+    fn take_up(&self, job: Arc<Job>, record: Record, file: Result<Arc<dyn VirtualFile>>) {
         info!(job = job.id(), key = %record.request.key, "taking up a job");
         let inner = Arc::clone(&self.inner);
         if let Some(upload) = record.upload {

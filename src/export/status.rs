@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::job::now;
 use crate::error::{Error, ErrorKind};
+use crate::storage::Identity;
 
 /// Version of the status file's fields.
 pub(super) const STATUS_VERSION: u32 = 1;
@@ -43,8 +44,23 @@ pub struct StatusImage {
     pub disk: String,
     /// The format's suffix.
     pub format: String,
-    /// The generation of the source.
+    /// The generation of its image file, for people.
     pub generation: String,
+    /// What its bytes depend on; absent from what earlier versions recorded.
+    #[serde(default)]
+    pub identity: Option<Identity>,
+}
+
+impl StatusImage {
+    /// Whether both certainly are the same bytes, on this host.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.identity.is_some() && self.identity == other.identity
+    }
+
+    /// Whether both certainly are the same bytes on hosts that have copies of the source.
+    pub fn is_same_elsewhere(&self, other: &Self) -> bool {
+        self.identity.as_ref().zip(other.identity.as_ref()).is_some_and(|(a, b)| a.is_same_elsewhere(b))
+    }
 }
 
 /// Why a job failed.

@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Once;
 use std::time::SystemTime;
 
 use nix::unistd::{Whence, lseek64};
+use tracing::debug;
 
 use super::{Generation, Storage, changed, check_range};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,8 +20,11 @@ pub struct FileStorage {
     name: String,
     file: File,
     file_size: u64,
-    modified: SystemTime,
     generation: Generation,
+    /// Names of the file when it was opened.
+    links: u64,
+    /// Whether what writers left in the page cache was written back since the file was opened.
+    written_back: Once,
 }
 
 impl FileStorage {
@@ -47,33 +52,36 @@ impl FileStorage {
         if !meta.is_file() {
             return Err(Error::unsupported("is not a regular file").in_file(name));
         }
-        let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-        Ok(Self { name, file_size: meta.len(), modified, generation: generation_of(&meta), file })
+        let (generation, links) = (generation_of(&meta), meta.nlink());
+        Ok(Self { name, file_size: meta.len(), generation, links, written_back: Once::new(), file })
     }
 
-    /// The generation that a path has now and when it was last modified, without opening it.
-    pub fn stat(path: &Path) -> Result<(Generation, SystemTime)> {
+    /// The generation that a path has now, without opening it.
+    pub fn stat(path: &Path) -> Result<Generation> {
         let meta = std::fs::metadata(path)
             .map_err(|e| Error::from_io("cannot stat", e).in_file(path.display().to_string()))?;
-        Ok((generation_of(&meta), meta.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
+        Ok(generation_of(&meta))
     }
 
-    /// When the file was last modified, as it was when it was opened.
-    pub fn modified(&self) -> SystemTime {
-        self.modified
+    /// Writes the file's data back: before that a filesystem has not decided where it stands, and SEEK_DATA tells
+    /// other holes than after it. A descriptor for reading is enough. Where it fails, the holes are those of now, and
+    /// the digest of the map that is made of them tells whether they stay.
+    fn write_back(&self) {
+        self.written_back.call_once(|| {
+            if let Err(error) = self.file.sync_data() {
+                debug!(file = self.name, "data could not be written back: {error}");
+            }
+        });
     }
 }
 
-/// Device, inode, size and mtime: what a local file's content is known by.
+/// What a local file's content is known by: device, inode, size and mtime for people; the ctime besides on this host,
+/// because a program can set the mtime back; size and mtime where copies are.
 fn generation_of(meta: &std::fs::Metadata) -> Generation {
-    Generation(format!(
-        "{:x}-{:x}-{:x}-{:x}.{:x}",
-        meta.dev(),
-        meta.ino(),
-        meta.len(),
-        meta.mtime(),
-        meta.mtime_nsec()
-    ))
+    let portable = format!("{:x}-{:x}.{:x}", meta.len(), meta.mtime(), meta.mtime_nsec());
+    let shown = format!("{:x}-{:x}-{portable}", meta.dev(), meta.ino());
+    let local = format!("{shown}-{:x}.{:x}", meta.ctime(), meta.ctime_nsec());
+    Generation::local(shown, local, portable, meta.modified().unwrap_or(SystemTime::UNIX_EPOCH))
 }
 
 impl Storage for FileStorage {
@@ -94,6 +102,7 @@ impl Storage for FileStorage {
     }
 
     fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        self.write_back();
         let left = self.file_size - at.bytes();
         // lseek moves the descriptor's position, which nothing here uses: reads are positional.
         let seek = |whence| lseek64(&self.file, at.bytes() as i64, whence).map(|to| to as u64);
@@ -115,7 +124,10 @@ impl Storage for FileStorage {
 
     fn verify_unchanged(&self) -> Result<()> {
         let meta = self.file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&self.name))?;
-        if generation_of(&meta) == self.generation { Ok(()) } else { Err(changed(&self.name)) }
+        let now = generation_of(&meta);
+        // A name that is given or taken moves the ctime too: an image that was replaced by a rename is read to its end.
+        let is_renamed = || meta.nlink() != self.links && now.shown() == self.generation.shown();
+        if now == self.generation || is_renamed() { Ok(()) } else { Err(changed(&self.name)) }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Bytes in memory as a source, for tests and small documents.
 
+use std::time::SystemTime;
+
 use super::{Generation, Storage, check_range};
 use crate::error::Result;
 use crate::extent::{Extent, ExtentKind};
@@ -16,7 +18,11 @@ pub struct MemoryStorage {
 impl MemoryStorage {
     /// A source named `name` with these bytes.
     pub fn new(name: impl Into<String>, bytes: Vec<u8>) -> Self {
-        Self { name: name.into(), bytes, generation: Generation("memory".into()) }
+        Self {
+            name: name.into(),
+            bytes,
+            generation: Generation::everywhere("memory", SystemTime::UNIX_EPOCH),
+        }
     }
 }
 

@@ -98,7 +98,7 @@ impl Vfs {
             name: disk.name.clone(),
             role: if index == 0 { "system" } else { "data" },
             virtual_size: open.as_ref().ok().map(|o| o.image().virtual_size()),
-            generation: open.as_ref().ok().map(|o| o.generation().0.clone()),
+            generation: open.as_ref().ok().map(|o| o.generation().shown().to_owned()),
             source: open.as_ref().ok().map(|o| o.image().description()),
             error: open.as_ref().err().map(StatusError::from),
             formats,

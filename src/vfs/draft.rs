@@ -733,7 +733,7 @@ impl Content {
     fn accepts(&self, source: &RangeSource) -> bool {
         match self {
             Self::Empty => true,
-            Self::Ranges { source: known, .. } => known.image == source.image,
+            Self::Ranges { source: known, .. } => known.image.is_same(&source.image),
             _ => false,
         }
     }

@@ -58,7 +58,7 @@ impl Vfs {
             let request = job.request();
             (&request.bucket, &request.key) == (&object.0, &object.1)
                 && request.tags == self.tags(object)
-                && matches!(&request.source, JobSource::Image(known) if known == image)
+                && matches!(&request.source, JobSource::Image(known) if known.is_same(image))
         };
         let job = match self.client_token(object) {
             Some(token) => {

@@ -9,7 +9,7 @@ use super::lanes::Lane;
 use super::{AttrChange, Vfs};
 use crate::catalog::CatalogImage;
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{Job, StatusImage};
+use crate::export::{Job, RecordedFile, StatusImage};
 use crate::format::OutputFormat;
 use crate::policy::ImageFacts;
 use crate::vfile::VirtualFile;
@@ -251,26 +251,40 @@ impl Vfs {
             return Err(error);
         }
         let open = self.catalog.open_disk(image.disk(disk)?)?;
+        let (file, identity) = open.identified_file(format)?;
         let name = StatusImage {
             id: image.id.clone(),
             name: image.sidecar.name.clone().unwrap_or_else(|| image.id.clone()),
             disk: disk.to_owned(),
             format: format.suffix().to_owned(),
-            generation: open.generation().0.clone(),
+            generation: open.generation().shown().to_owned(),
+            identity: Some(identity),
         };
-        Ok((open.file(format)?.virtual_file(), name))
+        Ok((file.virtual_file(), name))
     }
 
-    /// The file that a recorded job exports, if its source still is of the recorded generation.
-    pub fn recorded_file(&self, image: &StatusImage, format: OutputFormat) -> Result<Arc<dyn VirtualFile>> {
+    /// The file that a recorded job exports, if its source certainly is what it was. Where only the source's holes
+    /// are others, the file is made anew.
+    pub fn recorded_file(&self, image: &StatusImage, format: OutputFormat) -> Result<RecordedFile> {
         let (file, now) = self.image_file(&image.id, &image.disk, format)?;
-        if now.generation != image.generation {
-            let what = "the source changed since the export was asked for";
-            return Err(
-                Error::new(ErrorKind::SourceChanged, what).in_file(format!("{}/{}", image.id, image.disk))
-            );
+        let continues = match (&image.identity, &now.identity) {
+            (Some(known), Some(identity)) => known == identity,
+            _ => image.generation == now.generation && self.is_told_by_generation(image, format)?,
+        };
+        let differs_in_map_only = || {
+            image.identity.as_ref().zip(now.identity.as_ref()).is_some_and(|(a, b)| a.differs_in_map_only(b))
+        };
+        if continues || differs_in_map_only() {
+            return Ok(RecordedFile { file, image: now, continues });
         }
-        Ok(file)
+        let what = "the source changed since the export was asked for";
+        Err(Error::new(ErrorKind::SourceChanged, what).in_file(format!("{}/{}", image.id, image.disk)))
+    }
+
+    /// Whether the generation that an earlier version recorded tells all that the file's bytes depend on.
+    fn is_told_by_generation(&self, image: &StatusImage, format: OutputFormat) -> Result<bool> {
+        let disk = self.catalog.image(&image.id)?;
+        Ok(self.catalog.open_disk(disk.disk(&image.disk)?)?.is_told_by_generation(format))
     }
 
     /// The newest change of an image's files; the mount's start where none can be read.
