@@ -151,44 +151,24 @@ fn check_depth(storage: &dyn Storage, depth: usize) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file that is said to be an image of `format` is cut short or damaged: its beginning is that format's,
-/// and something that it says it has is not there. What cannot be told for other reasons is not called incomplete.
+/// Fails when a file that is said to be an image of `output` is cut short or damaged: its beginning is that format's,
+/// and something that it says it has is not there. A VHD has its footer at its end, whatever it begins with.
+///
+/// # Errors
+/// [`Incomplete`](ErrorKind::Incomplete) when more has to come, and what reading gave when that failed. What cannot be
+/// told for other reasons, such as a reference that nothing allows, is not called incomplete.
 pub fn check_complete(output: OutputFormat, storage: Arc<dyn Storage>) -> Result<()> {
     let format = output.image_format();
-    let (at, signature): (u64, &[u8]) = match format {
-        ImageFormat::Raw => return Ok(()),
-        ImageFormat::Qcow2 => (0, b"QFI\xfb"),
-        // A fixed disk has its only footer at the end; a dynamic one has a copy of it at the start.
-        ImageFormat::Vhd if output == OutputFormat::FixedVhd => (0, &[]),
-        ImageFormat::Vhd => (0, &crate::header::vhd::FOOTER_COOKIE),
-        ImageFormat::Vhdx => (0, &crate::header::vhdx::FILE_SIGNATURE),
-        ImageFormat::Vmdk => (0, &crate::header::vmdk::MAGIC),
-        ImageFormat::Vdi => (64, &crate::header::vdi::SIGNATURE_BYTES),
-        ImageFormat::Zvhd => (0, &crate::header::zvhd::ZVHD_COOKIE),
-        ImageFormat::Zvhd2 => (0, &crate::header::zvhd::ZVHD2_COOKIE),
-    };
-    let mut start = vec![0; signature.len()];
-    if storage.file_size() < at + signature.len() as u64 {
-        return Ok(());
-    }
-    storage.read_exact_at(FileOffset(at), &mut start)?;
-    if start != signature {
+    if storage.file_size() == 0 || !begins_as(format, &*storage)? {
         return Ok(());
     }
     let incomplete = || {
         let what = format!("this is a {} that is cut short or damaged", format.name());
         Error::new(ErrorKind::Incomplete, what).in_file(storage.name())
     };
-    if format == ImageFormat::Vhd {
-        // The reader makes do with the copy at the start.
-        let mut end = [0; 8];
-        let last = storage.file_size().checked_sub(crate::units::SECTOR);
-        if let Some(last) = last {
-            storage.read_exact_at(FileOffset(last), &mut end)?;
-        }
-        if end != crate::header::vhd::FOOTER_COOKIE {
-            return Err(incomplete());
-        }
+    // The reader makes do with the copy at the start.
+    if format == ImageFormat::Vhd && !vhd::ends_with_footer(&*storage)? {
+        return Err(incomplete());
     }
     let gate: Arc<dyn ReferenceGate> = Arc::new(ClosedGate);
     let walked = open_image(format, Arc::clone(&storage), &gate, 0).and_then(|image| {
@@ -197,8 +177,35 @@ pub fn check_complete(output: OutputFormat, storage: Arc<dyn Storage>) -> Result
     });
     match walked {
         Err(error) if error.kind() == ErrorKind::CorruptImage => Err(incomplete().because(error)),
-        _ => Ok(()),
+        Err(error) => match error.kind() {
+            ErrorKind::Unsupported
+            | ErrorKind::ReferenceDenied
+            | ErrorKind::Encrypted
+            | ErrorKind::TooLarge => Ok(()),
+            _ => Err(error),
+        },
+        Ok(()) => Ok(()),
     }
+}
+
+/// Whether a file begins as images of `format` do. A VHD may begin with anything, a raw disk with nothing known.
+fn begins_as(format: ImageFormat, storage: &dyn Storage) -> Result<bool> {
+    let (at, signature): (u64, &[u8]) = match format {
+        ImageFormat::Raw => return Ok(false),
+        ImageFormat::Vhd => return Ok(true),
+        ImageFormat::Qcow2 => (0, b"QFI\xfb"),
+        ImageFormat::Vhdx => (0, &crate::header::vhdx::FILE_SIGNATURE),
+        ImageFormat::Vmdk => (0, &crate::header::vmdk::MAGIC),
+        ImageFormat::Vdi => (64, &crate::header::vdi::SIGNATURE_BYTES),
+        ImageFormat::Zvhd => (0, &crate::header::zvhd::ZVHD_COOKIE),
+        ImageFormat::Zvhd2 => (0, &crate::header::zvhd::ZVHD2_COOKIE),
+    };
+    if storage.file_size() < at + signature.len() as u64 {
+        return Ok(false);
+    }
+    let mut start = vec![0; signature.len()];
+    storage.read_exact_at(FileOffset(at), &mut start)?;
+    Ok(start == signature)
 }
 
 /// The map of the units of `unit_size` bytes in which `image` has data.

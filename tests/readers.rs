@@ -5,10 +5,17 @@ mod support;
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use freightfs::format::ImageFormat;
+use freightfs::error::{Error, ErrorKind, Result};
+use freightfs::extent::Extent;
+use freightfs::format::{ImageFormat, OutputFormat};
+use freightfs::image::check_complete;
+use freightfs::storage::{Generation, MemoryStorage, Storage};
+use freightfs::units::FileOffset;
 use support::hostile;
 use support::images::{self, Random};
+use support::mount::World;
 use support::{command, fail, freightfs, qemu_compare, sh, skip, succeed};
 
 /// (qemu-img's driver, extension, options)
@@ -173,11 +180,6 @@ fn vmdk_in_several_files_is_read_through_the_gate() {
 /// Makes a differencing VHD out of a dynamic one, by the specification's offsets alone: every third sector of the
 /// blocks it has is its own, the others are the parent's.
 fn make_differencing(child: &Path, parent: &Path) {
-    fn seal(bytes: &mut [u8], field: usize) {
-        bytes[field..field + 4].fill(0);
-        let sum = bytes.iter().fold(0u32, |sum, &b| sum.wrapping_add(b.into()));
-        bytes[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
-    }
     let parent_bytes = std::fs::read(parent).unwrap();
     let mut bytes = std::fs::read(child).unwrap();
     let blocks = u32::from_be_bytes(bytes[512 + 28..512 + 32].try_into().unwrap()) as usize;
@@ -271,6 +273,163 @@ fn what_is_not_supported_is_refused_by_name() {
     bytes[63] = 4;
     std::fs::write(&vhd, &bytes).unwrap();
     assert!(fail(freightfs().arg("info").arg(&vhd)).contains("checksum"));
+}
+
+/// Puts the checksum into a VHD's footer, or with 36 into its header.
+fn seal(bytes: &mut [u8], field: usize) {
+    bytes[field..field + 4].fill(0);
+    let sum = bytes.iter().fold(0u32, |sum, &b| sum.wrapping_add(b.into()));
+    bytes[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
+}
+
+/// A disk of 40 MiB whose last bytes are data, as GPT's second header is: its geometry stands for 33,280 bytes less.
+fn data_at_the_end(directory: &Path) -> PathBuf {
+    let raw = directory.join("end.raw");
+    let file = std::fs::File::create(&raw).unwrap();
+    file.set_len(40 << 20).unwrap();
+    file.write_all_at(&Random(3).bytes(9000), (40 << 20) - 9000).unwrap();
+    raw
+}
+
+/// A VHD by another creator, with the geometry that the specification gives its disk.
+fn created_by(vhd: &[u8], creator: &[u8; 4]) -> Vec<u8> {
+    let mut bytes = vhd.to_vec();
+    let last = bytes.len() - 512;
+    let is_dynamic = bytes[..8] == *b"conectix";
+    for footer in [Some(last), is_dynamic.then_some(0)].into_iter().flatten() {
+        let footer = &mut bytes[footer..footer + 512];
+        footer[28..32].copy_from_slice(creator);
+        footer[56..60].copy_from_slice(&[0x04, 0xb3, 4, 17]);
+        seal(footer, 64);
+    }
+    bytes
+}
+
+const CREATORS: [&[u8; 4]; 11] =
+    [b"wa\0\0", b"vbox", b"vs  ", b"vmwa", b"none", b"win ", b"tap\0", b"d2v ", b"CTXS", b"vpc ", b"qemu"];
+
+#[test]
+fn a_vhd_of_every_creator_has_the_size_that_qemu_gives_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = data_at_the_end(directory.path());
+    for (name, subformat) in [("d.vhd", "dynamic"), ("f.vhd", "fixed")] {
+        let made = make(&raw, name, "vpc", &["-o", &format!("subformat={subformat},force_size=on")]);
+        let bytes = std::fs::read(made).unwrap();
+        for creator in CREATORS {
+            let image = directory.path().join("patched.vhd");
+            std::fs::write(&image, created_by(&bytes, creator)).unwrap();
+            check(&image, "vpc");
+            let info = succeed(freightfs().args(["info", "--json"]).arg(&image));
+            let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+            let by_geometry = [b"vpc ", b"qemu"].contains(&creator);
+            let expected = if by_geometry { 1203 * 4 * 17 * 512u64 } else { 40 << 20 };
+            assert_eq!(info["virtual_size"], expected, "{creator:?} {subformat}");
+        }
+    }
+}
+
+#[test]
+fn a_mount_shows_the_whole_disk_of_a_vhd_by_other_creators() {
+    if !support::can_mount() {
+        return;
+    }
+    let world = World::new();
+    let raw = data_at_the_end(&world.path("out"));
+    let made = make(&raw, "f.vhd", "vpc", &["-o", "subformat=fixed,force_size=on"]);
+    let bytes = std::fs::read(made).unwrap();
+    for (name, creator) in [("azure", b"wa\0\0"), ("vbox", b"vbox")] {
+        std::fs::write(world.catalog().join(format!("{name}.vhd")), created_by(&bytes, creator)).unwrap();
+    }
+    let mount = world.mount(&["--formats", "raw"]);
+    for name in ["azure", "vbox"] {
+        support::assert_same(&raw, &mount.path(&format!("images/{name}/{name}.raw")));
+    }
+    mount.unmount();
+}
+
+#[test]
+fn a_vhd_whose_footer_and_copy_say_different_disks_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = data_at_the_end(directory.path());
+    let made = make(&raw, "d.vhd", "vpc", &["-o", "force_size=on"]);
+    let bytes = std::fs::read(made).unwrap();
+    // Type, size, the header's place, identity.
+    for (at, value) in [(63, 4), (52, 1), (23, 1), (70, 0xff)] {
+        let mut changed = bytes.clone();
+        changed[at] ^= value;
+        seal(&mut changed[..512], 64);
+        let error = hostile::read_all(ImageFormat::Vhd, changed).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::CorruptImage);
+        assert!(error.to_string().contains("its copy disagree"), "{error}");
+    }
+    // The first sector of a fixed disk is its guest's, who may write a footer there: it never counts.
+    let fixed = make(&raw, "f.vhd", "vpc", &["-o", "subformat=fixed,force_size=on"]);
+    let mut fixed = std::fs::read(fixed).unwrap();
+    let (footer, guests) = (fixed[fixed.len() - 512..].to_vec(), bytes[..512].to_vec());
+    fixed[..512].copy_from_slice(&guests);
+    assert!(hostile::read_all(ImageFormat::Vhd, fixed.clone()).unwrap()[..512] == guests);
+    fixed[..512].copy_from_slice(&footer);
+    let cut = fixed.len() - 512;
+    fixed.truncate(cut);
+    assert!(hostile::read_all(ImageFormat::Vhd, fixed).is_err());
+}
+
+#[test]
+fn a_vhd_without_a_footer_at_its_end_is_incomplete() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = data_at_the_end(directory.path());
+    let complete = |format, bytes: &[u8]| {
+        let storage = Arc::new(MemoryStorage::new("k", bytes.to_vec()));
+        check_complete(format, storage).map_err(|error| error.kind())
+    };
+    for subformat in ["fixed", "dynamic"] {
+        let options = format!("subformat={subformat},force_size=on");
+        let bytes = std::fs::read(make(&raw, "k.vhd", "vpc", &["-o", &options])).unwrap();
+        let mut damaged = bytes.clone();
+        let last = damaged.len() - 100;
+        damaged[last] ^= 1;
+        for format in [OutputFormat::Vhd, OutputFormat::FixedVhd] {
+            assert_eq!(complete(format, &bytes), Ok(()));
+            for part in [&bytes[..bytes.len() / 2], &bytes[..bytes.len() - 512], &bytes[..100], &damaged] {
+                assert_eq!(complete(format, part), Err(ErrorKind::Incomplete), "{subformat}");
+            }
+            assert_eq!(complete(format, b""), Ok(()));
+        }
+    }
+}
+
+#[test]
+fn a_check_that_cannot_read_is_no_answer() {
+    struct Unreadable(MemoryStorage);
+    impl Storage for Unreadable {
+        fn name(&self) -> &str {
+            "k.qcow2"
+        }
+        fn file_size(&self) -> u64 {
+            self.0.file_size()
+        }
+        fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+            let failed = std::io::Error::from_raw_os_error(libc::EIO);
+            if at.bytes() > 0 {
+                Err(Error::from_io("cannot read", failed))
+            } else {
+                self.0.read_exact_at(at, buf)
+            }
+        }
+        fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+            self.0.extent_at(at)
+        }
+        fn generation(&self) -> &Generation {
+            self.0.generation()
+        }
+        fn verify_unchanged(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+    let (image, _) = small("qcow2", &[]);
+    let storage = Unreadable(MemoryStorage::new("k.qcow2", image));
+    let error = check_complete(OutputFormat::Qcow2, Arc::new(storage)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io, "{error}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::blocks::{Block, BlockMap};
 use super::table::{Entry, EntryTable};
 use super::{DiskImage, ImageDescription, ReferenceGate};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::header::vhd::{
@@ -30,10 +30,11 @@ const MAX_TABLE_ENTRIES: u32 = i32::MAX as u32 / 4;
 /// A table's entry without a block.
 const FREE: u32 = u32::MAX;
 
-/// Creators whose `current_size` counts; of others the geometry's product does (QEMU, block/vpc.c).
-const SIZE_BY_FIELD: [&[u8; 4]; 5] = [b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0"];
+/// Creators whose disks are as large as the geometry's product: Virtual PC, and QEMU as it does (QEMU, block/vpc.c).
+/// All others mean `current_size`.
+const SIZE_BY_GEOMETRY: [&[u8; 4]; 2] = [b"vpc ", b"qemu"];
 
-/// Cylinders, heads and sectors of a geometry that is full, so that the field counts after all.
+/// Cylinders, heads and sectors of a geometry that is full, so that `current_size` counts after all.
 const FULL_GEOMETRY: (u16, u8, u8) = (65535, 16, 255);
 
 /// A VHD image.
@@ -142,33 +143,72 @@ impl VhdImage {
     }
 }
 
-/// The footer in the last sector, or its copy in the first one.
+/// The footer in the last sector, or where that one is damaged, its copy in the first one.
+///
+/// A fixed disk has no copy: its first sector is its guest's, whatever stands there.
 fn find_footer(storage: &dyn Storage) -> Result<VhdFooter> {
     let last = storage.file_size().checked_sub(SECTOR);
     let last = last.ok_or_else(|| Error::corrupt("is not a VHD image: it is shorter than a footer"))?;
-    let mut wrong =
-        Error::corrupt("is not a VHD image, or is truncated: there is no footer in its last sector").at(last);
-    for at in [last, 0] {
-        let mut bytes = [0; VhdFooter::LENGTH];
-        storage.read_exact_at(FileOffset(at), &mut bytes)?;
-        let footer = VhdFooter::parse(&bytes);
-        if footer.cookie != FOOTER_COOKIE {
-            continue;
-        }
-        if footer.checksum == checksum(&bytes, 64) {
-            return Ok(footer);
-        }
-        wrong = Error::corrupt("the footer's checksum is wrong").at(at + 64);
+    let (last, copy) = (read_footer(storage, last), read_footer(storage, 0));
+    let copy = copy.and_then(|copy| match copy.disk_type {
+        TYPE_FIXED => Err(Error::corrupt("a fixed disk has no footer in its last sector")),
+        _ => Ok(copy),
+    });
+    match (last, copy) {
+        (Ok(last), Ok(copy)) if last.disk_type != TYPE_FIXED => check_copy(last, &copy),
+        (Ok(footer), _) | (Err(_), Ok(footer)) => Ok(footer),
+        (Err(wrong), Err(_)) => Err(wrong),
     }
-    Err(wrong)
+}
+
+fn read_footer(storage: &dyn Storage, at: u64) -> Result<VhdFooter> {
+    let mut bytes = [0; VhdFooter::LENGTH];
+    storage.read_exact_at(FileOffset(at), &mut bytes)?;
+    let footer = VhdFooter::parse(&bytes);
+    if footer.cookie != FOOTER_COOKIE {
+        let what = "is not a VHD image, or is truncated: there is no footer in its last sector";
+        return Err(Error::corrupt(what).at(at));
+    }
+    if footer.checksum != checksum(&bytes, 64) {
+        return Err(Error::corrupt("the footer's checksum is wrong").at(at + 64));
+    }
+    Ok(footer)
+}
+
+/// The footer, unless its copy is valid and says another disk: readers differ in which of the two they take.
+fn check_copy(footer: VhdFooter, copy: &VhdFooter) -> Result<VhdFooter> {
+    let disk = |f: &VhdFooter| (f.disk_type, f.data_offset, virtual_size(f), f.unique_id);
+    if disk(&footer) == disk(copy) {
+        return Ok(footer);
+    }
+    let what = format!(
+        "the footer and its copy disagree: type {} and {}, {} and {} bytes, header at {} and {}",
+        footer.disk_type,
+        copy.disk_type,
+        virtual_size(&footer),
+        virtual_size(copy),
+        footer.data_offset,
+        copy.data_offset
+    );
+    Err(Error::corrupt(what).at(0u64))
 }
 
 fn virtual_size(footer: &VhdFooter) -> u64 {
     let geometry = (footer.cylinders, footer.heads, footer.sectors);
-    if SIZE_BY_FIELD.contains(&&footer.creator_application) || geometry == FULL_GEOMETRY {
+    if !SIZE_BY_GEOMETRY.contains(&&footer.creator_application) || geometry == FULL_GEOMETRY {
         return footer.current_size;
     }
     u64::from(footer.cylinders) * u64::from(footer.heads) * u64::from(footer.sectors) * SECTOR
+}
+
+/// Whether a file ends as every VHD does, with a footer that is whole.
+pub(super) fn ends_with_footer(storage: &dyn Storage) -> Result<bool> {
+    let Some(last) = storage.file_size().checked_sub(SECTOR) else { return Ok(false) };
+    match read_footer(storage, last) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::CorruptImage => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The dynamic header that a footer points to.
