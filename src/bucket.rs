@@ -11,6 +11,8 @@ mod local;
 mod object_file;
 mod pace;
 mod remote;
+mod replaces;
+mod signed;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -27,6 +29,7 @@ use block_cache::next_number;
 pub use key::ObjectKey;
 pub use object_file::ObjectFile;
 pub use pace::Pace;
+pub use replaces::Replaces;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::{CACHE, REQUEST_TIMEOUT, Secret};
@@ -34,6 +37,7 @@ use crate::units::{GIB, MIB, TIB};
 use connect::Place;
 use local::LocalStore;
 use remote::RemoteStore;
+use replaces::Conditions;
 
 /// The directory of our own files in a bucket: uploads under way, probes.
 pub const CONTROL_PREFIX: &str = ".freightfs";
@@ -47,6 +51,12 @@ const VERIFY_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a probe writes.
 const PROBE: &[u8] = b"freightfs\n";
+
+/// What a probe tries to put in its place.
+const OTHER_PROBE: &[u8] = b"freight fs\n";
+
+/// An entity tag that no object has.
+const OTHER_TAG: &str = "\"00000000000000000000000000000000\"";
 
 /// Smallest part that is sent.
 const PART_SIZE: u64 = 8 * MIB;
@@ -97,6 +107,15 @@ pub struct ObjectMeta {
     /// When it was last written.
     pub modified: SystemTime,
     /// Its entity tag: another content has another tag.
+    pub etag: Option<String>,
+}
+
+/// One of our own files in a bucket.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OwnFile {
+    /// What is in it.
+    pub bytes: Bytes,
+    /// Its entity tag, which its next version can be made to replace.
     pub etag: Option<String>,
 }
 
@@ -234,10 +253,10 @@ impl Bucket {
     }
 
     /// What the store cannot do that others can, in words.
-    pub fn lacks(&self) -> Option<&'static str> {
+    pub fn limitation(&self) -> Option<String> {
         match &self.inner.backend {
             Backend::Local(_) => None,
-            Backend::Remote(store) => store.lacks(),
+            Backend::Remote(store) => store.limitation(),
         }
     }
 
@@ -261,26 +280,62 @@ impl Bucket {
         let content = Bytes::from_static(PROBE);
         // Listing first: some stores answer a put into a bucket that is not there with an internal error.
         self.has_prefix(&key).await?;
-        self.put(&key, content.clone()).await?;
+        self.put(&key, content.clone(), &Replaces::Anything).await?;
         let read = self.read(&key, 0..PROBE.len() as u64, None).await?;
         if read != content {
             let what = "the store gives other bytes than were written";
             return Err(self.named(Error::new(ErrorKind::Io, what), &key));
         }
         if let Backend::Remote(store) = &self.inner.backend {
-            let upload = self.start_upload(&key, PART_SIZE, &Tags::new()).await?;
-            let part = match self.put_part(&key, &upload, 0, content).await {
-                Ok(part) => part,
-                Err(error) => {
-                    let _ = self.abort_upload(&key, &upload).await;
-                    return Err(error);
-                }
-            };
-            let meta = self.complete_upload(&key, &upload, vec![part.clone()], PROBE.len() as u64).await?;
+            let part = self.probe_upload(&key, &Replaces::Anything).await?;
+            let meta = self.head(&key).await?;
             let is_md5 = part.trim_matches('"') == hex::encode(Md5::digest(PROBE));
-            store.set_md5_etags(is_md5 && meta.etag == remote::composite_etag(&[part]));
+            let etag = meta.and_then(|meta| meta.etag);
+            store.set_md5_etags(is_md5 && etag == remote::composite_etag(&[part]));
+            store.set_conditions(self.probe_conditions(&key).await?);
         }
         self.delete(&key).await
+    }
+
+    /// Makes an object by an upload of one part; returns the part's id.
+    async fn probe_upload(&self, key: &ObjectKey, replaces: &Replaces) -> Result<String> {
+        let upload = self.start_upload(key, PART_SIZE, &Tags::new()).await?;
+        let made = async {
+            let part = self.put_part(key, &upload, 0, Bytes::from_static(PROBE)).await?;
+            let size = PROBE.len() as u64;
+            self.complete_upload(key, &upload, vec![part.clone()], size, replaces).await?;
+            Ok(part)
+        };
+        let made = made.await;
+        if made.is_err() {
+            let _ = self.abort_upload(key, &upload).await;
+        }
+        made
+    }
+
+    /// Finds out which conditions the store keeps to, by some that do not hold and one that does.
+    async fn probe_conditions(&self, key: &ObjectKey) -> Result<Conditions> {
+        let Backend::Remote(store) = &self.inner.backend else { return Ok(Conditions::default()) };
+        // So that the store is asked, and not we.
+        store.set_conditions(Conditions {
+            creations: true,
+            updates: true,
+            completions: true,
+            removals: true,
+        });
+        let wrong = Replaces::Tag(OTHER_TAG.to_owned());
+        let refuses = |result: Result<()>| result.is_err_and(|error| error.kind() == ErrorKind::Conflict);
+        let put = async |replaces| self.put(key, Bytes::from_static(OTHER_PROBE), replaces).await.map(drop);
+        let complete = async |replaces| self.probe_upload(key, replaces).await.map(drop);
+        let removals = refuses(self.delete_if(key, &wrong).await);
+        // Whatever the store made of that, there is an object again.
+        self.put(key, Bytes::from_static(PROBE), &Replaces::Anything).await?;
+        let completions = refuses(complete(&wrong).await) && refuses(complete(&Replaces::Nothing).await);
+        let etag = self.put(key, Bytes::from_static(PROBE), &Replaces::Anything).await?;
+        let creations = refuses(put(&Replaces::Nothing).await);
+        let right = etag.map_or(Replaces::Nothing, Replaces::Tag);
+        let updates = refuses(put(&wrong).await) && put(&right).await.is_ok();
+        Ok(Conditions { creations, updates, completions, removals })
     }
 
     /// What is known of an object; `None` when it is not there.
@@ -384,52 +439,92 @@ impl Bucket {
         }
     }
 
-    /// Writes a small object at once; for what is about objects, which waits for nothing.
-    pub async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
-        self.put_now(key, bytes, &Tags::new()).await
+    /// Writes a small object at once; for what is about objects, which waits for nothing. Returns its entity tag.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when there is something else than what is to be replaced.
+    pub async fn put(&self, key: &ObjectKey, bytes: Bytes, replaces: &Replaces) -> Result<Option<String>> {
+        self.put_now(key, bytes, &Tags::new(), replaces).await
     }
 
-    /// Writes an object with these tags at once, when the limit on uploads allows it.
-    pub async fn put_tagged(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
+    /// Writes an object with these tags at once, when the limit on uploads allows it. Returns its entity tag.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn put_tagged(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        tags: &Tags,
+        replaces: &Replaces,
+    ) -> Result<Option<String>> {
         self.keep_pace(&bytes).await;
-        self.put_now(key, bytes, tags).await
+        self.put_now(key, bytes, tags, replaces).await
     }
 
-    async fn put_now(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
-        match &self.inner.backend {
-            Backend::Local(store) => store.put(key, bytes).await,
-            Backend::Remote(store) => store.put(key, bytes, tags).await,
+    async fn put_now(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        tags: &Tags,
+        replaces: &Replaces,
+    ) -> Result<Option<String>> {
+        let put = match &self.inner.backend {
+            Backend::Local(store) => store.put(key, bytes.clone(), replaces).await.map(Some),
+            Backend::Remote(store) => store.put(key, bytes.clone(), tags, replaces).await,
+        };
+        match put {
+            // The answer to an earlier try of the same put may have been lost.
+            Err(error) if error.kind() == ErrorKind::Conflict => match self.same_content(key, &bytes).await {
+                Ok(Some(meta)) => Ok(meta.etag),
+                _ => Err(self.named(error, key)),
+            },
+            put => put.map_err(|e| self.named(e, key)),
         }
-        .map_err(|e| self.named(e, key))
+    }
+
+    /// The object, if it has these bytes.
+    async fn same_content(&self, key: &ObjectKey, bytes: &Bytes) -> Result<Option<ObjectMeta>> {
+        let Some(meta) = self.head(key).await?.filter(|meta| meta.object_size == bytes.len() as u64) else {
+            return Ok(None);
+        };
+        let is_same =
+            bytes.is_empty() || self.read(key, 0..meta.object_size, meta.etag.as_deref()).await? == *bytes;
+        Ok(is_same.then_some(meta))
     }
 
     /// Reads one of our own files, by its name below [`CONTROL_PREFIX`]; `None` when it is not there.
-    pub async fn read_control(&self, name: &str) -> Result<Option<Bytes>> {
+    pub async fn read_control(&self, name: &str) -> Result<Option<OwnFile>> {
         let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"));
         match self.head(&key).await? {
-            Some(meta) if meta.object_size == 0 => Ok(Some(Bytes::new())),
+            Some(meta) if meta.object_size == 0 => Ok(Some(OwnFile { bytes: Bytes::new(), etag: meta.etag })),
             Some(meta) if meta.object_size > MAX_CONTROL_SIZE => {
                 let what = format!("one of freightfs's own files has {} bytes", meta.object_size);
                 Err(self.named(Error::new(ErrorKind::TooLarge, what), &key))
             }
-            Some(meta) => self.read(&key, 0..meta.object_size, meta.etag.as_deref()).await.map(Some),
+            Some(meta) => {
+                let bytes = self.read(&key, 0..meta.object_size, meta.etag.as_deref()).await?;
+                Ok(Some(OwnFile { bytes, etag: meta.etag }))
+            }
             None => Ok(None),
         }
     }
 
-    /// Writes one of our own files.
-    pub async fn put_control(&self, name: &str, bytes: Bytes) -> Result<()> {
-        self.put(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}")), bytes).await
+    /// Writes one of our own files; returns its entity tag.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn put_control(&self, name: &str, bytes: Bytes, replaces: &Replaces) -> Result<Option<String>> {
+        self.put(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}")), bytes, replaces).await
     }
 
-    /// Writes one of our own files unless it is there; says whether it did.
+    /// Writes one of our own files unless it is there with another content; says whether it is there with this one.
     pub async fn create_control(&self, name: &str, bytes: Bytes) -> Result<bool> {
-        let key = ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"));
-        match &self.inner.backend {
-            Backend::Local(store) => store.create(&key, bytes).await,
-            Backend::Remote(store) => store.create(&key, bytes).await,
+        match self.put_control(name, bytes, &Replaces::Nothing).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Conflict => Ok(false),
+            Err(error) => Err(error),
         }
-        .map_err(|e| self.named(e, &key))
     }
 
     /// The names of our own files in a directory of them.
@@ -442,21 +537,18 @@ impl Bucket {
         .map_err(|e| self.named(e, &key))
     }
 
-    /// Finds out whether the store refuses to create what is there: some accept the condition and ignore it.
+    /// Whether the store refuses to create what is there, as [`probe`](Self::probe) has found out: some accept the
+    /// condition and ignore it.
     ///
     /// # Errors
     /// [`Unsupported`](ErrorKind::Unsupported) when it does not.
     pub async fn probe_create(&self) -> Result<()> {
-        let name = format!("probe-{}", unique());
-        let first = self.create_control(&name, Bytes::from_static(PROBE)).await;
-        let second = self.create_control(&name, Bytes::from_static(PROBE)).await;
-        self.delete_control(&name).await?;
-        match (first?, second?) {
-            (true, false) => Ok(()),
-            _ => {
+        match &self.inner.backend {
+            Backend::Remote(store) if !store.conditions().creations => {
                 let what = "the store does not keep to conditional puts, so that hosts cannot agree in it: it cannot be shared";
                 Err(Error::unsupported(what).in_file(self.url()))
             }
+            _ => Ok(()),
         }
     }
 
@@ -465,11 +557,19 @@ impl Bucket {
         self.delete(&ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"))).await
     }
 
-    /// Removes an object; one that is not there is no failure.
+    /// Removes an object, whatever it is; one that is not there is no failure.
     pub async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        self.delete_if(key, &Replaces::Anything).await
+    }
+
+    /// Removes an object that has a tag; one that is not there is no failure.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when it has another tag.
+    pub async fn delete_if(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
         match &self.inner.backend {
-            Backend::Local(store) => store.delete(key).await,
-            Backend::Remote(store) => store.delete(key).await,
+            Backend::Local(store) => store.delete(key, replaces).await,
+            Backend::Remote(store) => store.delete(key, replaces).await,
         }
         .map_err(|e| self.named(e, key))
     }
@@ -535,29 +635,49 @@ impl Bucket {
     }
 
     /// Makes the object out of its parts, and asks the store whether it is what was sent.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when there is something else than what is to be replaced. The upload is still
+    /// there then.
     pub async fn complete_upload(
         &self,
         key: &ObjectKey,
         upload: &str,
         parts: Vec<String>,
         object_size: u64,
+        replaces: &Replaces,
     ) -> Result<ObjectMeta> {
-        let etag = remote::composite_etag(&parts);
-        match &self.inner.backend {
-            Backend::Local(store) => store.complete_upload(key, upload, object_size).await,
-            Backend::Remote(store) => store.complete_upload(key, upload, parts).await,
+        let etag = remote::composite_etag(&parts).filter(|_| self.has_md5_etags());
+        let completed = match &self.inner.backend {
+            Backend::Local(store) => store.complete_upload(key, upload, object_size, replaces).await,
+            Backend::Remote(store) => store.complete_upload(key, upload, parts, replaces).await,
+        };
+        if let Err(error) = completed {
+            // The answer to an earlier try of the same completion may have been lost.
+            if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NotFound)
+                && let Some(etag) = etag
+                && let Ok(Some(meta)) = self.head(key).await
+                && (meta.object_size, meta.etag.as_ref()) == (object_size, Some(&etag))
+            {
+                return Ok(meta);
+            }
+            return Err(self.named(error, key));
         }
-        .map_err(|e| self.named(e, key))?;
         self.verify(key, object_size, etag.as_deref()).await
+    }
+
+    /// Whether an object's entity tag tells what is in it.
+    fn has_md5_etags(&self) -> bool {
+        match &self.inner.backend {
+            Backend::Local(_) => false,
+            Backend::Remote(store) => store.has_md5_etags(),
+        }
     }
 
     /// Asks the store whether an object is the one that was just sent: its size, and the entity tag where this store
     /// makes it as S3 does.
     pub async fn verify(&self, key: &ObjectKey, object_size: u64, etag: Option<&str>) -> Result<ObjectMeta> {
-        let etag = etag.filter(|_| match &self.inner.backend {
-            Backend::Local(_) => false,
-            Backend::Remote(store) => store.has_md5_etags(),
-        });
+        let etag = etag.filter(|_| self.has_md5_etags());
         let wrong = |what: String| Error::new(ErrorKind::UploadFailed, what);
         // The object is in place, right or wrong: one bad answer does not decide about it.
         let mut tries = 1;

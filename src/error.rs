@@ -48,6 +48,8 @@ pub enum ErrorKind {
     Encrypted,
     /// The target exists and must not be replaced.
     AlreadyExists,
+    /// The target is not what was to be replaced: somebody else wrote it meanwhile.
+    Conflict,
     /// The job was cancelled.
     Cancelled,
     /// A directory is not empty.
@@ -75,7 +77,7 @@ impl ErrorKind {
             Self::PolicyRefused | Self::ReferenceDenied => libc::EPERM,
             Self::PermissionDenied => libc::EACCES,
             Self::TooLarge => libc::EFBIG,
-            Self::Busy => libc::EBUSY,
+            Self::Busy | Self::Conflict => libc::EBUSY,
             Self::TooManyJobs => libc::EAGAIN,
             Self::Unsupported => libc::EOPNOTSUPP,
             Self::CorruptImage | Self::Incomplete | Self::UploadFailed | Self::Io | Self::Internal => {
@@ -117,6 +119,7 @@ impl ErrorKind {
             Self::TokenTooLong => "token_too_long",
             Self::Encrypted => "encrypted",
             Self::AlreadyExists => "already_exists",
+            Self::Conflict => "conflict",
             Self::Cancelled => "cancelled",
             Self::NotEmpty => "not_empty",
             Self::IsDirectory => "is_directory",
@@ -129,7 +132,7 @@ impl ErrorKind {
     }
 
     /// Every kind, for the tests that compare lists in the manual with the code.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::NotFound,
         Self::Malformed,
         Self::PolicyRefused,
@@ -148,6 +151,7 @@ impl ErrorKind {
         Self::TokenTooLong,
         Self::Encrypted,
         Self::AlreadyExists,
+        Self::Conflict,
         Self::Cancelled,
         Self::NotEmpty,
         Self::IsDirectory,

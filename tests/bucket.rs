@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, ObjectFile, ObjectKey, RequestLimits, Tags};
+use freightfs::bucket::{Bucket, ObjectFile, ObjectKey, Replaces, RequestLimits, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::units::FileOffset;
 use freightfs::vfile::VirtualFile;
@@ -33,9 +33,56 @@ async fn conditions(bucket: &Bucket) {
     bucket.probe_create().await.unwrap();
     assert!(bucket.create_control("once", Bytes::from_static(b"first")).await.unwrap());
     assert!(!bucket.create_control("once", Bytes::from_static(b"second")).await.unwrap());
-    assert_eq!(bucket.read_control("once").await.unwrap().unwrap(), "first");
+    // As when the answer to the first try was lost.
+    assert!(bucket.create_control("once", Bytes::from_static(b"first")).await.unwrap());
+    let found = bucket.read_control("once").await.unwrap().unwrap();
+    assert_eq!(found.bytes, "first");
+    let tag = Replaces::Tag(found.etag.unwrap());
+    let next = bucket.put_control("once", Bytes::from_static(b"third"), &tag).await.unwrap();
+    assert_eq!(bucket.read_control("once").await.unwrap().unwrap().etag, next);
+    let refused = bucket.put_control("once", Bytes::from_static(b"late"), &tag).await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Conflict);
     bucket.delete_control("once").await.unwrap();
     assert_eq!(bucket.read_control("once").await.unwrap(), None);
+    replacements(bucket).await;
+}
+
+/// What is to be replaced is replaced, and nothing else is.
+async fn replacements(bucket: &Bucket) {
+    let k = key("replaced");
+    let text = |text: &'static str| Bytes::from_static(text.as_bytes());
+    let tagged = |meta: &freightfs::bucket::ObjectMeta| Replaces::Tag(meta.etag.clone().unwrap());
+    let upload = async |content: &'static str, replaces: &Replaces| {
+        let id = bucket.start_upload(&k, 5 << 20, &Tags::new()).await.unwrap();
+        let part = bucket.put_part(&k, &id, 0, text(content)).await.unwrap();
+        let made = bucket.complete_upload(&k, &id, vec![part], content.len() as u64, replaces).await;
+        if made.is_err() {
+            bucket.abort_upload(&k, &id).await.unwrap();
+        }
+        made
+    };
+    let other = Replaces::Tag("\"00000000000000000000000000000000\"".to_owned());
+    let conflicts = |error: freightfs::error::Error| {
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.report());
+        assert!(error.to_string().starts_with(&bucket.url_of(&k)), "{error}");
+    };
+    conflicts(bucket.put(&k, text("x"), &other).await.unwrap_err());
+    conflicts(upload("x", &other).await.unwrap_err());
+    let first = upload("first", &Replaces::Nothing).await.unwrap();
+    for replaces in [&Replaces::Nothing, &other] {
+        conflicts(bucket.put(&k, text("x"), replaces).await.unwrap_err());
+        conflicts(upload("x", replaces).await.unwrap_err());
+    }
+    assert_eq!(bucket.head(&k).await.unwrap().unwrap(), first);
+    let second = bucket.put(&k, text("second"), &tagged(&first)).await.unwrap();
+    assert_eq!(bucket.head(&k).await.unwrap().unwrap().etag, second);
+    conflicts(upload("x", &tagged(&first)).await.unwrap_err());
+    let third = upload("third", &Replaces::Tag(second.unwrap())).await.unwrap();
+    assert_eq!(bucket.read(&k, 0..5, third.etag.as_deref()).await.unwrap(), "third");
+    conflicts(bucket.delete_if(&k, &tagged(&first)).await.unwrap_err());
+    bucket.delete_if(&k, &tagged(&third)).await.unwrap();
+    assert_eq!(bucket.head(&k).await.unwrap(), None);
+    bucket.delete_if(&k, &tagged(&third)).await.unwrap();
 }
 
 async fn objects(bucket: &Bucket) {
@@ -43,19 +90,19 @@ async fn objects(bucket: &Bucket) {
     assert_eq!(bucket.head(&a).await.unwrap(), None);
     assert_eq!(bucket.read(&a, 0..1, None).await.unwrap_err().kind(), ErrorKind::NotFound);
     bucket.delete(&a).await.unwrap();
-    bucket.put(&a, Bytes::from_static(b"content")).await.unwrap();
+    bucket.put(&a, Bytes::from_static(b"content"), &Replaces::Anything).await.unwrap();
     let meta = bucket.head(&a).await.unwrap().unwrap();
     assert_eq!((meta.object_size, &meta.key), (7, &a));
     let age = meta.modified.elapsed().unwrap_or_default();
     assert!(age.as_secs() < 3600, "modified {age:?} ago");
     assert_eq!(bucket.read(&a, 2..5, meta.etag.as_deref()).await.unwrap(), "nte");
-    bucket.put(&a, Bytes::from_static(b"other content")).await.unwrap();
+    bucket.put(&a, Bytes::from_static(b"other content"), &Replaces::Anything).await.unwrap();
     let error = bucket.read(&a, 2..5, meta.etag.as_deref()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::SourceChanged, "{}", error.report());
     assert!(error.to_string().starts_with(&bucket.url_of(&a)), "{error}");
     bucket.copy(&a, &key("deep/copy")).await.unwrap();
     assert_eq!(bucket.read(&key("deep/copy"), 0..13, None).await.unwrap(), "other content");
-    bucket.put(&key("empty"), Bytes::new()).await.unwrap();
+    bucket.put(&key("empty"), Bytes::new(), &Replaces::Anything).await.unwrap();
     assert_eq!(bucket.head(&key("empty")).await.unwrap().unwrap().object_size, 0);
     for gone in ["a", "deep/copy", "empty"] {
         bucket.delete(&key(gone)).await.unwrap();
@@ -69,7 +116,7 @@ async fn uploads(bucket: &Bucket) {
     let mut content = Random(1).bytes(12 << 20);
     content[3 << 20..9 << 20].fill(0);
     let bytes = Bytes::from(content.clone());
-    bucket.put(&k, Bytes::from_static(b"old")).await.unwrap();
+    bucket.put(&k, Bytes::from_static(b"old"), &Replaces::Anything).await.unwrap();
     for round in 0..2 {
         let upload = bucket.start_upload(&k, part_size, &Tags::new()).await.unwrap();
         let part = |index: usize| {
@@ -92,7 +139,10 @@ async fn uploads(bucket: &Bucket) {
             continue;
         }
         let size = bytes.len() as u64;
-        let meta = bucket.complete_upload(&k, &upload, vec![first, middle, last], size).await.unwrap();
+        let meta = bucket
+            .complete_upload(&k, &upload, vec![first, middle, last], size, &Replaces::Anything)
+            .await
+            .unwrap();
         assert_eq!(meta.object_size, size);
         assert!(bucket.read(&k, 0..size, meta.etag.as_deref()).await.unwrap() == content);
         let file = ObjectFile::new(bucket.clone(), meta, tokio::runtime::Handle::current());
@@ -114,8 +164,14 @@ async fn uploads(bucket: &Bucket) {
 async fn listings(bucket: &Bucket) {
     let names = ["b", "c d", "x#1", "ü~%25", "(par)[en]{s}"];
     for name in names {
-        bucket.put(&key(&format!("list/{name}")), Bytes::from_static(b"1")).await.unwrap();
-        bucket.put(&key(&format!("list/sub/{name}")), Bytes::from_static(b"22")).await.unwrap();
+        bucket
+            .put(&key(&format!("list/{name}")), Bytes::from_static(b"1"), &Replaces::Anything)
+            .await
+            .unwrap();
+        bucket
+            .put(&key(&format!("list/sub/{name}")), Bytes::from_static(b"22"), &Replaces::Anything)
+            .await
+            .unwrap();
     }
     let listing = bucket.list(None).await.unwrap();
     assert!(listing.objects.is_empty() && listing.prefixes.contains(&"list".to_owned()), "{listing:?}");
@@ -233,7 +289,7 @@ fn links_do_not_lead_out_of_a_local_bucket() {
             assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{name}: {}", error.report());
             assert!(bucket.head(&key(name)).await.is_err());
         }
-        assert!(bucket.put(&key("dir/new"), Bytes::from_static(b"x")).await.is_err());
+        assert!(bucket.put(&key("dir/new"), Bytes::from_static(b"x"), &Replaces::Anything).await.is_err());
         assert_eq!(bucket.read(&key("good"), 0..6, None).await.unwrap(), "inside");
         let listing = bucket.list(None).await.unwrap();
         let names: Vec<_> = listing.objects.iter().map(|o| o.key.as_str()).collect();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, ObjectKey, Tags};
+use freightfs::bucket::{Bucket, ObjectKey, Replaces, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
     JobQueue, JobRequest, JobSource, JobState, QueueSettings, RecordedFile, Retries, StateDir, Status,
@@ -90,7 +90,7 @@ fn export(setup: &Setup, failing: usize, retries: u32) -> (Status, Arc<FaultySto
     let store = FaultyStore::new(0);
     let bucket = setup.bucket(&store);
     let key = ObjectKey::parse("k").unwrap();
-    setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"))).unwrap();
+    setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"), &Replaces::Anything)).unwrap();
     let store = store.refailing(failing);
     let state = setup.state();
     let queue = setup.retrying(&bucket, &state, retries);
@@ -227,8 +227,8 @@ fn objects_that_a_store_does_not_copy_are_copied_in_parts() {
         let (from, to) = (ObjectKey::parse("from").unwrap(), ObjectKey::parse("to").unwrap());
         let content = Bytes::from(setup.content.clone());
         setup.runtime.block_on(async {
-            if bucket.put(&from, content.clone()).await.is_err() {
-                bucket.put(&from, content.clone()).await.unwrap();
+            if bucket.put(&from, content.clone(), &Replaces::Anything).await.is_err() {
+                bucket.put(&from, content.clone(), &Replaces::Anything).await.unwrap();
             }
             let copied = queue.copy(&bucket, &from, &to).await;
             let meta = bucket.head(&to).await.unwrap();

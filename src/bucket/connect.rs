@@ -14,6 +14,7 @@ use url::Url;
 
 use super::credentials;
 use super::remote::RemoteStore;
+use super::signed::Connector;
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::Secret;
 
@@ -23,6 +24,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often and how long a request is retried before it fails for good.
 const RETRIES: usize = 8;
 const RETRY_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// The region that object_store's client signs for where none is set.
+const DEFAULT_REGION: &str = "us-east-1";
 
 /// The setting that lets a client talk without TLS.
 const ALLOW_HTTP: &str = "allow_http";
@@ -79,26 +83,38 @@ impl<'a> Place<'a> {
             }
             builder = builder.with_config(key, value);
         }
+        let region = builder.get_config_value(&AmazonS3ConfigKey::Region);
+        let connector = Connector::default();
         let store = builder
             .with_bucket_name(self.bucket)
             .with_client_options(self.options("AWS_ALLOW_HTTP"))
             .with_retry(retry())
             .with_unsigned_payload(protected(endpoint.as_deref()))
+            // One removal by one request, which can have a condition.
+            .with_disable_bulk_delete(true)
+            .with_http_connector(connector.clone())
             .build();
-        Ok(RemoteStore::s3(self.usable(store)?, self.prefix))
+        let store = self.usable(store)?;
+        connector.sign_for_s3(&store, region.unwrap_or_else(|| DEFAULT_REGION.to_owned()));
+        Ok(RemoteStore::s3(store, self.prefix))
     }
 
     /// Azure Blob Storage by the AZURE_* variables.
     pub(super) fn azure(self) -> Result<RemoteStore> {
         let from_env = MicrosoftAzureBuilder::from_env();
         let settings = self.settings::<AzureConfigKey>()?.into_iter();
-        let store = settings
-            .fold(from_env, |builder, (key, value)| builder.with_config(key, value))
+        let builder = settings.fold(from_env, |builder, (key, value)| builder.with_config(key, value));
+        let account = builder.get_config_value(&AzureConfigKey::AccountName);
+        let connector = Connector::default();
+        let store = builder
             .with_container_name(self.bucket)
             .with_client_options(self.options("AZURE_ALLOW_HTTP"))
             .with_retry(retry())
+            .with_http_connector(connector.clone())
             .build();
-        Ok(RemoteStore::azure(self.usable(store)?, self.prefix))
+        let store = self.usable(store)?;
+        connector.sign_for_azure(&store, account.unwrap_or_default());
+        Ok(RemoteStore::azure(store, self.prefix))
     }
 
     /// Google Cloud Storage by the GOOGLE_* variables.

@@ -17,16 +17,21 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat2, renameat};
+use nix::fcntl::{
+    FallocateFlags, Flock, FlockArg, OFlag, OpenHow, ResolveFlag, fallocate, openat2, renameat,
+};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
-use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::{CONTROL_PREFIX, Listing, ObjectKey, ObjectMeta, unique};
+use super::{CONTROL_PREFIX, Listing, ObjectKey, ObjectMeta, Replaces, unique};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::KIB;
 
 /// Blocks of zeros of this size are left as holes.
 const ZERO_BLOCK: usize = 64 * KIB as usize;
+
+/// The file below [`CONTROL_PREFIX`] that is locked while an object gets its name.
+const LOCK: &str = "lock";
 
 /// The directory of a bucket.
 #[derive(Clone)]
@@ -206,13 +211,14 @@ impl LocalStore {
         .await
     }
 
-    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes) -> Result<()> {
-        let key = key.clone();
+    /// Writes an object; returns its tag.
+    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes, replaces: &Replaces) -> Result<String> {
+        let (key, replaces) = (key.clone(), replaces.clone());
         self.blocking(move |store| {
             let upload = store.create_upload(bytes.len() as u64)?;
             let written = store
                 .write_part(&upload, 0, &bytes)
-                .and_then(|()| store.publish(&upload, &key, bytes.len() as u64));
+                .and_then(|()| store.publish(&upload, &key, bytes.len() as u64, &replaces));
             written.inspect_err(|_| {
                 let _ = store.remove_upload(&upload);
             })
@@ -220,29 +226,14 @@ impl LocalStore {
         .await
     }
 
-    /// Writes an object unless there is one: the whole file gets its name by a link, which fails where there is one.
-    pub(super) async fn create(&self, key: &ObjectKey, bytes: Bytes) -> Result<bool> {
-        let key = key.clone();
+    pub(super) async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
+        let (key, replaces) = (key.clone(), replaces.clone());
         self.blocking(move |store| {
-            let upload = store.create_upload(bytes.len() as u64)?;
-            let linked = store.write_part(&upload, 0, &bytes).and_then(|()| {
-                let (parent, name) = store.parent(key.as_str(), true)?;
-                let path = upload_path(&upload)?;
-                match linkat(store.root.as_fd(), path.as_str(), &parent, name, AtFlags::empty()) {
-                    Ok(()) => Ok(true),
-                    Err(Errno::EEXIST) => Ok(false),
-                    Err(errno) => Err(failed("cannot create the object", errno)),
-                }
-            });
-            store.remove_upload(&upload)?;
-            linked
-        })
-        .await
-    }
-
-    pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
-        let key = key.clone();
-        self.blocking(move |store| {
+            let _locked = store.lock()?;
+            let object = store.stat(key.as_str())?;
+            if object.is_some() {
+                check(&replaces, object.as_ref())?;
+            }
             let parent = store.parent(key.as_str(), false);
             let (parent, name) = match parent {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -269,9 +260,11 @@ impl LocalStore {
                 // The standard library copies within the kernel where that is possible.
                 std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
             });
-            copied.and_then(|_| store.publish(&upload, &to, size)).inspect_err(|_| {
-                let _ = store.remove_upload(&upload);
-            })
+            copied.and_then(|_| store.publish(&upload, &to, size, &Replaces::Anything).map(drop)).inspect_err(
+                |_| {
+                    let _ = store.remove_upload(&upload);
+                },
+            )
         })
         .await
     }
@@ -301,9 +294,15 @@ impl LocalStore {
         Ok(index.to_string())
     }
 
-    pub(super) async fn complete_upload(&self, key: &ObjectKey, upload: &str, size: u64) -> Result<()> {
-        let (key, upload) = (key.clone(), upload.to_owned());
-        self.blocking(move |store| store.publish(&upload, &key, size)).await
+    pub(super) async fn complete_upload(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        size: u64,
+        replaces: &Replaces,
+    ) -> Result<()> {
+        let (key, upload, replaces) = (key.clone(), upload.to_owned(), replaces.clone());
+        self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(drop)).await
     }
 
     /// The inode stays when the file gets its name; it is what a [`tag`] begins with.
@@ -366,16 +365,29 @@ impl LocalStore {
         write(run, at)
     }
 
-    /// Gives an upload its size and its name, durably.
-    fn publish(&self, upload: &str, key: &ObjectKey, size: u64) -> Result<()> {
+    /// Waits until nobody else, in this process or another one of this host, gives names to objects or takes them away.
+    fn lock(&self) -> Result<Flock<File>> {
+        let failed = |e| failed("cannot lock the bucket", e);
+        self.create_directories(CONTROL_PREFIX)?;
+        let file = self.open_at(&format!("{CONTROL_PREFIX}/{LOCK}"), OFlag::O_CREAT | OFlag::O_RDWR);
+        Flock::lock(File::from(file.map_err(failed)?), FlockArg::LockExclusive).map_err(|(_, e)| failed(e))
+    }
+
+    /// Gives an upload its size and its name, durably, where that replaces what it is to replace. Returns the object's tag.
+    fn publish(&self, upload: &str, key: &ObjectKey, size: u64, replaces: &Replaces) -> Result<String> {
         let (file, _) = self.open_upload(upload)?;
         // The last blocks may be zeros that were left out.
         file.set_len(size).map_err(|e| failed("cannot size the object", e))?;
         file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
         let (parent, name) = self.parent(key.as_str(), true)?;
+        let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
+        let locked = self.lock()?;
+        check(replaces, self.stat(key.as_str())?.as_ref())?;
         renameat(self.root.as_fd(), upload_path(upload)?.as_str(), &parent, name)
             .map_err(|e| failed("cannot put the object in place", e))?;
-        File::from(parent).sync_all().map_err(|e| failed("cannot sync the object's directory", e))
+        drop(locked);
+        File::from(parent).sync_all().map_err(|e| failed("cannot sync the object's directory", e))?;
+        Ok(tag(&stat))
     }
 
     fn remove_upload(&self, upload: &str) -> Result<()> {
@@ -456,6 +468,16 @@ fn is_file(stat: &FileStat) -> bool {
 
 fn is_directory(stat: &FileStat) -> bool {
     has_type(stat, SFlag::S_IFDIR)
+}
+
+/// Whether a file is what is to be replaced.
+fn check(replaces: &Replaces, found: Option<&FileStat>) -> Result<()> {
+    let etag = found.map(tag);
+    if replaces.allows(found.map(|_| etag.as_deref())) {
+        return Ok(());
+    }
+    let what = "the object is not what was to be replaced; somebody else has written it";
+    Err(Error::new(ErrorKind::Conflict, what))
 }
 
 /// Inode, size and mtime: another content has another tag.

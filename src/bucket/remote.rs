@@ -15,10 +15,12 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload,
-    TagSet,
+    TagSet, UpdateVersion,
 };
+use parking_lot::Mutex;
 
-use super::{Listing, ObjectKey, ObjectMeta, Tags};
+use super::signed;
+use super::{Conditions, Listing, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A store behind object_store's traits.
@@ -31,10 +33,14 @@ pub(super) struct RemoteStore {
     prefix: Option<String>,
     /// Whether entity tags are MD5s, and those of objects made of parts follow from the parts' tags.
     md5_etags: AtomicBool,
+    /// Whether the store has been shown to keep to conditions.
+    conditions: Mutex<Conditions>,
+    /// Whether its conditions are about versions instead of entity tags.
+    versions: bool,
     /// Whether objects can have tags.
     has_tags: bool,
     /// What else it cannot do.
-    lacks: Option<&'static str>,
+    limitation: Option<&'static str>,
 }
 
 impl RemoteStore {
@@ -45,9 +51,20 @@ impl RemoteStore {
             pages: None,
             prefix: None,
             md5_etags: AtomicBool::new(false),
+            conditions: Mutex::default(),
+            versions: false,
             has_tags: false,
-            lacks: None,
+            limitation: None,
         }
+    }
+
+    /// Which conditions the store keeps to.
+    pub(super) fn conditions(&self) -> Conditions {
+        *self.conditions.lock()
+    }
+
+    pub(super) fn set_conditions(&self, conditions: Conditions) {
+        *self.conditions.lock() = conditions;
     }
 
     /// S3, and what speaks its language.
@@ -58,12 +75,16 @@ impl RemoteStore {
     /// Azure Blob Storage.
     pub(super) fn azure(store: MicrosoftAzure, prefix: Option<String>) -> Self {
         let lacks = "objects get no tags, uploads are verified by size only, and parts of failed ones stay for a week";
-        Self { lacks: Some(lacks), ..Self::paged(Arc::new(store), prefix) }
+        Self { limitation: Some(lacks), ..Self::paged(Arc::new(store), prefix) }
     }
 
     /// Google Cloud Storage.
     pub(super) fn google(store: GoogleCloudStorage, prefix: Option<String>) -> Self {
-        Self { lacks: Some("objects get no tags"), ..Self::paged(Arc::new(store), prefix) }
+        Self {
+            limitation: Some("objects get no tags"),
+            versions: true,
+            ..Self::paged(Arc::new(store), prefix)
+        }
     }
 
     fn paged<S: ObjectStore + MultipartStore + PaginatedListStore>(
@@ -80,8 +101,13 @@ impl RemoteStore {
     }
 
     /// What the store cannot do, in words.
-    pub(super) fn lacks(&self) -> Option<&'static str> {
-        self.lacks
+    pub(super) fn limitation(&self) -> Option<String> {
+        let Conditions { creations, updates, completions, removals } = self.conditions();
+        let unconditional = (!(creations && updates && completions && removals)).then_some(
+            "the store does not refuse all that would replace another host's object: that is looked for before",
+        );
+        let words: Vec<_> = self.limitation.into_iter().chain(unconditional).collect();
+        (!words.is_empty()).then(|| words.join("; "))
     }
 
     /// Whether an object's entity tag tells what is in it.
@@ -240,28 +266,73 @@ impl RemoteStore {
         Ok(())
     }
 
-    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes, tags: &Tags) -> Result<()> {
-        let options = PutOptions { tags: tag_set(tags), ..PutOptions::default() };
-        let put = self.store.put_opts(&self.path(key)?, PutPayload::from_bytes(bytes), options).await;
-        put.map(drop).map_err(|e| translated("cannot write the object", ErrorKind::UploadFailed, e))
+    /// Writes an object; returns its tag.
+    pub(super) async fn put(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        tags: &Tags,
+        replaces: &Replaces,
+    ) -> Result<Option<String>> {
+        let conditions = self.conditions();
+        let mode = match replaces {
+            Replaces::Nothing if conditions.creations => PutMode::Create,
+            Replaces::Tag(tag) if conditions.updates => PutMode::Update(self.version(key, tag).await?),
+            _ => {
+                self.check(key, replaces).await?;
+                PutMode::Overwrite
+            }
+        };
+        let options = PutOptions { mode, tags: tag_set(tags), ..PutOptions::default() };
+        let payload = PutPayload::from_bytes(bytes);
+        let put = self.store.put_opts(&self.path(key)?, payload, options).await;
+        put.map(|put| put.e_tag).map_err(|e| written("cannot write the object", replaces, e))
     }
 
-    /// Writes an object unless there is one.
-    pub(super) async fn create(&self, key: &ObjectKey, bytes: Bytes) -> Result<bool> {
-        let options = PutOptions::from(PutMode::Create);
-        match self.store.put_opts(&self.path(key)?, PutPayload::from_bytes(bytes), options).await {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                Ok(false)
+    /// The object with a tag as the store's conditions have it.
+    async fn version(&self, key: &ObjectKey, tag: &str) -> Result<UpdateVersion> {
+        if !self.versions {
+            return Ok(UpdateVersion { e_tag: Some(tag.to_owned()), version: None });
+        }
+        match self.store.head(&self.path(key)?).await {
+            Ok(meta) if meta.e_tag.as_deref() == Some(tag) => {
+                Ok(UpdateVersion { e_tag: meta.e_tag, version: meta.version })
             }
-            Err(error) => Err(translated("cannot write the object", ErrorKind::UploadFailed, error)),
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => Err(conflict("cannot write the object")),
+            Err(error) => Err(translated("cannot look up the object", ErrorKind::Io, error)),
         }
     }
 
-    pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
-        match self.store.delete(&self.path(key)?).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(translated("cannot remove the object", ErrorKind::Io, error)),
+    /// Whether the object is what is to be replaced, for a store that does not look itself.
+    async fn check(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
+        if *replaces == Replaces::Anything {
+            return Ok(());
+        }
+        let meta = self.head(key).await?;
+        if replaces.allows(meta.as_ref().map(|meta| meta.etag.as_deref())) {
+            return Ok(());
+        }
+        Err(conflict("cannot write the object"))
+    }
+
+    pub(super) async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
+        let what = "cannot remove the object";
+        let path = self.path(key)?;
+        let removed =
+            async {
+                if !self.conditions().removals {
+                    self.check(key, replaces).await?;
+                }
+                match signed::with_headers(replaces.headers(), self.store.delete(&path)).await {
+                    Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+                    Err(error) => Err(refused(what, replaces, &error)
+                        .unwrap_or_else(|| translated(what, ErrorKind::Io, error))),
+                }
+            };
+        match removed.await {
+            // Gone already, which is what was wanted.
+            Err(error) if error.kind() == ErrorKind::Conflict && self.head(key).await?.is_none() => Ok(()),
+            removed => removed,
         }
     }
 
@@ -294,11 +365,19 @@ impl RemoteStore {
         key: &ObjectKey,
         upload: &str,
         parts: Vec<String>,
+        replaces: &Replaces,
     ) -> Result<()> {
+        let is_asked = self.conditions().completions;
+        if !is_asked {
+            self.check(key, replaces).await?;
+        }
         let upload = upload.to_owned();
         let parts = parts.into_iter().map(|content_id| PartId { content_id }).collect();
-        let completed = self.uploads.complete_multipart(&self.path(key)?, &upload, parts).await;
-        completed.map(drop).map_err(|e| translated("cannot complete the upload", ErrorKind::UploadFailed, e))
+        let path = self.path(key)?;
+        let headers = if is_asked { replaces.headers() } else { Vec::new() };
+        let complete = self.uploads.complete_multipart(&path, &upload, parts);
+        let completed = signed::with_headers(headers, complete).await;
+        completed.map(drop).map_err(|e| written("cannot complete the upload", replaces, e))
     }
 
     pub(super) async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()> {
@@ -307,6 +386,28 @@ impl RemoteStore {
             Err(error) => Err(translated("cannot abort the upload", ErrorKind::Io, error)),
         }
     }
+}
+
+/// An error of a request that writes.
+fn written(what: &str, replaces: &Replaces, error: object_store::Error) -> Error {
+    refused(what, replaces, &error).unwrap_or_else(|| translated(what, ErrorKind::UploadFailed, error))
+}
+
+/// The error of a condition that did not hold, if it is one.
+fn refused(what: &str, replaces: &Replaces, error: &object_store::Error) -> Option<Error> {
+    use object_store::Error as Store;
+    let is_condition = match error {
+        Store::AlreadyExists { .. } | Store::Precondition { .. } | Store::NotModified { .. } => true,
+        // An object that is not there is not the one that was to be replaced (S3 API Reference, "PutObject", If-Match).
+        Store::NotFound { .. } => Said::by(error).code.as_deref() == Some("NoSuchKey"),
+        _ => false,
+    };
+    (is_condition && *replaces != Replaces::Anything).then(|| conflict(what).because(Said::by(error)))
+}
+
+fn conflict(what: &str) -> Error {
+    let reason = "it is not what was to be replaced; somebody else has written it";
+    Error::new(ErrorKind::Conflict, format!("{what}: {reason}"))
 }
 
 /// A request for bytes of one content.

@@ -182,7 +182,7 @@ impl Mounted {
         }
         let catalog = Catalog::new(catalog).with_workspace(Workspace::in_directory(&state.lengths()));
         let buckets = runtime.block_on(open_buckets(settings, &limits))?;
-        let lack = |bucket: &Bucket| Some(format!("bucket {}: {}", bucket.name(), bucket.lacks()?));
+        let lack = |bucket: &Bucket| Some(format!("bucket {}: {}", bucket.name(), bucket.limitation()?));
         let notes: Vec<_> = buckets.values().filter_map(lack).collect();
         let policy = Arc::new(settings.policy()?);
         let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();

@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use super::part_log::{Part, PartLog};
 use super::queue::JobQueue;
 use super::upload::MAX_PARTS_IN_FLIGHT;
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Tags};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 
 impl JobQueue {
@@ -47,5 +47,8 @@ async fn copy_parts(bucket: &Bucket, source: &ObjectMeta, log: &Arc<PartLog>) ->
     .buffer_unordered(MAX_PARTS_IN_FLIGHT)
     .try_collect::<()>()
     .await?;
-    bucket.complete_upload(to, &log.name().id, log.ids(parts)?, source.object_size).await.map(drop)
+    bucket
+        .complete_upload(to, &log.name().id, log.ids(parts)?, source.object_size, &Replaces::Anything)
+        .await
+        .map(drop)
 }

@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use super::job::Job;
 use super::status::{Status, StatusImage};
-use crate::bucket::{Bucket, ObjectKey};
+use crate::bucket::{Bucket, ObjectKey, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Beats in the time of a lease.
@@ -150,7 +150,8 @@ impl Lease {
 
     async fn put(&self, beat: &Beat) -> Result<()> {
         let json = serde_json::to_vec(beat).expect("a beat has only string keys");
-        self.bucket.put_control(&beat_name(&self.directory, self.epoch), Bytes::from(json)).await
+        let name = beat_name(&self.directory, self.epoch);
+        self.bucket.put_control(&name, Bytes::from(json), &Replaces::Anything).await.map(drop)
     }
 }
 
@@ -212,7 +213,7 @@ async fn create(bucket: &Bucket, directory: &str, epoch: u64, job: &Job) -> Resu
 
 async fn read<T: serde::de::DeserializeOwned>(bucket: &Bucket, name: &str) -> Result<Option<T>> {
     match bucket.read_control(name).await {
-        Ok(bytes) => Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok())),
+        Ok(file) => Ok(file.and_then(|file| serde_json::from_slice(&file.bytes).ok())),
         // It was replaced between two requests: the next look tells.
         Err(error) if matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::NotFound) => Ok(None),
         Err(error) => Err(error),

@@ -18,7 +18,7 @@ use super::part_log::{PartLog, UploadName};
 use super::retry::Retries;
 use super::status::{JobState, Status, StatusImage};
 use super::upload::{Attempt, Uploaded};
-use crate::bucket::{Bucket, ObjectKey, Tags};
+use crate::bucket::{Bucket, ObjectKey, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::policy::Policy;
@@ -600,7 +600,10 @@ impl Inner {
         let put = async move {
             let request = owned.request();
             let bucket = inner.bucket(&request.bucket)?;
-            bucket.put(&request.key.with_suffix(".status")?, Bytes::from(json)).await
+            bucket
+                .put(&request.key.with_suffix(".status")?, Bytes::from(json), &Replaces::Anything)
+                .await
+                .map(drop)
         };
         let late = |_| Err(Error::new(ErrorKind::TimedOut, "the store did not answer in time"));
         let limited = async move { tokio::time::timeout(STATUS_LIMIT, put).await.unwrap_or_else(late) };
@@ -633,7 +636,7 @@ impl Inner {
         for (suffix, digest) in [(".sha256", &uploaded.sha256), (".md5", &uploaded.md5)] {
             let put = async {
                 let line = checksum_line(digest, key.file_name());
-                bucket.put(&key.with_suffix(suffix)?, Bytes::from(line)).await
+                bucket.put(&key.with_suffix(suffix)?, Bytes::from(line), &Replaces::Anything).await
             };
             if let Err(error) = put.await {
                 warn!(job = job.id(), "a checksum file could not be written: {}", error.report());

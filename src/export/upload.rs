@@ -12,7 +12,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::digests::Digests;
 use super::job::Job;
 use super::part_log::{Part, PartLog};
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::units::{FileOffset, MIB};
@@ -165,7 +165,7 @@ impl Attempt<'_> {
         {
             return Err(Error::new(ErrorKind::Busy, "another host has taken the job over"));
         }
-        match self.bucket.complete_upload(self.key, &log.name().id, ids, size).await {
+        match self.bucket.complete_upload(self.key, &log.name().id, ids, size, &Replaces::Anything).await {
             // The store may have done it, and its answer been lost: asked again, it knows no such upload.
             Err(error) if error.kind() == ErrorKind::NotFound => self.in_place(log, size).await?.ok_or(error),
             completed => completed,
@@ -208,7 +208,7 @@ impl Attempt<'_> {
         digests.add(0, &bytes).await?;
         let (sha256, md5) = digests.finish().await?;
         self.job.set_publishing();
-        self.bucket.put_tagged(self.key, bytes, &self.job.request().tags).await?;
+        self.bucket.put_tagged(self.key, bytes, &self.job.request().tags, &Replaces::Anything).await?;
         let meta = self.bucket.verify(self.key, size, Some(&format!("\"{md5}\""))).await?;
         self.job.uploaded(size);
         self.metrics.uploaded_bytes.add(size);

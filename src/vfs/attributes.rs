@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use tracing::warn;
 
 use super::{AttrChange, ObjectName, Vfs};
-use crate::bucket::{Bucket, ObjectKey};
+use crate::bucket::{Bucket, ObjectKey, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long attributes that were read from a bucket are believed: other hosts may change them.
@@ -139,8 +139,8 @@ impl Vfs {
             return Ok(());
         }
         let bucket = self.bucket(&name.0)?;
-        let bytes = bucket.read_control(&document_name(name.1.as_ref())).await?;
-        let files = match bytes.map(|bytes| serde_json::from_slice::<Document>(&bytes)) {
+        let file = bucket.read_control(&document_name(name.1.as_ref())).await?;
+        let files = match file.map(|file| serde_json::from_slice::<Document>(&file.bytes)) {
             None => BTreeMap::new(),
             Some(Ok(document)) => document.files,
             Some(Err(error)) => {
@@ -366,7 +366,7 @@ async fn save(
     let document = Document { version: 1, directory, files };
     let json = serde_json::to_vec(&document)
         .map_err(|e| Error::new(ErrorKind::Internal, "attributes cannot be encoded").because(e))?;
-    bucket.put_control(&name, Bytes::from(json)).await
+    bucket.put_control(&name, Bytes::from(json), &Replaces::Anything).await.map(drop)
 }
 
 #[cfg(test)]
