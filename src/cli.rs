@@ -2,11 +2,13 @@
 
 mod check;
 mod convert;
+mod daemon;
 mod helper;
 mod info;
 mod jobs;
 mod mount;
 mod mount_table;
+mod mountpoint;
 mod progress;
 mod source;
 mod wait;

@@ -2,12 +2,15 @@
 
 mod document;
 mod option;
+mod paths;
+mod secret;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub use document::Secret;
 pub use option::{MountOption, OPTIONS};
+pub use paths::{default_state, home_directory};
+pub use secret::Secret;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
@@ -312,36 +315,6 @@ impl MountSettings {
     }
 }
 
-/// The directory where a mount keeps its journal when none is given: under `base`, named by the mount point.
-///
-/// The name is the path with `/` as `-` and every other byte that is not alphanumeric, `_`, `.` or `:` as `\xNN`,
-/// as systemd-escape writes it.
-pub fn default_state(base: &Path, mountpoint: &Path) -> PathBuf {
-    let path = mountpoint.as_os_str().as_encoded_bytes();
-    let path = path.strip_prefix(b"/").unwrap_or(path);
-    let mut name = String::new();
-    for &byte in path {
-        match byte {
-            b'/' => name.push('-'),
-            b'_' | b':' | b'.' => name.push(byte as char),
-            byte if byte.is_ascii_alphanumeric() => name.push(byte as char),
-            byte => name.push_str(&format!("\\x{byte:02x}")),
-        }
-    }
-    if name.is_empty() || name.starts_with('.') {
-        name.insert(0, '-');
-    }
-    base.join("freightfs").join(name)
-}
-
-/// The user's home directory: $HOME, or what the user database says. mount(8) clears the environment when an ordinary
-/// user mounts by fstab.
-pub fn home_directory() -> Option<PathBuf> {
-    let variable = std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
-    variable
-        .or_else(|| nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.dir))
-}
-
 fn split_options(options: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut escaped = false;
@@ -431,14 +404,5 @@ mod tests {
         ] {
             assert_eq!(CatalogSetting::named(Path::new(named)), expected);
         }
-    }
-
-    #[test]
-    fn state_directories_are_named_by_the_mount_point() {
-        let name = |path: &str| default_state(Path::new("/s"), Path::new(path)).display().to_string();
-        assert_eq!(name("/mnt/a b"), r"/s/freightfs/mnt-a\x20b");
-        assert_eq!(name("/mnt-a"), r"/s/freightfs/mnt\x2da");
-        assert_eq!(name("/"), "/s/freightfs/-");
-        assert_eq!(name("/.."), "/s/freightfs/-..");
     }
 }

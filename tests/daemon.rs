@@ -3,8 +3,9 @@
 
 mod support;
 
+use std::io::Write;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use support::mount::World;
 use support::proxied::until;
@@ -78,6 +79,53 @@ fn signals_and_umount_end_the_daemon_with_success() {
     until("the first mount", || mount.path("images").is_dir());
     mount.unmount();
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_signal_ends_the_daemon_while_somebody_is_in_the_mount() {
+    if !can_mount() {
+        return;
+    }
+    for signal in ["TERM", "INT"] {
+        let world = World::new();
+        images::noise(&world.catalog(), 1 << 20);
+        let mount = world.mount(&[]);
+        std::fs::write(mount.key("k"), "kept").unwrap();
+        let mut visitor = Command::new("sleep").arg("100").current_dir(mount.key("")).spawn().unwrap();
+        let open = std::fs::File::open(mount.key("k")).unwrap();
+        let mut writing = std::fs::File::create(mount.key("half")).unwrap();
+        writing.write_all(b"not closed").unwrap();
+        let (daemon, place) = (mount.pid(), world.path("mnt").display().to_string());
+        mount.signal(signal);
+        assert!(visitor.try_wait().unwrap().is_none(), "the visitor lives");
+        assert!(!std::fs::read_to_string("/proc/mounts").unwrap().contains(&place), "{signal}: {daemon}");
+        assert!(open.metadata().is_err(), "the open file has lost its mount");
+        visitor.kill().unwrap();
+        visitor.wait().unwrap();
+        // Nothing is left in the way of the next mount.
+        let mount = world.mount(&[]);
+        assert_eq!(std::fs::read_to_string(mount.key("k")).unwrap(), "kept");
+        mount.unmount();
+    }
+}
+
+#[test]
+fn the_daemon_may_open_as_many_files_as_its_hard_limit_allows() {
+    if !can_mount() {
+        return;
+    }
+    let world = World::new();
+    let bucket = format!("b=file://{}", world.bucket().display());
+    let mount = world.mount_command(&["--bucket", &bucket]);
+    let mut limited = command("bash");
+    limited.args(["-c", "ulimit -Sn 200; ulimit -Hn 900; exec \"$@\"", "bash"]);
+    limited.arg(mount.get_program()).args(mount.get_args());
+    succeed(&mut limited);
+    let mount = world.at();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", mount.pid())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["900", "900"], "{files}");
+    mount.unmount();
 }
 
 #[test]

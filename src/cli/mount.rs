@@ -1,20 +1,17 @@
-//! `freightfs mount`: wiring, daemon, signals, end.
+//! `freightfs mount`: wiring, signals, end.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::mount_table::mount_table;
-use super::{FAILED, MountArguments, OK, cores};
+use super::mountpoint::{detach, mountpoint, source};
+use super::{MountArguments, OK, cores, daemon};
 use crate::bucket::{BlockCache, Bucket, Pace, RequestLimits};
 use crate::catalog::{BucketFiles, Catalog, CatalogStore, LocalFiles};
 use crate::convert::Workspace;
@@ -23,15 +20,11 @@ use crate::export::{JobQueue, QueueSettings, RecordedFile, Retries, StateDir, St
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
+use crate::policy::Policy;
 use crate::settings::{
     CACHE, CatalogSetting, JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, RETRIES, default_state,
-    home_directory,
 };
 use crate::vfs::{Vfs, VfsSettings};
-
-/// What the daemon says at last on its standard output when the mount answers, after notes; anything else is the reason
-/// why not.
-const READY: &str = "ready\n";
 
 /// The name of the bucket that the catalog is, where it is one.
 const CATALOG: &str = "catalog";
@@ -39,17 +32,18 @@ const CATALOG: &str = "catalog";
 /// How long fsync and `wait` wait for a job, at most: ZStack's default time-out of an export.
 const WAIT_LIMIT: Duration = Duration::from_secs(3 * 3600);
 
-/// Bytes from which a log is put aside at start.
-const LOG_LIMIT: u64 = 10 << 20;
+/// How long the daemon may take to end after a signal. What a store has not answered by then is interrupted, as a crash
+/// would interrupt it, and the next mount resumes it. systemd kills after 90 seconds.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
     let (settings, catalog) = settings(arguments)?;
     if !arguments.foreground && !arguments.report_ready {
-        return start_daemon(arguments);
+        return daemon::start(arguments);
     }
     let mounted = Mounted::new(arguments, &settings, catalog);
     if arguments.report_ready {
-        report(&mounted)?;
+        daemon::report(mounted.as_ref().map(|mounted| &*mounted.notes))?;
     }
     let mounted = mounted?;
     // For a unit of the type notify; nobody listens elsewhere.
@@ -90,59 +84,6 @@ fn settings(arguments: &MountArguments) -> Result<(MountSettings, CatalogSetting
     Ok((settings, catalog))
 }
 
-/// Starts this program again as a daemon, and returns when its mount answers or with its reason.
-fn start_daemon(arguments: &MountArguments) -> Result<u8> {
-    let failed = |e| Error::from_io("cannot start the daemon", e);
-    let program = std::env::current_exe().map_err(failed)?;
-    let flags = arguments.flags.words();
-    let options = arguments.options.iter().flat_map(|options| ["-o", options]);
-    let mut child = Command::new(program)
-        .arg("mount")
-        .args(flags)
-        .args(options)
-        .arg("--report-ready")
-        .arg("--")
-        .args([&arguments.catalog, &arguments.mountpoint])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    let mut said = String::new();
-    if let Some(mut stdout) = child.stdout.take() {
-        stdout.read_to_string(&mut said).map_err(failed)?;
-    }
-    if let Some(notes) = said.strip_suffix(READY) {
-        eprint!("{notes}");
-        return Ok(OK);
-    }
-    let status = child.wait().map_err(failed)?;
-    if said.is_empty() {
-        return Err(Error::new(ErrorKind::Internal, format!("the daemon ended without a reason: {status}")));
-    }
-    eprint!("{said}");
-    Ok(FAILED)
-}
-
-/// Tells the waiting parent how it went and lets go of its terminal.
-fn report(mounted: &Result<Mounted>) -> Result<()> {
-    let line = match mounted {
-        Ok(mounted) => {
-            let notes: String = mounted.notes.iter().map(|note| format!("freightfs: {note}\n")).collect();
-            notes + READY
-        }
-        Err(error) => format!("freightfs: {}\n", error.report()),
-    };
-    let failed = |e: std::io::Error| Error::from_io("cannot detach", e);
-    let mut stdout = std::io::stdout();
-    stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()).map_err(failed)?;
-    if mounted.is_err() {
-        std::process::exit(FAILED.into());
-    }
-    let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
-    nix::unistd::dup2_stdout(&null).map_err(|e| failed(e.into()))?;
-    nix::unistd::dup2_stderr(&null).map_err(|e| failed(e.into()))
-}
-
 /// A mount that answers.
 struct Mounted {
     session: MountedSession,
@@ -156,113 +97,91 @@ struct Mounted {
 }
 
 impl Mounted {
+    /// Mounts. Whatever can fail comes before the kernel is asked for the mount, cheap checks first.
     fn new(arguments: &MountArguments, settings: &MountSettings, catalog: CatalogSetting) -> Result<Self> {
         let mountpoint = mountpoint(&arguments.mountpoint, settings)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(cores())
-            .max_blocking_threads(1024)
-            .thread_keep_alive(Duration::from_secs(60))
-            .enable_all()
-            .build()
-            .map_err(|e| Error::from_io("cannot start the runtime", e))?;
+        let runtime = runtime()?;
+        let handle = runtime.handle();
         let limits = limits(settings);
-        let catalog = open_catalog(catalog, &limits, runtime.handle())?;
-        let state_path = match &settings.state {
-            Some(path) => std::path::absolute(path)
-                .map_err(|e| Error::from_io("cannot resolve the state directory", e))?,
-            None => default_state(&state_base()?, &mountpoint),
-        };
+        let catalog = open_catalog(catalog, &limits, handle)?;
+        let state_path = state_path(settings, &mountpoint)?;
         let state = StateDir::open(&state_path)?;
-        if arguments.report_ready {
-            // The daemon's own session: signals of the terminal do not reach it.
-            nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
-            log_to_file(&state_path)?;
-        } else {
-            log_to_terminal();
-        }
+        daemon::begin(arguments.report_ready, &state_path)?;
         let catalog = Catalog::new(catalog).with_workspace(Workspace::in_directory(&state.lengths()));
         let buckets = runtime.block_on(open_buckets(settings, &limits))?;
-        let lack = |bucket: &Bucket| Some(format!("bucket {}: {}", bucket.name(), bucket.limitation()?));
-        let notes: Vec<_> = buckets.values().filter_map(lack).collect();
         let policy = Arc::new(settings.policy()?);
-        let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();
-        if formats.is_empty() {
-            let what = format!("policy {:?} offers none of the formats that were chosen", policy.name);
-            return Err(Error::new(ErrorKind::Malformed, what));
-        }
-        let seconds = settings.lease.unwrap_or(LEASE);
-        let lease = settings.shared.then(|| Duration::from_secs(seconds.into()));
         let metrics = Arc::new(Metrics::default());
-        let handle = runtime.handle().clone();
-        let jobs = JobQueue::new(
-            buckets.clone(),
-            state.journal(),
-            Arc::clone(&metrics),
-            QueueSettings {
-                running: settings.jobs.unwrap_or(JOBS),
-                lease,
-                policy: Arc::clone(&policy),
-                retries: Retries { count: settings.retries.unwrap_or(RETRIES), ..Retries::default() },
-            },
-            handle.clone(),
-        );
-        let vfs_settings = VfsSettings {
-            formats,
-            policy,
-            bucket_facts: buckets.keys().map(|name| (name.clone(), settings.bucket_facts(name))).collect(),
-            read_to_end: settings.read_to_end(),
-            wait: settings.wait,
-            wait_limit: WAIT_LIMIT,
-            uid: settings.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),
-            gid: settings.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
-            umask: settings.umask.unwrap_or(0),
-            staging: state.staging(),
-            stage_limit: settings.stage_limit,
-            shown_config: settings.shown(&catalog.place(), &mountpoint, &state_path),
-        };
-        let options = FuseOptions {
-            source: source(&arguments.catalog).display().to_string(),
-            allow_other: settings.allow_other,
-            read_only: settings.read_only,
-            threads: (2 * cores()).max(4),
-        };
+        let jobs = job_queue(settings, &policy, &buckets, &state, &metrics, handle);
+        let shown_config = settings.shown(&catalog.place(), &mountpoint, &state_path);
+        let vfs_settings = vfs_settings(settings, &policy, &buckets, &state, shown_config)?;
+        let notes = limitations(&buckets);
         let vfs = Arc::new(Vfs::new(catalog, buckets, jobs.clone(), metrics, vfs_settings, handle.clone()));
-        let session = MountedSession::new(Arc::clone(&vfs), handle, &mountpoint, &options)?;
+        let options = fuse_options(arguments, settings);
+        let session = MountedSession::new(Arc::clone(&vfs), handle.clone(), &mountpoint, &options)?;
         notes.iter().for_each(|note| warn!("{note}"));
         info!(mountpoint = %mountpoint.display(), state = %state_path.display(), "mounted");
         Ok(Self { session, mountpoint, jobs, vfs, notes, runtime, _state: state })
     }
 
-    /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and
-    /// the next mount with this state directory goes on with them.
+    /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and the next
+    /// mount with this state directory resumes them.
     fn serve(mut self) -> Result<()> {
         let vfs = Arc::clone(&self.vfs);
         self.jobs.resume(|image| resolve(&vfs, image))?;
-        let signalled = Arc::new(AtomicBool::new(false));
         let unmounter = self.session.unmounter();
-        let ended = self.runtime.spawn(on_signal(unmounter, self.mountpoint.clone(), Arc::clone(&signalled)));
+        let signalled = self.runtime.spawn(signalled());
         let saver = Arc::clone(&vfs);
         let saving = self.runtime.spawn(async move { saver.keep_saving_attributes().await });
-        let result = self.session.run();
-        self.runtime.block_on(vfs.end_drafts());
-        if !signalled.load(Ordering::SeqCst) {
-            let left = self.jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
-            if left > 0 {
-                info!("unmounted; finishing {left} jobs");
-            }
-            self.runtime.block_on(async {
-                tokio::select! {
-                    () = self.jobs.drain() => {}
-                    _ = ended => {}
+        let mut ended = serve_session(self.session)?;
+        let (result, by_signal) = self.runtime.block_on(async {
+            tokio::pin!(signalled);
+            tokio::select! {
+                result = &mut ended => {
+                    vfs.end_drafts().await;
+                    (result, drain(&self.jobs, signalled).await)
                 }
-            });
+                _ = &mut signalled => (unmount(unmounter, &self.mountpoint, ended).await, true),
+            }
+        });
+        if by_signal {
+            info!("ending by signal; unfinished jobs stay recorded");
         }
-        self.runtime.block_on(self.jobs.stop());
         saving.abort();
-        self.runtime.block_on(vfs.save_attributes());
+        let stop = async {
+            vfs.end_drafts().await;
+            self.jobs.stop().await;
+            vfs.save_attributes().await;
+        };
+        if self.runtime.block_on(async { tokio::time::timeout(STOP_LIMIT, stop).await }).is_err() {
+            warn!("a store did not answer within {} s; the next mount resumes", STOP_LIMIT.as_secs());
+        }
         info!("ended");
         self.runtime.shutdown_timeout(Duration::from_secs(1));
-        result
+        // The session that ended without a result was cut off by the signal.
+        result.unwrap_or(Ok(()))
+    }
+}
+
+/// Serves the kernel's requests on a thread of its own; gives the session's result. Nobody waits for the thread: somebody's
+/// working directory or open file keeps a session alive that is detached already, and only the process's end ends it.
+fn serve_session(session: MountedSession) -> Result<oneshot::Receiver<Result<()>>> {
+    let (tell, ended) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("session".to_owned())
+        .spawn(move || drop(tell.send(session.run())))
+        .map_err(|e| Error::from_io("cannot serve the mount", e))?;
+    Ok(ended)
+}
+
+/// Finishes the jobs of a mount that is gone. Returns whether a signal came first.
+async fn drain(jobs: &JobQueue, signalled: impl Future) -> bool {
+    let left = jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
+    if left > 0 {
+        info!("unmounted; finishing {left} jobs");
+    }
+    tokio::select! {
+        () = jobs.drain() => false,
+        _ = signalled => true,
     }
 }
 
@@ -312,8 +231,88 @@ async fn open_buckets(settings: &MountSettings, limits: &RequestLimits) -> Resul
     Ok(buckets)
 }
 
-/// Unmounts at SIGTERM and SIGINT; a mount that is busy is detached, and its open files end with the process.
-async fn on_signal(mut unmounter: Unmounter, mountpoint: PathBuf, signalled: Arc<AtomicBool>) {
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores())
+        .max_blocking_threads(1024)
+        .thread_keep_alive(Duration::from_secs(60))
+        .enable_all()
+        .build()
+        .map_err(|e| Error::from_io("cannot start the runtime", e))
+}
+
+fn state_path(settings: &MountSettings, mountpoint: &Path) -> Result<PathBuf> {
+    match &settings.state {
+        Some(path) => {
+            std::path::absolute(path).map_err(|e| Error::from_io("cannot resolve the state directory", e))
+        }
+        None => default_state(mountpoint),
+    }
+}
+
+/// What the user should know of the buckets' stores.
+fn limitations(buckets: &BTreeMap<String, Bucket>) -> Vec<String> {
+    let limitation = |bucket: &Bucket| Some(format!("bucket {}: {}", bucket.name(), bucket.limitation()?));
+    buckets.values().filter_map(limitation).collect()
+}
+
+fn job_queue(
+    settings: &MountSettings,
+    policy: &Arc<Policy>,
+    buckets: &BTreeMap<String, Bucket>,
+    state: &StateDir,
+    metrics: &Arc<Metrics>,
+    runtime: &Handle,
+) -> JobQueue {
+    let seconds = settings.lease.unwrap_or(LEASE);
+    let queue_settings = QueueSettings {
+        running: settings.jobs.unwrap_or(JOBS),
+        lease: settings.shared.then(|| Duration::from_secs(seconds.into())),
+        policy: Arc::clone(policy),
+        retries: Retries { count: settings.retries.unwrap_or(RETRIES), ..Retries::default() },
+    };
+    JobQueue::new(buckets.clone(), state.journal(), Arc::clone(metrics), queue_settings, runtime.clone())
+}
+
+fn vfs_settings(
+    settings: &MountSettings,
+    policy: &Arc<Policy>,
+    buckets: &BTreeMap<String, Bucket>,
+    state: &StateDir,
+    shown_config: String,
+) -> Result<VfsSettings> {
+    let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();
+    if formats.is_empty() {
+        let what = format!("policy {:?} offers none of the formats that were chosen", policy.name);
+        return Err(Error::new(ErrorKind::Malformed, what));
+    }
+    Ok(VfsSettings {
+        formats,
+        policy: Arc::clone(policy),
+        bucket_facts: buckets.keys().map(|name| (name.clone(), settings.bucket_facts(name))).collect(),
+        read_to_end: settings.read_to_end(),
+        wait: settings.wait,
+        wait_limit: WAIT_LIMIT,
+        uid: settings.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),
+        gid: settings.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
+        umask: settings.umask.unwrap_or(0),
+        staging: state.staging(),
+        stage_limit: settings.stage_limit,
+        shown_config,
+    })
+}
+
+fn fuse_options(arguments: &MountArguments, settings: &MountSettings) -> FuseOptions {
+    FuseOptions {
+        source: source(&arguments.catalog).display().to_string(),
+        allow_other: settings.allow_other,
+        read_only: settings.read_only,
+        threads: (2 * cores()).max(4),
+    }
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn signalled() {
     let (Ok(mut terminate), Ok(mut interrupt)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
@@ -324,112 +323,23 @@ async fn on_signal(mut unmounter: Unmounter, mountpoint: PathBuf, signalled: Arc
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    signalled.store(true, Ordering::SeqCst);
-    info!("ending by signal; unfinished jobs stay recorded");
-    let _ = tokio::task::spawn_blocking(move || {
-        if let Err(error) = unmounter.unmount() {
+}
+
+/// Takes the mount away. A busy one is detached: it is out of the tree at once, and whoever has it open or as working
+/// directory loses it when the process ends. Returns the session's result, where that ended.
+async fn unmount(
+    mut unmounter: Unmounter,
+    mountpoint: &Path,
+    ended: oneshot::Receiver<Result<()>>,
+) -> Result<Result<()>, oneshot::error::RecvError> {
+    let place = mountpoint.to_owned();
+    let unmounted = tokio::task::spawn_blocking(move || match unmounter.unmount() {
+        Ok(()) => true,
+        Err(error) => {
             warn!("{}; detaching", error.report());
-            detach(&mountpoint);
+            detach(&place);
+            false
         }
-    })
-    .await;
-}
-
-/// Takes a busy mount out of the tree.
-fn detach(mountpoint: &Path) {
-    let detached = nix::mount::umount2(mountpoint, nix::mount::MntFlags::MNT_DETACH).is_ok();
-    if !detached {
-        let _ = Command::new("fusermount3").args(["-u", "-z", "-q", "--"]).arg(mountpoint).status();
-    }
-}
-
-/// The mount point as an absolute path, checked to be a directory that answers, is empty, and has no mount.
-fn mountpoint(path: &Path, settings: &MountSettings) -> Result<PathBuf> {
-    let place = path.display().to_string();
-    let meta = std::fs::metadata(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENOTCONN) => {
-            let what = "an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`, then mount again";
-            Error::new(ErrorKind::Busy, what).in_file(&place)
-        }
-        Some(libc::ENOENT) => {
-            let what = format!("the mount point does not exist; make it with `mkdir {place}`");
-            Error::new(ErrorKind::NotFound, what).in_file(&place)
-        }
-        _ => Error::from_io("cannot use the mount point", e).in_file(&place),
-    })?;
-    if !meta.is_dir() {
-        return Err(Error::new(ErrorKind::NotDirectory, "the mount point is not a directory").in_file(place));
-    }
-    let path = path
-        .canonicalize()
-        .map_err(|e| Error::from_io("cannot resolve the mount point", e).in_file(&place))?;
-    let refused = |kind, what: String| Err(Error::new(kind, what).in_file(&place));
-    let here: Vec<_> = mount_table()?.into_iter().filter(|mount| mount.path == path).collect();
-    if let Some(mount) = here.iter().find(|mount| mount.kind.starts_with("fuse")) {
-        let what = format!("{} is mounted here already; umount it first", mount.source);
-        return refused(ErrorKind::Busy, what);
-    }
-    // Listing the place of an automount would wait for this very mount.
-    if here.iter().any(|mount| mount.kind == "autofs") {
-        return Ok(path);
-    }
-    let mut entries = std::fs::read_dir(&path)
-        .map_err(|e| Error::from_io("cannot list the mount point", e).in_file(&place))?;
-    if !settings.nonempty && entries.next().is_some() {
-        let what = "the mount point is not empty, and a mount would hide what is in it; choose another directory, or \
-                    give the option nonempty";
-        return refused(ErrorKind::NotEmpty, what.to_owned());
-    }
-    Ok(path)
-}
-
-/// What stands for the catalog in /proc/mounts: the path that fstab has, so that `mount -a` knows it again.
-fn source(catalog: &Path) -> PathBuf {
-    catalog.canonicalize().unwrap_or_else(|_| catalog.to_owned())
-}
-
-/// `$XDG_STATE_HOME`, else /var/lib for root and ~/.local/state for others.
-fn state_base() -> Result<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    if let Some(base) = variable("XDG_STATE_HOME").filter(|p| p.is_absolute()) {
-        return Ok(base);
-    }
-    if nix::unistd::geteuid().is_root() {
-        return Ok(PathBuf::from("/var/lib"));
-    }
-    let missing = || {
-        Error::new(
-            ErrorKind::NotFound,
-            "this user has no home directory; give the state directory with --state",
-        )
-    };
-    Ok(home_directory().ok_or_else(missing)?.join(".local/state"))
-}
-
-fn log_filter() -> tracing_subscriber::EnvFilter {
-    tracing_subscriber::EnvFilter::try_from_env("FREIGHTFS_LOG")
-        .unwrap_or_else(|_| "warn,freightfs=info".into())
-}
-
-/// The terminal's log, or the journal's, which has times and colours of its own.
-fn log_to_terminal() {
-    let log = tracing_subscriber::fmt().with_env_filter(log_filter()).with_writer(std::io::stderr);
-    let _ = if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.with_ansi(false).without_time().try_init()
-    } else {
-        log.with_ansi(std::io::stderr().is_terminal()).try_init()
-    };
-}
-
-/// The daemon's log: `log` in the state directory, put aside as `log.1` at start when it has grown.
-fn log_to_file(state: &Path) -> Result<()> {
-    let path = state.join("log");
-    let failed = |e| Error::from_io("cannot open the log", e).in_file(path.display().to_string());
-    if std::fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
-        std::fs::rename(&path, state.join("log.1")).map_err(failed)?;
-    }
-    let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(log_filter()).with_ansi(false).with_writer(file).try_init();
-    Ok(())
+    });
+    if unmounted.await.unwrap_or(false) { ended.await } else { Ok(Ok(())) }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 use toml::Value;
 
-use super::{CatalogSetting, MountSettings, OPTIONS};
+use super::{CatalogSetting, MountSettings, OPTIONS, Secret};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Largest configuration file that is read, in bytes.
@@ -102,7 +102,7 @@ impl MountSettings {
         }
         let mut client = client_settings(settings, &BUCKET_KEYS).map_err(named)?;
         if let Some(region) = text("region")?.filter(|_| url.starts_with("s3:")) {
-            client.insert("region".to_owned(), Secret(region));
+            client.insert("region".to_owned(), Secret::new(region));
         }
         if let Some(bucket) = self.buckets.last_mut() {
             bucket.client = client;
@@ -133,7 +133,7 @@ fn catalog_setting(value: &Value, directory: &Path) -> Result<CatalogSetting> {
 /// What a store's client is told: all keys of its table but `ours`.
 fn client_settings(settings: &toml::Table, ours: &[&str]) -> Result<BTreeMap<String, Secret>> {
     let others = settings.iter().filter(|(key, _)| !ours.contains(&key.as_str()));
-    others.map(|(key, value)| Ok((key.clone(), Secret(scalar(key, value)?)))).collect()
+    others.map(|(key, value)| Ok((key.clone(), Secret::new(scalar(key, value)?)))).collect()
 }
 
 /// A value as `-o` would have it.
@@ -143,29 +143,6 @@ fn scalar(word: &str, value: &Value) -> Result<String> {
         Value::Integer(number) => Ok(number.to_string()),
         Value::Boolean(truth) => Ok(truth.to_string()),
         _ => Err(Error::new(ErrorKind::Malformed, format!("{word}: a string or a number is needed here"))),
-    }
-}
-
-/// A value that is not shown.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl From<&str> for Secret {
-    fn from(value: &str) -> Self {
-        Self(value.to_owned())
-    }
-}
-
-impl Secret {
-    /// The value, for those who use it.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("…")
     }
 }
 
