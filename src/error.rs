@@ -345,6 +345,14 @@ mod tests {
     fn codes_are_distinct_and_every_kind_is_listed() {
         let codes: HashSet<_> = ErrorKind::ALL.iter().map(|k| k.code()).collect();
         assert_eq!(codes.len(), ErrorKind::ALL.len());
+        let (_, declared) = include_str!("error.rs").split_once("pub enum ErrorKind {\n").unwrap();
+        let declared: Vec<_> = declared
+            .lines()
+            .take_while(|line| *line != "}")
+            .filter_map(|line| line.trim().strip_suffix(','))
+            .collect();
+        let listed: Vec<_> = ErrorKind::ALL.iter().map(|kind| format!("{kind:?}")).collect();
+        assert_eq!(listed, declared);
     }
 
     #[test]

@@ -80,7 +80,13 @@ fn compare(remote: &Mount, place: &str, world: &World, local: &World) {
     }
     assert_eq!(theirs.len(), ours.len());
     assert!(ours.iter().any(|line| line.starts_with("./pair/pair-data1.vhd ")), "{ours:#?}");
-    assert!(ours.iter().any(|line| line.contains("source_invalid") || line.contains("denied")), "{ours:#?}");
+    for (image, code) in [("denied", "reference_denied"), ("broken", "malformed"), ("short", "corrupt_image")]
+    {
+        let json = std::fs::read(mount.path(&format!("images/{image}/image.json"))).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        let disk = json["disks"].get(0).map_or(&json["error"], |disk| &disk["error"]);
+        assert_eq!(disk["code"], code, "{json:#}");
+    }
     for image in ["web/web", "pair/pair", "pair/pair-data1", "top/top", "disk/disk"] {
         let raw = format!("images/{image}.raw");
         assert_same(&remote.path(&raw), &mount.path(&raw));

@@ -100,7 +100,13 @@ fn hostile_bytes_and_truncation_give_errors_or_content_and_never_panic() {
         let format = ImageFormat::from_name(driver).unwrap();
         let (image, raw) = small(driver, options);
         assert!(hostile::read_all(format, image.clone()).unwrap() == raw, "{driver} {options:?}");
-        hostile::damage(format, &image, 30_000);
+        // VHDX has its headers, its metadata and its table each in a megabyte of their own; a fixed VHD has only a footer.
+        let tables = match format {
+            ImageFormat::Vhdx => 0..4 << 20,
+            ImageFormat::Vhd if options.iter().any(|o| o.contains("fixed")) => image.len() - 512..image.len(),
+            _ => 0..30_000,
+        };
+        hostile::damage(format, &image, tables);
         let mut errors = 0;
         let step = image.len() / 300 + 1;
         for length in (0..image.len()).step_by(step) {
@@ -125,7 +131,7 @@ fn hostile_bytes_of_zvhd_give_errors_or_content_and_never_panic() {
         succeed(freightfs().args(["convert", "--quiet"]).arg(&raw).arg(&path));
         let image = std::fs::read(&path).unwrap();
         assert!(hostile::read_all(format, image.clone()).unwrap() == expected[..1 << 20]);
-        hostile::damage(format, &image, 4096 + 200);
+        hostile::damage(format, &image, 0..4096 + 200);
         // Nothing that is cut short passes for whole: the last header counts.
         for length in (0..image.len()).step_by(image.len() / 200) {
             assert!(hostile::read_all(format, image[..length].to_vec()).is_err(), "{suffix} cut at {length}");

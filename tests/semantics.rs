@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use support::images::{self, Random};
 use support::mount::Mount;
+use support::proxied::until;
 use support::targets::{Target, targets};
 use support::{can_mount, command, run, text};
 
@@ -190,8 +191,7 @@ fn an_object_that_changes_behind_the_mounts_back_is_never_mixed() {
         assert!(rest == old[1000..1000 + rest.len()], "{}: mixed bytes", target.name);
         // Opened again it is the new one, at once; its size within the time that attributes are kept.
         assert!(std::fs::read(mount.key("k")).unwrap() == new, "{}", target.name);
-        std::thread::sleep(std::time::Duration::from_secs(6));
-        assert_eq!(mount.key("k").metadata().unwrap().len(), new.len() as u64);
+        until("the new size", || mount.key("k").metadata().unwrap().len() == new.len() as u64);
         drop(reader);
         other.1.unmount();
         mount.unmount();

@@ -4,10 +4,12 @@
 mod support;
 
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use support::images::Random;
 use support::mount::World;
+use support::proxied::until;
 use support::targets::targets;
 use support::{assert_same, can_mount, command, run, sh, text};
 
@@ -246,10 +248,17 @@ fn extended_attributes_are_kept_with_the_object() {
     }
 }
 
-/// Runs a program for a while, sends it a signal, and waits for its end.
-fn interrupted(line: &str, seconds: f64, signal: &str) -> std::process::ExitStatus {
-    let kill = format!("{line} & pid=$!; sleep {seconds}; kill -{signal} $pid 2>/dev/null; wait $pid");
-    run(command("bash").args(["-c", &kill])).status
+/// Runs a program in a process group of its own until a condition holds, sends the program a signal, and waits until
+/// nothing of its group is left: rsync's other processes rename after the one that was killed.
+fn interrupted(program: &[&str], signal: &str, condition: impl FnMut() -> bool) -> std::process::ExitStatus {
+    let mut child =
+        std::process::Command::new(program[0]).args(&program[1..]).process_group(0).spawn().unwrap();
+    let group = child.id().to_string();
+    until("the moment to interrupt", condition);
+    run(command("kill").args([&format!("-{signal}"), &group]));
+    let ended = child.wait().unwrap();
+    until("the end of its group", || !run(command("pgrep").args(["-g", &group])).status.success());
+    ended
 }
 
 #[test]
@@ -262,11 +271,17 @@ fn an_interrupted_rsync_publishes_nothing_and_goes_on() {
         let mount = target.mount();
         std::fs::write(mount.key("x.bin"), "old").unwrap();
         let to = mount.key("x.bin");
-        let rsync = format!("rsync -a --partial --bwlimit=4000 {} {}", source.display(), to.display());
+        let (from, into) = (source.display().to_string(), to.display().to_string());
+        let rsync = ["rsync", "-a", "--partial", "--bwlimit=4000", &from, &into];
+        let is_arriving = || {
+            let names = std::fs::read_dir(mount.key("")).unwrap().flatten();
+            let mut sizes = names
+                .filter(|n| n.file_name().to_string_lossy().starts_with(".x.bin."))
+                .map(|n| n.metadata().map_or(0, |m| m.len()));
+            sizes.any(|size| size > 1 << 20)
+        };
         for signal in ["INT", "KILL"] {
-            assert!(!interrupted(&rsync, 1.0, signal).success());
-            // rsync may still be renaming after the one that was killed.
-            std::thread::sleep(std::time::Duration::from_secs(1));
+            assert!(!interrupted(&rsync, signal, is_arriving).success());
             assert_eq!(target.object("x.bin"), b"old", "{} {signal}", target.name);
         }
         assert!(to.metadata().unwrap().len() < 20 << 20, "the partial file is there to go on with");
@@ -315,9 +330,10 @@ fn a_killed_writer_publishes_nothing_and_the_status_says_so() {
                 whole.display()
             ));
             let to = mount.key(&key);
-            // The first part comes, and then the writer is killed, with what it started.
-            let line = format!("{{ head -c 20000000 {}; sleep 100; }} > {}", whole.display(), to.display());
-            let killed = run(command("timeout").args(["-s", "KILL", "0.7", "bash", "-c", &line]));
+            // The first part comes, and then the writer is killed.
+            let line =
+                format!("{{ head -c 20000000 {}; kill -KILL $$; }} > {}", whole.display(), to.display());
+            let killed = run(command("bash").args(["-c", &line]));
             assert!(!killed.status.success());
             let status = mount.wait(&key);
             assert_eq!(

@@ -12,6 +12,7 @@ use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartId, MultipartUpload, ObjectMeta,
     ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
+use tokio::sync::watch;
 
 /// A store in memory whose requests can fail.
 #[derive(Debug, Default)]
@@ -23,6 +24,8 @@ pub struct FaultyStore {
     failing: AtomicUsize,
     /// Uploads started, less those completed or aborted.
     open_uploads: AtomicUsize,
+    /// While this is true, parts wait.
+    held: watch::Sender<bool>,
 }
 
 impl FaultyStore {
@@ -37,6 +40,11 @@ impl FaultyStore {
     pub fn refailing(self: Arc<Self>, failing: usize) -> Arc<Self> {
         self.failing.store(failing, Ordering::SeqCst);
         self
+    }
+
+    /// Lets every part wait, or go on.
+    pub fn hold(&self, held: bool) {
+        self.held.send_replace(held);
     }
 
     pub fn requests(&self) -> usize {
@@ -117,6 +125,7 @@ impl MultipartStore for FaultyStore {
         data: PutPayload,
     ) -> Result<PartId> {
         self.count("part")?;
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
         self.inner.put_part(path, id, index, data).await
     }
 

@@ -1,8 +1,9 @@
 //! Damaged images: opened and read from memory, they give content or an error and nothing else.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use freightfs::error::Result;
+use freightfs::error::{ErrorKind, Result};
 use freightfs::format::ImageFormat;
 use freightfs::image::{ClosedGate, DiskImage, ReferenceGate, open_image};
 use freightfs::storage::{MemoryStorage, Storage};
@@ -37,24 +38,52 @@ pub fn read_all(format: ImageFormat, bytes: Vec<u8>) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Damages `image` in many ways, mostly where its tables are; nothing may panic.
-pub fn damage(format: ImageFormat, image: &[u8], tables: usize) {
+/// What damaged bytes may give: errors that say so. Anything else, an overflow or a read behind the end, is our own.
+const REASONS: [ErrorKind; 7] = [
+    ErrorKind::CorruptImage,
+    ErrorKind::Unsupported,
+    ErrorKind::Encrypted,
+    ErrorKind::Incomplete,
+    ErrorKind::TooLarge,
+    ErrorKind::ReferenceDenied,
+    ErrorKind::NotFound,
+];
+
+/// Damages `image` in many ways where its tables are, which is where anything but zeros is near in these bytes. Each gives content or one of [`REASONS`], and nothing panics. Damage that is
+/// never refused tests nothing.
+pub fn damage(format: ImageFormat, image: &[u8], tables: Range<usize>) {
     let mut random = Random(6);
-    let tables = image.len().min(tables);
-    for at in 0..tables {
-        // All of the first header, then a sample.
-        if at > 600 && random.below(40) != 0 {
+    let is_near =
+        |at: usize| image[at.saturating_sub(8)..image.len().min(at + 8)].iter().any(|&byte| byte != 0);
+    let places: Vec<_> = tables.filter(|&at| at < image.len() && is_near(at)).collect();
+    let (mut read, mut refused) = (0, 0);
+    let mut try_one = |damaged: Vec<u8>, how: &str| match read_all(format, damaged) {
+        Ok(_) => read += 1,
+        Err(error) => {
+            assert!(
+                REASONS.contains(&error.kind()),
+                "{format:?}, {how}: {:?} {}",
+                error.kind(),
+                error.report()
+            );
+            refused += 1;
+        }
+    };
+    for (number, &at) in places.iter().enumerate() {
+        // All of the first headers, then a sample.
+        if number > 600 && random.below(40) != 0 {
             continue;
         }
         let mut damaged = image.to_vec();
         damaged[at] ^= 1 << random.below(8);
-        let _ = read_all(format, damaged);
+        try_one(damaged, &format!("one bit of byte {at}"));
     }
-    for _ in 0..1000 {
+    for round in 0..1000 {
         let mut damaged = image.to_vec();
         for _ in 0..1 + random.below(8) {
-            damaged[random.below(tables as u64) as usize] = random.next() as u8;
+            damaged[places[random.below(places.len() as u64) as usize]] = random.next() as u8;
         }
-        let _ = read_all(format, damaged);
+        try_one(damaged, &format!("round {round}"));
     }
+    assert!(refused >= 20, "{format:?}: {read} were read and {refused} refused");
 }
