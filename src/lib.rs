@@ -78,8 +78,8 @@
 //! fails or is cancelled aborts its upload and leaves a status that says why.
 //!
 //! A daemon that is killed leaves its records and, for each upload, a log of the parts that the store has and of the
-//! hashes' states; the next one over the same state directory goes on there, if the source still is of the recorded
-//! generation. Compressed output goes on where its lengths end, which are logged too. What the entity tag will begin
+//! hashes' states; the next one over the same state directory goes on there, if the file still has the recorded
+//! identity. Compressed output goes on where its lengths end, which are logged too. What the entity tag will begin
 //! with is recorded before the object is put in place, so that a daemon that dies in that moment finds its object.
 //!
 //! Hosts that share a bucket agree in it: an object for each epoch of a key's lease, created by a put that fails when it
