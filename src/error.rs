@@ -36,6 +36,8 @@ pub enum ErrorKind {
     SourceChanged,
     /// Fewer bytes arrived than the format's own header declares.
     Incomplete,
+    /// Bytes did not arrive as they were sent.
+    Damaged,
     /// The upload failed for good.
     UploadFailed,
     /// The target, or the part of the tree, cannot be written.
@@ -80,9 +82,12 @@ impl ErrorKind {
             Self::Busy | Self::Conflict => libc::EBUSY,
             Self::TooManyJobs => libc::EAGAIN,
             Self::Unsupported => libc::EOPNOTSUPP,
-            Self::CorruptImage | Self::Incomplete | Self::UploadFailed | Self::Io | Self::Internal => {
-                libc::EIO
-            }
+            Self::CorruptImage
+            | Self::Incomplete
+            | Self::Damaged
+            | Self::UploadFailed
+            | Self::Io
+            | Self::Internal => libc::EIO,
             Self::SourceChanged => libc::ESTALE,
             Self::ReadOnly => libc::EROFS,
             Self::NoSpace => libc::ENOSPC,
@@ -113,6 +118,7 @@ impl ErrorKind {
             Self::CorruptImage => "corrupt_image",
             Self::SourceChanged => "source_changed",
             Self::Incomplete => "incomplete",
+            Self::Damaged => "damaged",
             Self::UploadFailed => "upload_failed",
             Self::ReadOnly => "read_only",
             Self::NoSpace => "no_space",
@@ -132,7 +138,7 @@ impl ErrorKind {
     }
 
     /// Every kind, for the tests that compare lists in the manual with the code.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::NotFound,
         Self::Malformed,
         Self::PolicyRefused,
@@ -145,6 +151,7 @@ impl ErrorKind {
         Self::CorruptImage,
         Self::SourceChanged,
         Self::Incomplete,
+        Self::Damaged,
         Self::UploadFailed,
         Self::ReadOnly,
         Self::NoSpace,

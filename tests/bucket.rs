@@ -30,7 +30,7 @@ async fn conformance(bucket: &Bucket) {
 
 /// What hosts agree by.
 async fn conditions(bucket: &Bucket) {
-    bucket.probe_create().await.unwrap();
+    bucket.check_shareable().unwrap();
     assert!(bucket.create_control("once", Bytes::from_static(b"first")).await.unwrap());
     assert!(!bucket.create_control("once", Bytes::from_static(b"second")).await.unwrap());
     // As when the answer to the first try was lost.

@@ -9,7 +9,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 
-use super::ObjectKey;
+use super::key::ObjectKey;
 use crate::error::Result;
 use crate::units::MIB;
 
@@ -25,7 +25,7 @@ pub(super) struct BlockCell {
 }
 
 /// A block that somebody has begun to fetch. When this is dropped without bytes, the next who wants it fetches it.
-pub(super) struct Arriving {
+pub(super) struct InFlight {
     cell: Arc<BlockCell>,
     _flight: OwnedMutexGuard<()>,
 }
@@ -47,7 +47,7 @@ impl BlockCell {
     }
 }
 
-impl Arriving {
+impl InFlight {
     /// The block has come.
     pub(super) fn arrived(self, bytes: Bytes) {
         let _ = self.cell.bytes.set(bytes);
@@ -116,7 +116,7 @@ impl BlockCache {
     }
 
     /// A block that will be read, to be fetched by the caller: `None` where it is there already or has no room.
-    pub(super) fn ahead(&self, content: &ContentId, number: u64) -> Option<Arriving> {
+    pub(super) fn ahead(&self, content: &ContentId, number: u64) -> Option<InFlight> {
         let id = (content.clone(), number);
         let mut blocks = self.blocks.lock();
         if blocks.contains(&id) {
@@ -126,7 +126,7 @@ impl BlockCache {
         let cell = Arc::<BlockCell>::default();
         let flight = Arc::clone(&cell.flight).try_lock_owned().expect("nobody else has the cell yet");
         blocks.put(id, Block { cell: Arc::clone(&cell), unread });
-        Some(Arriving { cell, _flight: flight })
+        Some(InFlight { cell, _flight: flight })
     }
 }
 

@@ -12,9 +12,9 @@ use object_store::{BackoffConfig, ClientOptions, RetryConfig};
 use percent_encoding::percent_decode_str;
 use url::Url;
 
+use super::client::Connector;
 use super::credentials;
 use super::remote::RemoteStore;
-use super::signed::Connector;
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::Secret;
 
@@ -121,11 +121,14 @@ impl<'a> Place<'a> {
     pub(super) fn google(self) -> Result<RemoteStore> {
         let from_env = GoogleCloudStorageBuilder::from_env();
         let settings = self.settings::<GoogleConfigKey>()?.into_iter();
+        let connector = Connector::default();
+        connector.sign_by_token();
         let store = settings
             .fold(from_env, |builder, (key, value)| builder.with_config(key, value))
             .with_bucket_name(self.bucket)
             .with_client_options(self.options("GOOGLE_ALLOW_HTTP"))
             .with_retry(retry())
+            .with_http_connector(connector)
             .build();
         Ok(RemoteStore::google(self.usable(store)?, self.prefix))
     }

@@ -4,8 +4,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::CONTROL_PREFIX;
 use crate::error::{Error, ErrorKind, Result};
+
+/// The directory of our own files in a bucket: uploads under way, leases, attributes.
+pub const CONTROL_PREFIX: &str = ".freightfs";
 
 /// Longest key in bytes (S3 User Guide, "Naming Amazon S3 objects").
 const MAX_KEY: usize = 1024;
@@ -95,6 +97,13 @@ impl From<ObjectKey> for String {
     fn from(key: ObjectKey) -> Self {
         key.0
     }
+}
+
+/// A name that nobody else uses: process, time and a random number.
+pub(super) fn unique() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    format!("{}-{random:016x}", std::process::id())
 }
 
 #[cfg(test)]

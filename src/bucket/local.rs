@@ -23,7 +23,11 @@ use nix::fcntl::{
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::{CONTROL_PREFIX, Listing, ObjectKey, ObjectMeta, Replaces, unique};
+use super::checksum::Checksum;
+use super::key::{CONTROL_PREFIX, ObjectKey, unique};
+use super::replaces::{Conditions, Replaces};
+use super::reply::conflict;
+use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::KIB;
 
@@ -48,15 +52,6 @@ impl LocalStore {
             return Err(Error::new(ErrorKind::NotDirectory, "the bucket is not a directory").in_file(place));
         }
         Ok(Self { root: Arc::new(file.into()) })
-    }
-
-    /// Removes what dead processes of this host left of uploads and puts, but for the uploads `kept`.
-    pub(super) async fn sweep(&self, kept: Vec<String>) -> Result<()> {
-        self.blocking(move |store| {
-            store.sweep_now(&kept);
-            Ok(())
-        })
-        .await
     }
 
     fn sweep_now(&self, kept: &[String]) {
@@ -131,23 +126,6 @@ impl LocalStore {
         }
     }
 
-    pub(super) async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
-        let key = key.clone();
-        self.blocking(move |store| Ok(store.stat(key.as_str())?.filter(is_file).map(|stat| meta(key, &stat))))
-            .await
-    }
-
-    pub(super) async fn is_directory(&self, key: &ObjectKey) -> Result<bool> {
-        let key = key.clone();
-        self.blocking(move |store| Ok(store.stat(key.as_str())?.is_some_and(|stat| is_directory(&stat))))
-            .await
-    }
-
-    pub(super) async fn list(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
-        let prefix = prefix.cloned();
-        self.blocking(move |store| store.list_now(prefix.as_ref())).await
-    }
-
     fn list_now(&self, prefix: Option<&ObjectKey>) -> Result<Listing> {
         let mut listing = Listing::default();
         let path = prefix.map_or(".", ObjectKey::as_str);
@@ -177,148 +155,6 @@ impl LocalStore {
         listing.objects.sort_by(|a, b| a.key.cmp(&b.key));
         listing.prefixes.sort();
         Ok(listing)
-    }
-
-    /// The names directly below a key.
-    pub(super) async fn list_names(&self, key: &ObjectKey) -> Result<Vec<String>> {
-        let key = key.clone();
-        self.blocking(move |store| {
-            let opened = match store.open_at(key.as_str(), OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
-                Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
-                opened => opened.map_err(|e| failed("cannot list", e))?,
-            };
-            let mut directory = Dir::from_fd(opened).map_err(|e| failed("cannot list", e))?;
-            let names =
-                directory.iter().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-            Ok(names.collect())
-        })
-        .await
-    }
-
-    pub(super) async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
-        let (key, etag) = (key.clone(), etag.map(str::to_owned));
-        self.blocking(move |store| {
-            let opened = store.open_at(key.as_str(), OFlag::O_RDONLY | OFlag::O_NONBLOCK);
-            let file = File::from(opened.map_err(|e| failed("cannot open the object", e))?);
-            let stat = fstat(&file).map_err(|e| failed("cannot stat the object", e))?;
-            if etag.is_some_and(|etag| etag != tag(&stat)) {
-                return Err(Error::new(ErrorKind::SourceChanged, "the object changed since it was opened"));
-            }
-            let mut bytes = vec![0; (range.end - range.start) as usize];
-            file.read_exact_at(&mut bytes, range.start).map_err(|e| failed("cannot read the object", e))?;
-            Ok(Bytes::from(bytes))
-        })
-        .await
-    }
-
-    /// Writes an object; returns its tag.
-    pub(super) async fn put(&self, key: &ObjectKey, bytes: Bytes, replaces: &Replaces) -> Result<String> {
-        let (key, replaces) = (key.clone(), replaces.clone());
-        self.blocking(move |store| {
-            let upload = store.create_upload(bytes.len() as u64)?;
-            let written = store
-                .write_part(&upload, 0, &bytes)
-                .and_then(|()| store.publish(&upload, &key, bytes.len() as u64, &replaces));
-            written.inspect_err(|_| {
-                let _ = store.remove_upload(&upload);
-            })
-        })
-        .await
-    }
-
-    pub(super) async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
-        let (key, replaces) = (key.clone(), replaces.clone());
-        self.blocking(move |store| {
-            let _locked = store.lock()?;
-            let object = store.stat(key.as_str())?;
-            if object.is_some() {
-                check(&replaces, object.as_ref())?;
-            }
-            let parent = store.parent(key.as_str(), false);
-            let (parent, name) = match parent {
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-                parent => parent?,
-            };
-            match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => Ok(()),
-                Err(errno) => Err(failed("cannot remove the object", errno)),
-            }
-        })
-        .await
-    }
-
-    pub(super) async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
-        let (from, to) = (from.clone(), to.clone());
-        self.blocking(move |store| {
-            let opened = store
-                .open_at(from.as_str(), OFlag::O_RDONLY)
-                .map_err(|e| failed("cannot open the object", e))?;
-            let mut source = File::from(opened);
-            let size = source.metadata().map_err(|e| failed("cannot stat the object", e))?.len();
-            let upload = store.create_upload(size)?;
-            let copied = store.open_upload(&upload).and_then(|(mut file, _)| {
-                // The standard library copies within the kernel where that is possible.
-                std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
-            });
-            copied.and_then(|_| store.publish(&upload, &to, size, &Replaces::Anything).map(drop)).inspect_err(
-                |_| {
-                    let _ = store.remove_upload(&upload);
-                },
-            )
-        })
-        .await
-    }
-
-    pub(super) async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
-        let key = key.clone();
-        self.blocking(move |store| store.create_directories(key.as_str())).await
-    }
-
-    pub(super) async fn remove_directory(&self, key: &ObjectKey) -> Result<()> {
-        let key = key.clone();
-        self.blocking(move |store| {
-            let (parent, name) = store.parent(key.as_str(), false)?;
-            unlinkat(parent, name, UnlinkatFlags::RemoveDir)
-                .map_err(|e| failed("cannot remove the directory", e))
-        })
-        .await
-    }
-
-    pub(super) async fn start_upload(&self, part_size: u64) -> Result<String> {
-        self.blocking(move |store| store.create_upload(part_size)).await
-    }
-
-    pub(super) async fn put_part(&self, upload: &str, index: usize, part: Bytes) -> Result<String> {
-        let upload = upload.to_owned();
-        self.blocking(move |store| store.write_part(&upload, index, &part)).await?;
-        Ok(index.to_string())
-    }
-
-    pub(super) async fn complete_upload(
-        &self,
-        key: &ObjectKey,
-        upload: &str,
-        size: u64,
-        replaces: &Replaces,
-    ) -> Result<()> {
-        let (key, upload, replaces) = (key.clone(), upload.to_owned(), replaces.clone());
-        self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(drop)).await
-    }
-
-    /// The inode stays when the file gets its name; it is what a [`tag`] begins with.
-    pub(super) async fn completion_mark(&self, upload: &str) -> Result<String> {
-        let upload = upload.to_owned();
-        self.blocking(move |store| {
-            let (file, _) = store.open_upload(&upload)?;
-            let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
-            Ok(format!("\"{:x}-", stat.st_ino))
-        })
-        .await
-    }
-
-    pub(super) async fn abort_upload(&self, upload: &str) -> Result<()> {
-        let upload = upload.to_owned();
-        self.blocking(move |store| store.remove_upload(&upload)).await
     }
 
     /// An upload's id holds its part size, so that a part's place follows from its index alone.
@@ -395,6 +231,211 @@ impl LocalStore {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
             Err(errno) => Err(failed("cannot remove the upload", errno)),
         }
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for LocalStore {
+    fn abilities(&self) -> Abilities {
+        let conditions = Conditions::ALL;
+        Abilities { largest_copy: u64::MAX, conditions, ..Abilities::default() }
+    }
+
+    async fn sweep(&self, kept: Vec<String>) -> Result<()> {
+        self.blocking(move |store| {
+            store.sweep_now(&kept);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        let key = key.clone();
+        self.blocking(move |store| Ok(store.stat(key.as_str())?.filter(is_file).map(|stat| meta(key, &stat))))
+            .await
+    }
+
+    async fn has_prefix(&self, key: &ObjectKey) -> Result<bool> {
+        let key = key.clone();
+        self.blocking(move |store| Ok(store.stat(key.as_str())?.is_some_and(|stat| is_directory(&stat))))
+            .await
+    }
+
+    async fn list_page(
+        &self,
+        prefix: Option<&ObjectKey>,
+        _: Option<String>,
+    ) -> Result<(Listing, Option<String>)> {
+        let prefix = prefix.cloned();
+        self.blocking(move |store| Ok((store.list_now(prefix.as_ref())?, None))).await
+    }
+
+    async fn list_all(&self, _: usize) -> Result<Option<Vec<ObjectMeta>>> {
+        Ok(None)
+    }
+
+    async fn list_names(&self, key: &ObjectKey) -> Result<Vec<String>> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let opened = match store.open_at(key.as_str(), OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+                Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
+                opened => opened.map_err(|e| failed("cannot list", e))?,
+            };
+            let mut directory = Dir::from_fd(opened).map_err(|e| failed("cannot list", e))?;
+            let names =
+                directory.iter().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+            Ok(names.collect())
+        })
+        .await
+    }
+
+    async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
+        let (key, etag) = (key.clone(), etag.map(str::to_owned));
+        self.blocking(move |store| {
+            let opened = store.open_at(key.as_str(), OFlag::O_RDONLY | OFlag::O_NONBLOCK);
+            let file = File::from(opened.map_err(|e| failed("cannot open the object", e))?);
+            let stat = fstat(&file).map_err(|e| failed("cannot stat the object", e))?;
+            if etag.is_some_and(|etag| etag != tag(&stat)) {
+                return Err(Error::new(ErrorKind::SourceChanged, "the object changed since it was opened"));
+            }
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            file.read_exact_at(&mut bytes, range.start).map_err(|e| failed("cannot read the object", e))?;
+            Ok(Bytes::from(bytes))
+        })
+        .await
+    }
+
+    async fn read_pieces(
+        &self,
+        key: &ObjectKey,
+        range: Range<u64>,
+        etag: Option<&str>,
+        piece: usize,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<()> {
+        for start in range.clone().step_by(piece) {
+            take(self.read(key, start..range.end.min(start + piece as u64), etag).await?);
+        }
+        Ok(())
+    }
+
+    async fn put(&self, key: &ObjectKey, put: Put) -> Result<Option<String>> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let size = put.bytes.len() as u64;
+            let upload = store.create_upload(size)?;
+            let written = store
+                .write_part(&upload, 0, &put.bytes)
+                .and_then(|()| store.publish(&upload, &key, size, &put.replaces));
+            let written = written.inspect_err(|_| {
+                let _ = store.remove_upload(&upload);
+            });
+            written.map(Some)
+        })
+        .await
+    }
+
+    async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
+        let (key, replaces) = (key.clone(), replaces.clone());
+        self.blocking(move |store| {
+            let _locked = store.lock()?;
+            let object = store.stat(key.as_str())?;
+            if object.is_some() {
+                check(&replaces, object.as_ref())?;
+            }
+            let parent = store.parent(key.as_str(), false);
+            let (parent, name) = match parent {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                parent => parent?,
+            };
+            match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => Ok(()),
+                Err(errno) => Err(failed("cannot remove the object", errno)),
+            }
+        })
+        .await
+    }
+
+    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+        let (from, to) = (from.clone(), to.clone());
+        self.blocking(move |store| {
+            let opened = store
+                .open_at(from.as_str(), OFlag::O_RDONLY)
+                .map_err(|e| failed("cannot open the object", e))?;
+            let mut source = File::from(opened);
+            let size = source.metadata().map_err(|e| failed("cannot stat the object", e))?.len();
+            let upload = store.create_upload(size)?;
+            let copied = store.open_upload(&upload).and_then(|(mut file, _)| {
+                // The standard library copies within the kernel where that is possible.
+                std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
+            });
+            copied.and_then(|_| store.publish(&upload, &to, size, &Replaces::Anything).map(drop)).inspect_err(
+                |_| {
+                    let _ = store.remove_upload(&upload);
+                },
+            )
+        })
+        .await
+    }
+
+    async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
+        self.blocking(move |store| store.create_directories(key.as_str())).await
+    }
+
+    async fn remove_directory(&self, key: &ObjectKey) -> Result<()> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let (parent, name) = store.parent(key.as_str(), false)?;
+            unlinkat(parent, name, UnlinkatFlags::RemoveDir)
+                .map_err(|e| failed("cannot remove the directory", e))
+        })
+        .await
+    }
+
+    async fn start_upload(
+        &self,
+        _: &ObjectKey,
+        part_size: u64,
+        _: &Tags,
+        _: Option<Checksum>,
+    ) -> Result<String> {
+        self.blocking(move |store| store.create_upload(part_size)).await
+    }
+
+    async fn put_part(&self, _: &ObjectKey, upload: &str, part: PutPart) -> Result<String> {
+        let upload = upload.to_owned();
+        let index = part.index;
+        self.blocking(move |store| store.write_part(&upload, index, &part.bytes)).await?;
+        Ok(index.to_string())
+    }
+
+    async fn complete_upload(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        _: Vec<String>,
+        size: u64,
+        replaces: &Replaces,
+    ) -> Result<()> {
+        let (key, upload, replaces) = (key.clone(), upload.to_owned(), replaces.clone());
+        self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(drop)).await
+    }
+
+    /// The inode stays when the file gets its name; it is what a [`tag`] begins with.
+    async fn expected_etag_prefix(&self, upload: &str, _: &[String]) -> Result<Option<String>> {
+        let upload = upload.to_owned();
+        self.blocking(move |store| {
+            let (file, _) = store.open_upload(&upload)?;
+            let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
+            Ok(Some(format!("\"{:x}-", stat.st_ino)))
+        })
+        .await
+    }
+
+    async fn abort_upload(&self, _: &ObjectKey, upload: &str) -> Result<()> {
+        let upload = upload.to_owned();
+        self.blocking(move |store| store.remove_upload(&upload)).await
     }
 }
 
@@ -476,8 +517,7 @@ fn check(replaces: &Replaces, found: Option<&FileStat>) -> Result<()> {
     if replaces.allows(found.map(|_| etag.as_deref())) {
         return Ok(());
     }
-    let what = "the object is not what was to be replaced; somebody else has written it";
-    Err(Error::new(ErrorKind::Conflict, what))
+    Err(conflict("cannot put the object in place"))
 }
 
 /// Inode, size and mtime: another content has another tag.

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::block_cache::{Arriving, BLOCK, ContentId};
+use super::block_cache::{BLOCK, ContentId, InFlight};
 use super::{Bucket, ObjectMeta};
 use crate::error::Result;
 use crate::extent::{Extent, ExtentKind};
@@ -18,14 +18,14 @@ use crate::vfile::{VirtualFile, readable};
 const LARGEST_AHEAD: u64 = 32;
 
 /// Blocks that one request asks for at most, where somebody reads on: as many bytes as a part of an upload has.
-const RUN: u64 = 8;
+const WINDOW: u64 = 8;
 
 /// How far from the newest block a read still counts as reading on: a program's parallel requests arrive in any order,
 /// and programs that write an image with several threads leave its clusters in nearly any.
-const SLACK: u64 = 4;
+const GAP: u64 = 4;
 
 /// Places of a file at which somebody reads on: several programs, or data between an image's tables.
-const STREAMS: usize = 8;
+const PLACES: usize = 8;
 
 /// One content of an object, known by its tag. Its blocks are in the bucket's [`BlockCache`](super::BlockCache).
 ///
@@ -35,12 +35,12 @@ pub struct ObjectFile {
     meta: ObjectMeta,
     content: ContentId,
     runtime: Handle,
-    streams: Mutex<Streams>,
+    places: Mutex<ReadAhead>,
 }
 
 /// Where a file is read on, the least recently read place first.
 #[derive(Default)]
-struct Streams(Vec<Stream>);
+struct ReadAhead(Vec<Stream>);
 
 struct Stream {
     /// The furthest block that was read.
@@ -54,16 +54,18 @@ impl ObjectFile {
     /// The object that `meta` was asked of.
     pub fn new(bucket: Bucket, meta: ObjectMeta, runtime: Handle) -> Self {
         let content = match &meta.etag {
-            Some(etag) if bucket.is_remote() => ContentId::tagged(bucket.inner.number, &meta.key, etag),
+            Some(etag) if bucket.abilities().is_remote => {
+                ContentId::tagged(bucket.inner.number, &meta.key, etag)
+            }
             // A local file's tag is its time, which may not tell two contents of one moment apart.
             _ => ContentId::unique(),
         };
-        Self { bucket, meta, content, runtime, streams: Mutex::default() }
+        Self { bucket, meta, content, runtime, places: Mutex::default() }
     }
 
     fn block(&self, number: u64) -> Result<Bytes> {
-        let ahead = self.streams.lock().read_on(number);
-        let cell = self.bucket.blocks().wanted(&self.content, number);
+        let ahead = self.places.lock().next(number);
+        let cell = self.bucket.inner.limits.blocks.wanted(&self.content, number);
         self.read_ahead(ahead);
         match cell.get() {
             Some(bytes) => Ok(bytes),
@@ -80,9 +82,10 @@ impl ObjectFile {
         let end = blocks.end.min(self.meta.object_size.div_ceil(BLOCK));
         let mut first = blocks.start;
         while first < end {
-            let run = first..end.min(first + RUN);
-            let arriving: VecDeque<_> =
-                run.map_while(|number| self.bucket.blocks().ahead(&self.content, number)).collect();
+            let run = first..end.min(first + WINDOW);
+            let arriving: VecDeque<_> = run
+                .map_while(|number| self.bucket.inner.limits.blocks.ahead(&self.content, number))
+                .collect();
             let count = arriving.len() as u64;
             if count > 0 {
                 let (bucket, meta) = (self.bucket.clone(), self.meta.clone());
@@ -99,11 +102,10 @@ impl ObjectFile {
     }
 }
 
-impl Streams {
+impl ReadAhead {
     /// Notes a read; returns the blocks that are to be asked for besides.
-    fn read_on(&mut self, number: u64) -> Range<u64> {
-        let goes_on =
-            |s: &Stream| number + SLACK.max(s.ahead) >= s.last && number <= s.last + SLACK.max(s.ahead);
+    fn next(&mut self, number: u64) -> Range<u64> {
+        let goes_on = |s: &Stream| number + GAP.max(s.ahead) >= s.last && number <= s.last + GAP.max(s.ahead);
         let known = self.0.iter().rposition(goes_on).map(|at| self.0.remove(at));
         let is_new = known.is_none();
         // Who begins at the start will read on.
@@ -117,10 +119,10 @@ impl Streams {
         let first = stream.next.max(number + 1);
         let missing = (stream.last + 1 + stream.ahead).saturating_sub(first);
         // Whole runs once there is one, so that not every block is a request.
-        let asked = if missing < RUN && grows { missing } else { missing / RUN * RUN };
+        let asked = if missing < WINDOW && grows { missing } else { missing / WINDOW * WINDOW };
         stream.next = stream.next.max(first + asked);
         self.0.push(stream);
-        if self.0.len() > STREAMS {
+        if self.0.len() > PLACES {
             self.0.remove(0);
         }
         first..first + asked
@@ -128,7 +130,7 @@ impl Streams {
 }
 
 /// Fetches blocks that follow each other by one request, each of which is there as soon as it has come.
-async fn fetch_run(bucket: Bucket, meta: ObjectMeta, range: Range<u64>, mut arriving: VecDeque<Arriving>) {
+async fn fetch_run(bucket: Bucket, meta: ObjectMeta, range: Range<u64>, mut arriving: VecDeque<InFlight>) {
     let take = |bytes| {
         if let Some(block) = arriving.pop_front() {
             block.arrived(bytes);
@@ -167,15 +169,15 @@ mod tests {
 
     #[test]
     fn reading_on_reads_ahead_and_jumping_does_not() {
-        let mut streams = Streams::default();
-        let asked: Vec<_> = (0..6).map(|number| streams.read_on(number)).collect();
+        let mut places = ReadAhead::default();
+        let asked: Vec<_> = (0..6).map(|number| places.next(number)).collect();
         assert_eq!(asked, [1..2, 2..4, 4..7, 7..12, 12..20, 20..36]);
         // From then on by whole runs, each block once.
         let mut next = 36;
         for number in 6..100 {
-            let asked = streams.read_on(number);
+            let asked = places.next(number);
             assert!(
-                asked.is_empty() || asked.start == next && asked.end == next + RUN,
+                asked.is_empty() || asked.start == next && asked.end == next + WINDOW,
                 "{number}: {asked:?}"
             );
             next = next.max(asked.end);
@@ -183,8 +185,8 @@ mod tests {
         }
         // What was read again, and what was read between, does not end it.
         let none = |range: Range<u64>| assert!(range.is_empty(), "{range:?}");
-        [97, 5000, 90_000, 99, 70_000].into_iter().for_each(|number| none(streams.read_on(number)));
-        assert_eq!(streams.read_on(5001), 5002..5003);
-        assert!((100..116).any(|number| !streams.read_on(number).is_empty()));
+        [97, 5000, 90_000, 99, 70_000].into_iter().for_each(|number| none(places.next(number)));
+        assert_eq!(places.next(5001), 5002..5003);
+        assert!((100..116).any(|number| !places.next(number).is_empty()));
     }
 }

@@ -1,7 +1,5 @@
 //! What a request that writes replaces.
 
-use super::signed::Header;
-
 /// What a put, a completion or a removal replaces: it fails when something else is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Replaces {
@@ -17,16 +15,35 @@ pub enum Replaces {
 /// Which conditions a store keeps to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Conditions {
-    /// A put that is to replace nothing.
+    /// Of a put that is to replace nothing.
     pub(super) creations: bool,
-    /// A put that is to replace an object.
+    /// Of a put that is to replace an object.
     pub(super) updates: bool,
     pub(super) completions: bool,
     pub(super) removals: bool,
 }
 
+impl Conditions {
+    /// Every one.
+    pub(super) const ALL: Self = Self { creations: true, updates: true, completions: true, removals: true };
+
+    /// Whether the store looks itself what a put replaces.
+    pub(super) fn of_put(self, replaces: &Replaces) -> bool {
+        match replaces {
+            Replaces::Anything => true,
+            Replaces::Nothing => self.creations,
+            Replaces::Tag(_) => self.updates,
+        }
+    }
+
+    /// Whether the store keeps to every one.
+    pub(super) fn are_all(self) -> bool {
+        self == Self::ALL
+    }
+}
+
 impl Replaces {
-    /// What replaces an object with that tag, as it was when somebody looked: `None` when there was none.
+    /// What replaces an object as it was when somebody looked: its entity tag, or `None` when there was none.
     pub fn found(object: Option<Option<&str>>) -> Self {
         match object {
             None => Self::Nothing,
@@ -41,15 +58,6 @@ impl Replaces {
             Self::Anything => true,
             Self::Nothing => object.is_none(),
             Self::Tag(tag) => object == Some(Some(tag)),
-        }
-    }
-
-    /// As headers of a request (RFC 9110, 13.1.1 and 13.1.2).
-    pub(super) fn headers(&self) -> Vec<Header> {
-        match self {
-            Self::Anything => Vec::new(),
-            Self::Nothing => vec![("if-none-match", "*".to_owned())],
-            Self::Tag(tag) => vec![("if-match", tag.clone())],
         }
     }
 }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::mountpoint::{detach, mountpoint, source};
 use super::{MountArguments, OK, cores, daemon};
-use crate::bucket::{BlockCache, Bucket, Pace, RequestLimits};
+use crate::bucket::{BlockCache, Bucket, RateLimit, RequestLimits};
 use crate::catalog::{BucketFiles, Catalog, CatalogStore, LocalFiles};
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
@@ -210,7 +210,7 @@ fn open_catalog(
 fn limits(settings: &MountSettings) -> RequestLimits {
     RequestLimits {
         timeout: Duration::from_secs(settings.timeout.unwrap_or(REQUEST_TIMEOUT).into()),
-        pace: settings.rate.map(|rate| Arc::new(Pace::new(rate))),
+        rate: settings.rate.map(|rate| Arc::new(RateLimit::new(rate))),
         blocks: Arc::new(BlockCache::new(settings.cache.unwrap_or(CACHE))),
     }
 }
@@ -224,7 +224,7 @@ async fn open_buckets(settings: &MountSettings, limits: &RequestLimits) -> Resul
         bucket.probe().await.map_err(named)?;
 
         if settings.shared {
-            bucket.probe_create().await.map_err(named)?;
+            bucket.check_shareable().map_err(named)?;
         }
         buckets.insert(setting.name.clone(), bucket);
     }

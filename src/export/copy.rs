@@ -16,7 +16,7 @@ impl JobQueue {
     pub async fn copy(&self, bucket: &Bucket, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
         let gone = || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(from));
         let source = bucket.head(from).await?.ok_or_else(gone)?;
-        if bucket.copies(source.object_size) {
+        if bucket.can_copy(source.object_size) {
             return bucket.copy(from, to).await;
         }
         let part_size = bucket.part_size_for(source.object_size)?;

@@ -157,7 +157,7 @@ impl Attempt<'_> {
         if let Some(meta) = self.in_place(log, size).await? {
             return Ok(meta);
         }
-        if let Some(mark) = self.bucket.completion_mark(&log.name().id, &ids).await? {
+        if let Some(mark) = self.bucket.expected_etag_prefix(&log.name().id, &ids).await? {
             log.complete(&mark)?;
         }
         if let Some(lease) = self.job.lease()
@@ -208,8 +208,8 @@ impl Attempt<'_> {
         digests.add(0, &bytes).await?;
         let (sha256, md5) = digests.finish().await?;
         self.job.set_publishing();
-        self.bucket.put_tagged(self.key, bytes, &self.job.request().tags, &Replaces::Anything).await?;
-        let meta = self.bucket.verify(self.key, size, Some(&format!("\"{md5}\""))).await?;
+        let tags = &self.job.request().tags;
+        let meta = self.bucket.put_tagged(self.key, bytes, tags, &Replaces::Anything).await?;
         self.job.uploaded(size);
         self.metrics.uploaded_bytes.add(size);
         Ok(Uploaded { meta, sha256, md5 })

@@ -1,9 +1,12 @@
-//! Headers that object_store has no words for: the condition of a completion or a removal, and a body's checksum.
+//! The HTTP client of a remote store, below object_store's retries: headers that object_store has no words for, listings
+//! that it would refuse, and a limit of one try's time.
 //!
-//! A layer of the store's HTTP client, below object_store's retries and limits. A request that object_store made and
-//! signed gets the headers of the task that it belongs to, and is signed again with them.
+//! A request that object_store made and signed gets the headers of the task that it belongs to, the condition of a
+//! completion for instance, and is signed again with them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use object_store::ClientOptions;
 use object_store::aws::{AmazonS3, AwsAuthorizer, AwsCredentialProvider};
@@ -13,6 +16,9 @@ use object_store::client::{
     ReqwestConnector,
 };
 
+use tracing::warn;
+
+use super::listing;
 use crate::error::{Error, ErrorKind};
 
 /// A header's name, in lower case, and its value.
@@ -21,11 +27,19 @@ pub(super) type Header = (&'static str, String);
 tokio::task_local! {
     /// What the store's requests of this task are to have.
     static HEADERS: Vec<Header>;
+
+    /// How long each try of these requests may take, where that is less than others may.
+    static TRY_LIMIT: Duration;
 }
 
 /// Makes a request to a store that has these headers besides those of object_store.
 pub(super) async fn with_headers<T>(headers: Vec<Header>, request: impl Future<Output = T>) -> T {
     HEADERS.scope(headers, request).await
+}
+
+/// Makes requests to a store each try of which takes no longer than this.
+pub(super) async fn with_try_limit<T>(limit: Duration, request: impl Future<Output = T>) -> T {
+    TRY_LIMIT.scope(limit, request).await
 }
 
 /// Makes the HTTP clients of one store.
@@ -37,8 +51,16 @@ pub(super) struct Connector {
 /// Who signs a store's requests; known when the store's client has been made.
 #[derive(Debug)]
 enum Signer {
-    Aws { credentials: AwsCredentialProvider, region: String },
-    Azure { credentials: AzureCredentialProvider, account: String },
+    Aws {
+        credentials: AwsCredentialProvider,
+        region: String,
+    },
+    Azure {
+        credentials: AzureCredentialProvider,
+        account: String,
+    },
+    /// A token, which does not depend on what is asked.
+    Bearer,
 }
 
 impl Connector {
@@ -51,39 +73,71 @@ impl Connector {
     pub(super) fn sign_for_azure(&self, store: &MicrosoftAzure, account: String) {
         let _ = self.signer.set(Signer::Azure { credentials: Arc::clone(store.credentials()), account });
     }
+
+    /// From now on requests may have headers that are in no signature.
+    pub(super) fn sign_by_token(&self) {
+        let _ = self.signer.set(Signer::Bearer);
+    }
 }
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let client = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(SigningClient { client, signer: Arc::clone(&self.signer) }))
+        let (signer, has_unshown) = (Arc::clone(&self.signer), AtomicBool::new(false));
+        Ok(HttpClient::new(StoreClient { client, signer, has_unshown }))
     }
 }
 
 #[derive(Debug)]
-struct SigningClient {
+struct StoreClient {
     client: HttpClient,
     signer: Arc<OnceLock<Signer>>,
+    /// Whether it has been told that the store has keys that cannot be shown.
+    has_unshown: AtomicBool,
 }
 
 #[async_trait::async_trait]
-impl HttpService for SigningClient {
-    async fn call(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
+impl HttpService for StoreClient {
+    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let answered = self.answered(request);
+        match TRY_LIMIT.try_with(|&limit| limit) {
+            Ok(limit) => tokio::time::timeout(limit, answered).await.unwrap_or_else(|_| {
+                let error = Error::new(ErrorKind::TimedOut, "the store does not answer");
+                Err(HttpError::new(HttpErrorKind::Timeout, error))
+            }),
+            Err(_) => answered.await,
+        }
+    }
+}
+
+impl StoreClient {
+    async fn answered(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let headers = HEADERS.try_with(Clone::clone).unwrap_or_default();
         if !headers.is_empty()
             && let Some(signer) = self.signer.get()
             && signer.has_made(&request)
         {
-            let failed =
-                |what: &str| HttpError::new(HttpErrorKind::Unknown, Error::new(ErrorKind::Internal, what));
             for (name, value) in headers {
-                let value =
-                    value.parse().map_err(|_| failed("a header has a value that HTTP does not allow"))?;
+                let value = value.parse().map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
                 request.headers_mut().insert(name, value);
             }
             signer.sign(&mut request).await.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
         }
-        self.client.execute(request).await
+        let is_listing = request.uri().query().is_some_and(listing::is_listing);
+        let answer = self.client.execute(request).await?;
+        if is_listing && answer.status().is_success() { self.shown(answer).await } else { Ok(answer) }
+    }
+
+    /// A listing without what cannot be shown.
+    async fn shown(&self, answer: HttpResponse) -> Result<HttpResponse, HttpError> {
+        let (parts, body) = answer.into_parts();
+        let body = body.bytes().await?;
+        let shown = std::str::from_utf8(&body).ok().and_then(listing::without_unshown);
+        let Some((shown, unshown)) = shown else { return Ok(HttpResponse::from_parts(parts, body.into())) };
+        if !self.has_unshown.swap(true, Ordering::Relaxed) {
+            warn!("objects whose keys cannot be paths are not shown, for instance {unshown:?}");
+        }
+        Ok(HttpResponse::from_parts(parts, shown.into()))
     }
 }
 
@@ -95,15 +149,17 @@ impl Signer {
             // Directory buckets have keys of their own for each session, which are not at hand here.
             Self::Aws { .. } => has("x-amz-content-sha256") && !has("x-amz-s3session-token"),
             Self::Azure { .. } => has("x-ms-version"),
+            Self::Bearer => has("authorization"),
         }
     }
 
     /// Signs a request again whose headers have changed. One that was not signed needs no signature, or has it in its URL.
     async fn sign(&self, request: &mut HttpRequest) -> object_store::Result<()> {
-        if request.headers_mut().remove("authorization").is_none() {
+        if matches!(self, Self::Bearer) || request.headers_mut().remove("authorization").is_none() {
             return Ok(());
         }
         match self {
+            Self::Bearer => Ok(()),
             Self::Aws { credentials, region } => {
                 let credential = credentials.get_credential().await?;
                 // The digest of the body, or the words that say that it is not signed.

@@ -1,0 +1,169 @@
+//! Bounds around a store: how many requests are in flight, and how long those take for which somebody waits.
+//!
+//! Each class of requests has a lane of its own, so that a listing does not queue behind parts of uploads.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+
+use super::checksum::Checksum;
+use super::client;
+use super::key::ObjectKey;
+use super::replaces::Replaces;
+use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Requests of a bucket that are in flight at once, by class: 144 in all.
+const METADATA_IN_FLIGHT: usize = 64;
+const READS_IN_FLIGHT: usize = 32;
+const WRITES_IN_FLIGHT: usize = 32;
+const PARTS_IN_FLIGHT: usize = 16;
+
+/// How long a look-up, a listing or a removal takes at most, with all its tries and with the wait for its lane.
+const METADATA_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long one try of these takes at most.
+const METADATA_TRY: Duration = Duration::from_secs(10);
+
+/// A store whose requests are bounded.
+pub(super) struct LimitedStore<S> {
+    store: S,
+    metadata: Semaphore,
+    reads: Semaphore,
+    writes: Semaphore,
+    parts: Semaphore,
+}
+
+impl<S> LimitedStore<S> {
+    pub(super) fn new(store: S) -> Self {
+        Self {
+            store,
+            metadata: Semaphore::new(METADATA_IN_FLIGHT),
+            reads: Semaphore::new(READS_IN_FLIGHT),
+            writes: Semaphore::new(WRITES_IN_FLIGHT),
+            parts: Semaphore::new(PARTS_IN_FLIGHT),
+        }
+    }
+
+    /// A request that somebody waits for.
+    async fn promptly<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
+        let limited = in_lane(&self.metadata, client::with_try_limit(METADATA_TRY, request));
+        let late = |_| {
+            let what = format!("the store has not answered within {} s", METADATA_LIMIT.as_secs());
+            Err(Error::new(ErrorKind::TimedOut, what).transient())
+        };
+        tokio::time::timeout(METADATA_LIMIT, limited).await.unwrap_or_else(late)
+    }
+}
+
+/// Makes a request when there is room in its lane.
+async fn in_lane<T>(lane: &Semaphore, request: impl Future<Output = Result<T>>) -> Result<T> {
+    let closed = |e| Error::new(ErrorKind::Internal, "a lane of a bucket is closed").because(e);
+    let _permit = lane.acquire().await.map_err(closed)?;
+    request.await
+}
+
+#[async_trait::async_trait]
+impl<S: Store> Store for LimitedStore<S> {
+    fn abilities(&self) -> Abilities {
+        self.store.abilities()
+    }
+
+    async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        self.promptly(self.store.head(key)).await
+    }
+
+    async fn has_prefix(&self, key: &ObjectKey) -> Result<bool> {
+        self.promptly(self.store.has_prefix(key)).await
+    }
+
+    async fn list_page(
+        &self,
+        prefix: Option<&ObjectKey>,
+        page: Option<String>,
+    ) -> Result<(Listing, Option<String>)> {
+        self.promptly(self.store.list_page(prefix, page)).await
+    }
+
+    async fn list_all(&self, limit: usize) -> Result<Option<Vec<ObjectMeta>>> {
+        self.promptly(self.store.list_all(limit)).await
+    }
+
+    async fn list_names(&self, key: &ObjectKey) -> Result<Vec<String>> {
+        self.promptly(self.store.list_names(key)).await
+    }
+
+    async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
+        in_lane(&self.reads, self.store.read(key, range, etag)).await
+    }
+
+    async fn read_pieces(
+        &self,
+        key: &ObjectKey,
+        range: Range<u64>,
+        etag: Option<&str>,
+        piece: usize,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<()> {
+        in_lane(&self.reads, self.store.read_pieces(key, range, etag, piece, take)).await
+    }
+
+    async fn put(&self, key: &ObjectKey, put: Put) -> Result<Option<String>> {
+        in_lane(&self.writes, self.store.put(key, put)).await
+    }
+
+    async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
+        self.promptly(self.store.delete(key, replaces)).await
+    }
+
+    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+        in_lane(&self.writes, self.store.copy(from, to)).await
+    }
+
+    async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
+        self.promptly(self.store.make_directory(key)).await
+    }
+
+    async fn remove_directory(&self, key: &ObjectKey) -> Result<()> {
+        self.promptly(self.store.remove_directory(key)).await
+    }
+
+    async fn start_upload(
+        &self,
+        key: &ObjectKey,
+        part_size: u64,
+        tags: &Tags,
+        checksum: Option<Checksum>,
+    ) -> Result<String> {
+        in_lane(&self.writes, self.store.start_upload(key, part_size, tags, checksum)).await
+    }
+
+    async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String> {
+        in_lane(&self.parts, self.store.put_part(key, upload, part)).await
+    }
+
+    async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>> {
+        self.store.expected_etag_prefix(upload, parts).await
+    }
+
+    async fn complete_upload(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        parts: Vec<String>,
+        object_size: u64,
+        replaces: &Replaces,
+    ) -> Result<()> {
+        in_lane(&self.writes, self.store.complete_upload(key, upload, parts, object_size, replaces)).await
+    }
+
+    async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()> {
+        in_lane(&self.writes, self.store.abort_upload(key, upload)).await
+    }
+
+    async fn sweep(&self, kept: Vec<String>) -> Result<()> {
+        self.store.sweep(kept).await
+    }
+}

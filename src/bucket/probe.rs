@@ -1,0 +1,177 @@
+//! What a store can do, found out at mount by requests that it must refuse.
+
+use bytes::Bytes;
+use md5::{Digest, Md5};
+
+use super::checksum::{Checksum, composite_etag, md5_etag};
+use super::key::{CONTROL_PREFIX, ObjectKey, unique};
+use super::replaces::Conditions;
+use super::store::{Abilities, Put, PutPart, Tags};
+use super::upload::PART_SIZE;
+use super::{Bucket, Replaces};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a probe writes.
+const PROBE: &[u8] = b"freightfs\n";
+
+/// What it tries to put in its place.
+const OTHER: &[u8] = b"freight fs\n";
+
+/// An entity tag that no object has.
+const OTHER_TAG: &str = "\"00000000000000000000000000000000\"";
+
+impl Bucket {
+    /// Finds out whether the bucket is there and can be used as exports use it: listed, written, read, written in parts,
+    /// removed from; which conditions and checksums its store keeps to; and whether it can be written at all. What it
+    /// writes is removed again.
+    pub async fn probe(&self) -> Result<()> {
+        let key = probe_key();
+        // Listing first: some stores answer a put into a bucket that is not there with an internal error.
+        self.has_prefix(&key).await?;
+        match self.put(&key, Bytes::from_static(PROBE), &Replaces::Anything).await {
+            Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly) => {
+                tracing::info!("bucket {} is read-only: {}", self.name(), error.report());
+                self.inner.abilities.lock().is_read_only = true;
+                return Ok(());
+            }
+            put => put?,
+        };
+        let read = self.read(&key, 0..PROBE.len() as u64, None).await?;
+        if read != PROBE {
+            let what = "the store gives other bytes than were written";
+            return Err(self.named(Error::new(ErrorKind::Io, what), &key));
+        }
+        let mut found = self.abilities();
+        if found.is_remote {
+            let (puts, parts) = tokio::join!(self.probe_puts(&found), self.probe_parts(&found));
+            (found.checks_puts, (found.checks_parts, found.has_md5_etags)) = (puts?, parts?);
+            found.conditions = self.probe_conditions(&key).await?;
+            *self.inner.abilities.lock() = found;
+        }
+        self.delete(&key).await
+    }
+
+    /// Whether hosts can agree in this bucket, as [`probe`](Self::probe) has found out: whether its store refuses to create
+    /// what is there. Some accept that condition and ignore it.
+    ///
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported) when it does not.
+    pub fn check_shareable(&self) -> Result<()> {
+        if self.abilities().conditions.creations {
+            return Ok(());
+        }
+        let what = "the store does not keep to conditional puts, so that hosts cannot agree in it: it cannot be shared";
+        Err(Error::unsupported(what).in_file(self.url()))
+    }
+
+    /// The checksum by which the store refuses damaged objects.
+    async fn probe_puts(&self, abilities: &Abilities) -> Result<Option<Checksum>> {
+        let key = probe_key();
+        let mut found = None;
+        for &checksum in abilities.checksums {
+            let put = |of: &[u8]| Put {
+                bytes: Bytes::from_static(PROBE),
+                checksum: Some((checksum, checksum.of(of))),
+                ..Put::default()
+            };
+            let is_checked = is_damaged(&self.store().put(&key, put(OTHER)).await)
+                && self.store().put(&key, put(PROBE)).await.is_ok();
+            if is_checked {
+                found = Some(checksum);
+                break;
+            }
+        }
+        self.delete(&key).await?;
+        Ok(found)
+    }
+
+    /// The checksum by which the store refuses damaged parts, and whether entity tags are MD5s.
+    async fn probe_parts(&self, abilities: &Abilities) -> Result<(Option<Checksum>, bool)> {
+        let key = probe_key();
+        let mut found = None;
+        for &checksum in abilities.checksums {
+            // A store that does not know the checksum may refuse any of these requests.
+            if self.probe_upload(&key, Some(checksum)).await.is_ok_and(|made| made.is_some()) {
+                found = Some(checksum);
+                break;
+            }
+        }
+        let part = self.probe_upload(&key, found).await?.unwrap_or_default();
+        let etag = self.head(&key).await?.and_then(|meta| meta.etag);
+        let is_md5 = part.trim_matches('"') == hex::encode(Md5::digest(PROBE));
+        let of_parts = etag.is_some() && etag == composite_etag(&[part]);
+        let put = self.put(&key, Bytes::from_static(PROBE), &Replaces::Anything).await?;
+        self.delete(&key).await?;
+        Ok((found, is_md5 && of_parts && put == Some(md5_etag(PROBE))))
+    }
+
+    /// Makes an object by an upload of one part; returns the part's id, or `None` where a damaged part was taken.
+    async fn probe_upload(&self, key: &ObjectKey, checksum: Option<Checksum>) -> Result<Option<String>> {
+        let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), checksum).await?;
+        let part = |of: &[u8]| PutPart {
+            index: 0,
+            bytes: Bytes::from_static(PROBE),
+            checksum: checksum.map(|checksum| (checksum, checksum.of(of))),
+        };
+        let made = async {
+            if checksum.is_some() && !is_damaged(&self.store().put_part(key, &upload, part(OTHER)).await) {
+                return Ok(None);
+            }
+            let id = self.store().put_part(key, &upload, part(PROBE)).await?;
+            let size = PROBE.len() as u64;
+            self.store().complete_upload(key, &upload, vec![id.clone()], size, &Replaces::Anything).await?;
+            Ok(Some(id))
+        };
+        let made = made.await;
+        if !matches!(made, Ok(Some(_))) {
+            let _ = self.abort_upload(key, &upload).await;
+        }
+        made
+    }
+
+    /// Which conditions the store keeps to, by some that do not hold and one that does, on an object that is there.
+    async fn probe_conditions(&self, key: &ObjectKey) -> Result<Conditions> {
+        let wrong = Replaces::Tag(OTHER_TAG.to_owned());
+        let put = async |bytes, replaces: &Replaces| {
+            let put = Put { bytes: Bytes::from_static(bytes), replaces: replaces.clone(), ..Put::default() };
+            self.store().put(key, put).await
+        };
+        let removals = is_conflict(&self.store().delete(key, &wrong).await);
+        // Whatever the store made of that, there is an object again.
+        put(PROBE, &Replaces::Anything).await?;
+        let completions = self.probe_completions(key, &wrong).await?;
+        let right = put(PROBE, &Replaces::Anything).await?.map_or(Replaces::Nothing, Replaces::Tag);
+        let creations = is_conflict(&put(OTHER, &Replaces::Nothing).await);
+        let updates = is_conflict(&put(OTHER, &wrong).await) && put(OTHER, &right).await.is_ok();
+        Ok(Conditions { creations, updates, completions, removals })
+    }
+
+    /// Whether an upload is completed only where it replaces what it is to replace.
+    async fn probe_completions(&self, key: &ObjectKey, wrong: &Replaces) -> Result<bool> {
+        let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), None).await?;
+        let part = PutPart { index: 0, bytes: Bytes::from_static(PROBE), checksum: None };
+        let refuses = async {
+            let id = self.store().put_part(key, &upload, part).await?;
+            let size = PROBE.len() as u64;
+            let complete = async |replaces| {
+                self.store().complete_upload(key, &upload, vec![id.clone()], size, replaces).await
+            };
+            Ok(is_conflict(&complete(wrong).await) && is_conflict(&complete(&Replaces::Nothing).await))
+        };
+        let refuses = refuses.await;
+        let _ = self.abort_upload(key, &upload).await;
+        refuses
+    }
+}
+
+fn probe_key() -> ObjectKey {
+    ObjectKey::internal(&format!("{CONTROL_PREFIX}/probe-{}", unique()))
+}
+
+fn is_damaged<T>(result: &Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Damaged)
+}
+
+fn is_conflict<T>(result: &Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Conflict)
+}

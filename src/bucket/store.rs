@@ -1,0 +1,184 @@
+//! What every store can do, be it a directory or far away.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+
+use super::checksum::Checksum;
+use super::key::ObjectKey;
+use super::replaces::{Conditions, Replaces};
+use crate::error::Result;
+
+/// Tags of an object: names and values, as S3 has them.
+pub type Tags = BTreeMap<String, String>;
+
+/// What is known of an object.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ObjectMeta {
+    /// Its key.
+    pub key: ObjectKey,
+    /// Its bytes.
+    pub object_size: u64,
+    /// When it was last written.
+    pub modified: SystemTime,
+    /// Its entity tag: another content has another tag.
+    pub etag: Option<String>,
+}
+
+/// One level of a bucket's keys.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Listing {
+    /// The objects at this level.
+    pub objects: Vec<ObjectMeta>,
+    /// The names, without slashes, below which there are more.
+    pub prefixes: Vec<String>,
+}
+
+/// What a store can do.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Abilities {
+    /// Whether it is somewhere else, and requests to it can fail.
+    pub(super) is_remote: bool,
+    /// Whether objects can have tags.
+    pub(super) has_tags: bool,
+    /// Bytes of the largest object that it copies with one request.
+    pub(super) largest_copy: u64,
+    /// What it cannot do besides, in words.
+    pub(super) lacks: Option<&'static str>,
+    /// Checksums that stores of this sort may check.
+    pub(super) checksums: &'static [Checksum],
+    /// Known after a probe: whether nothing can be written.
+    pub(super) is_read_only: bool,
+    /// Known after a probe: whether entity tags are MD5s, and those of objects made of parts follow from the parts' tags.
+    pub(super) has_md5_etags: bool,
+    /// Known after a probe.
+    pub(super) conditions: Conditions,
+    /// Known after a probe: by which header it refuses damaged parts.
+    pub(super) checks_parts: Option<Checksum>,
+    /// Known after a probe: by which header it refuses damaged objects that are sent at once.
+    pub(super) checks_puts: Option<Checksum>,
+}
+
+impl Abilities {
+    /// What the store cannot do, in words.
+    pub(super) fn limitation(&self) -> Option<String> {
+        if self.is_read_only {
+            return Some("read-only: its store denies writing with these credentials".to_owned());
+        }
+        let unconditional = self.is_remote && !self.conditions.are_all();
+        let unconditional = unconditional.then_some(
+            "the store does not refuse every write that would replace another host's object, so it is looked for before",
+        );
+        let unverified = self.is_remote && !self.has_md5_etags && self.checks_parts.is_none();
+        let unverified = unverified.then_some("uploads are verified by size only");
+        let words: Vec<_> = self.lacks.into_iter().chain(unconditional).chain(unverified).collect();
+        (!words.is_empty()).then(|| words.join("; "))
+    }
+}
+
+/// An object that is to be written at once.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Put {
+    pub(super) bytes: Bytes,
+    pub(super) tags: Tags,
+    pub(super) replaces: Replaces,
+    /// The checksum that is sent with it, in a header.
+    pub(super) checksum: Option<(Checksum, String)>,
+}
+
+/// A part that is to be sent.
+#[derive(Clone, Debug)]
+pub(super) struct PutPart {
+    /// Counted from 0.
+    pub(super) index: usize,
+    pub(super) bytes: Bytes,
+    /// The checksum that is sent with it, in a header.
+    pub(super) checksum: Option<(Checksum, String)>,
+}
+
+/// A place of objects by key. Errors do not name the object.
+#[async_trait::async_trait]
+pub(super) trait Store: Send + Sync {
+    /// What it can do, as far as that is known without asking.
+    fn abilities(&self) -> Abilities;
+
+    /// What is known of an object; `None` when it is not there.
+    async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>>;
+
+    /// Whether there is any object below `key/`.
+    async fn has_prefix(&self, key: &ObjectKey) -> Result<bool>;
+
+    /// A page of one level below `prefix`, or of the whole store, and the token of the next page.
+    async fn list_page(
+        &self,
+        prefix: Option<&ObjectKey>,
+        page: Option<String>,
+    ) -> Result<(Listing, Option<String>)>;
+
+    /// All objects, at whatever level; `None` when they are more than `limit`, or where the store has directories.
+    async fn list_all(&self, limit: usize) -> Result<Option<Vec<ObjectMeta>>>;
+
+    /// The names of the objects directly below a key.
+    async fn list_names(&self, key: &ObjectKey) -> Result<Vec<String>>;
+
+    /// Bytes of an object, which must still have the tag `etag` when one is given.
+    async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes>;
+
+    /// The same by one request, handed over in pieces of so many bytes as they come, the last one with what is left.
+    async fn read_pieces(
+        &self,
+        key: &ObjectKey,
+        range: Range<u64>,
+        etag: Option<&str>,
+        piece: usize,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<()>;
+
+    /// Writes an object at once; returns its tag.
+    async fn put(&self, key: &ObjectKey, put: Put) -> Result<Option<String>>;
+
+    /// Removes an object; one that is not there is no failure.
+    async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()>;
+
+    /// Copies an object to another key.
+    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()>;
+
+    /// Makes an empty directory, where the store has directories.
+    async fn make_directory(&self, key: &ObjectKey) -> Result<()>;
+
+    /// Removes an empty directory, where the store has directories.
+    async fn remove_directory(&self, key: &ObjectKey) -> Result<()>;
+
+    /// Starts an upload whose parts will be sent with that checksum; returns its id.
+    async fn start_upload(
+        &self,
+        key: &ObjectKey,
+        part_size: u64,
+        tags: &Tags,
+        checksum: Option<Checksum>,
+    ) -> Result<String>;
+
+    /// Sends a part; returns the id by which it is put together.
+    async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String>;
+
+    /// What the entity tag of the object begins with that these parts will make, where that is known before.
+    async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>>;
+
+    /// Makes the object out of its parts.
+    async fn complete_upload(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        parts: Vec<String>,
+        object_size: u64,
+        replaces: &Replaces,
+    ) -> Result<()>;
+
+    /// Gives an upload up; one that is not there any more is no failure.
+    async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()>;
+
+    /// Removes what dead processes of this host left of uploads, but for those `kept`.
+    async fn sweep(&self, kept: Vec<String>) -> Result<()>;
+}

@@ -1,0 +1,207 @@
+//! Uploads of a bucket: an object sent in parts, each of which is verified, and put together at the end.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use md5::{Digest, Md5};
+use tracing::warn;
+
+use super::checksum::composite_etag;
+use super::object::SENDINGS;
+use super::store::{Abilities, PutPart};
+use super::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{GIB, MIB, TIB};
+
+/// How many times, and after which pause, a store is asked for what was just uploaded.
+const VERIFY_TRIES: u32 = 3;
+const VERIFY_PAUSE: Duration = Duration::from_millis(200);
+
+/// Smallest part that is sent.
+pub(super) const PART_SIZE: u64 = 8 * MIB;
+
+/// Most parts in an upload (S3 User Guide, "Amazon S3 multipart upload limits").
+pub const MAX_PARTS: usize = 10_000;
+
+/// Largest part (the same table).
+const MAX_PART_SIZE: u64 = 5 * GIB;
+
+/// Largest object that this many of these parts make.
+const MAX_OBJECT_SIZE: u64 = 48 * TIB;
+
+impl Bucket {
+    /// Bytes of each part but the last for an object of `object_size` bytes: 8 MiB, or as much as keeps the
+    /// object within 10 000 parts.
+    pub fn part_size_for(&self, object_size: u64) -> Result<u64> {
+        if object_size > MAX_OBJECT_SIZE {
+            let what =
+                format!("an object has at most {MAX_OBJECT_SIZE} bytes, this one would have {object_size}");
+            return Err(Error::new(ErrorKind::TooLarge, what).in_file(self.url()));
+        }
+        let part_size = object_size.div_ceil(MAX_PARTS as u64).max(PART_SIZE).next_multiple_of(MIB);
+        debug_assert!(part_size <= MAX_PART_SIZE);
+        Ok(part_size)
+    }
+
+    /// Starts the upload of an object with these tags. Its id is good for later processes too.
+    pub async fn start_upload(&self, key: &ObjectKey, part_size: u64, tags: &Tags) -> Result<String> {
+        self.check_writable()?;
+        let checksum = self.abilities().checks_parts;
+        let started = self.store().start_upload(key, part_size, tags, checksum).await;
+        started.map_err(|e| self.named(e, key))
+    }
+
+    /// Sends part `index`, counted from 0; returns the id by which it is put together. What the store has got is what was
+    /// sent, or the part is sent again.
+    ///
+    /// # Errors
+    /// [`Damaged`](ErrorKind::Damaged) when it arrives damaged each time.
+    pub async fn put_part(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        index: usize,
+        bytes: Bytes,
+    ) -> Result<String> {
+        self.check_writable()?;
+        self.throttle(bytes.len()).await;
+        let abilities = self.abilities();
+        let checksum = abilities.checks_parts.map(|checksum| (checksum, checksum.of(&bytes)));
+        let expected = expected_id(&abilities, &bytes).await?;
+        let part = PutPart { index, bytes, checksum };
+        for sending in 1.. {
+            let error = match self.store().put_part(key, upload, part.clone()).await {
+                Ok(id) if expected.as_deref().is_none_or(|expected| id.trim_matches('"') == expected) => {
+                    return Ok(id);
+                }
+                Ok(id) => {
+                    let what = format!("part {}: the store has received something else, {id}", index + 1);
+                    Error::new(ErrorKind::Damaged, what).transient()
+                }
+                Err(error) => error,
+            };
+            if error.kind() != ErrorKind::Damaged || sending == SENDINGS {
+                return Err(self.named(error, key));
+            }
+            warn!("a part of {key} is sent again: {}", error.report());
+        }
+        unreachable!("the last sending returns")
+    }
+
+    /// What the entity tag of the object begins with that these parts will make, where that is known before.
+    pub async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>> {
+        self.store().expected_etag_prefix(upload, parts).await
+    }
+
+    /// Makes the object out of its parts, and asks the store whether it is what was sent.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when there is something else than what is to be replaced. The upload is still
+    /// there then.
+    pub async fn complete_upload(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        parts: Vec<String>,
+        object_size: u64,
+        replaces: &Replaces,
+    ) -> Result<ObjectMeta> {
+        self.check_writable()?;
+        let abilities = self.abilities();
+        let etag = composite_etag(&parts).filter(|_| abilities.has_md5_etags);
+        let completed = async {
+            let replaces = self.looked_for(key, replaces, abilities.conditions.completions).await?;
+            self.store().complete_upload(key, upload, parts, object_size, &replaces).await
+        };
+        if let Err(error) = completed.await {
+            // The answer to an earlier try of the same completion may have been lost.
+            if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NotFound)
+                && let Some(etag) = etag
+                && let Ok(Some(meta)) = self.head(key).await
+                && (meta.object_size, meta.etag.as_ref()) == (object_size, Some(&etag))
+            {
+                return Ok(meta);
+            }
+            return Err(self.named(error, key));
+        }
+        self.verify(key, object_size, etag.as_deref()).await
+    }
+
+    /// Writes an object by an upload of one part, which is verified before it takes the place of what was there.
+    pub(super) async fn put_in_one_part(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        tags: &Tags,
+        replaces: &Replaces,
+    ) -> Result<ObjectMeta> {
+        let size = bytes.len() as u64;
+        let upload = self.start_upload(key, PART_SIZE.max(size), tags).await?;
+        let made = async {
+            let part = self.put_part(key, &upload, 0, bytes).await?;
+            self.complete_upload(key, &upload, vec![part], size, replaces).await
+        };
+        let made = made.await;
+        if made.is_err() {
+            let _ = self.abort_upload(key, &upload).await;
+        }
+        made
+    }
+
+    /// Asks the store whether an object is the one that was just sent: its size, and the entity tag where that is known.
+    pub(super) async fn verify(
+        &self,
+        key: &ObjectKey,
+        object_size: u64,
+        etag: Option<&str>,
+    ) -> Result<ObjectMeta> {
+        let wrong = |what: String| Error::new(ErrorKind::UploadFailed, what);
+        // The object is in place, right or wrong: one bad answer does not decide about it.
+        let mut tries = 1;
+        loop {
+            let error = match self.head(key).await {
+                Err(error) => error,
+                Ok(None) => wrong("the object is not there after its upload".to_owned()),
+                Ok(Some(meta)) if meta.object_size != object_size => {
+                    let size = meta.object_size;
+                    wrong(format!("the object has {size} bytes after its upload, not {object_size}"))
+                }
+                Ok(Some(meta)) if etag.is_some() && meta.etag.as_deref() != etag => {
+                    let (found, sent) = (meta.etag.unwrap_or_default(), etag.unwrap_or_default());
+                    wrong(format!(
+                        "the object's entity tag is {found} after its upload; what was sent has {sent}"
+                    ))
+                }
+                Ok(Some(meta)) => return Ok(meta),
+            };
+            if tries == VERIFY_TRIES {
+                return Err(self.named(error, key));
+            }
+            tries += 1;
+            tokio::time::sleep(VERIFY_PAUSE).await;
+        }
+    }
+
+    /// Gives an upload up; one that is not there any more is no failure.
+    pub async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()> {
+        self.store().abort_upload(key, upload).await.map_err(|e| self.named(e, key))
+    }
+
+    /// Removes what dead processes of this host left of uploads, but for those `kept`. A remote store cannot tell
+    /// whose an upload is: there only uploads that are known by their id are ever given up.
+    pub async fn sweep(&self, kept: Vec<String>) -> Result<()> {
+        self.store().sweep(kept).await
+    }
+}
+
+/// The id that a store must give to a part, where nothing else tells whether the part arrived as it was sent.
+async fn expected_id(abilities: &Abilities, part: &Bytes) -> Result<Option<String>> {
+    if !abilities.has_md5_etags || abilities.checks_parts.is_some() {
+        return Ok(None);
+    }
+    let part = part.clone();
+    let digest = tokio::task::spawn_blocking(move || hex::encode(Md5::digest(&part))).await;
+    digest
+        .map(Some)
+        .map_err(|e| Error::new(ErrorKind::Internal, "a worker of the bucket panicked").because(e))
+}
