@@ -17,7 +17,8 @@ use crate::units::{GIB, MIB, TIB};
 const VERIFY_TRIES: u32 = 3;
 const VERIFY_PAUSE: Duration = Duration::from_millis(200);
 
-/// Smallest part that is sent.
+/// Smallest part that is sent. Builds with debug assertions take the MiB of `FREIGHTFS_PART_SIZE` instead, so that tests
+/// need no large objects.
 pub(super) const PART_SIZE: u64 = 8 * MIB;
 
 /// Most parts in an upload (S3 User Guide, "Amazon S3 multipart upload limits").
@@ -29,6 +30,12 @@ const MAX_PART_SIZE: u64 = 5 * GIB;
 /// Largest object that this many of these parts make.
 const MAX_OBJECT_SIZE: u64 = 48 * TIB;
 
+/// [`PART_SIZE`], or what a test wants instead.
+fn smallest_part() -> u64 {
+    let wanted = || std::env::var("FREIGHTFS_PART_SIZE").ok()?.parse::<u64>().ok();
+    cfg!(debug_assertions).then(wanted).flatten().map_or(PART_SIZE, |part| part * MIB)
+}
+
 impl Bucket {
     /// Bytes of each part but the last for an object of `object_size` bytes: 8 MiB, or as much as keeps the
     /// object within 10 000 parts.
@@ -38,7 +45,7 @@ impl Bucket {
                 format!("an object has at most {MAX_OBJECT_SIZE} bytes, this one would have {object_size}");
             return Err(Error::new(ErrorKind::TooLarge, what).in_file(self.url()));
         }
-        let part_size = object_size.div_ceil(MAX_PARTS as u64).max(PART_SIZE).next_multiple_of(MIB);
+        let part_size = object_size.div_ceil(MAX_PARTS as u64).max(smallest_part()).next_multiple_of(MIB);
         debug_assert!(part_size <= MAX_PART_SIZE);
         Ok(part_size)
     }

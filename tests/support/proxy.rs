@@ -2,8 +2,9 @@
 //!
 //! It asks the server to close each connection after one answer, so that requests and connections are the same.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -36,14 +37,27 @@ pub enum Fate {
     CutAnswer,
     /// The server gets it, and its answer has another entity tag.
     WrongEtag,
-    /// The server does not get it, and there never is an answer.
+    /// The server does not get it, and there is no answer until the client gives up or the proxy is
+    /// [released](Proxy::release), which cuts the connection.
     Hang,
+    /// The server gets it with one bit in the middle of its body flipped.
+    DamageRequest,
+    /// The answer has one bit in the middle of its body flipped, or of its entity tag where it has no body.
+    DamageAnswer,
 }
 
 /// A running proxy.
 pub struct Proxy {
     address: String,
     log: Arc<Mutex<Vec<(Request, u16)>>>,
+    hangs: Arc<Hangs>,
+}
+
+/// The requests that hang.
+#[derive(Default)]
+struct Hangs {
+    now: AtomicUsize,
+    released: AtomicBool,
 }
 
 type Decide = dyn FnMut(&Request) -> Fate + Send;
@@ -56,17 +70,29 @@ impl Proxy {
         let address = format!("http://{}", listener.local_addr().unwrap());
         let log = Arc::new(Mutex::new(Vec::new()));
         let decide: Arc<Mutex<Box<Decide>>> = Arc::new(Mutex::new(Box::new(decide)));
-        let shared = Arc::clone(&log);
+        let (shared, hangs) = (Arc::clone(&log), Arc::<Hangs>::default());
+        let shared_hangs = Arc::clone(&hangs);
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let (upstream, decide, log) = (upstream.clone(), Arc::clone(&decide), Arc::clone(&shared));
+                let hangs = Arc::clone(&shared_hangs);
                 std::thread::spawn(move || {
                     // A client that goes away is no failure of the proxy.
-                    let _ = serve(client, &upstream, &decide, &log);
+                    let _ = serve(client, &upstream, &decide, &log, &hangs);
                 });
             }
         });
-        Self { address, log }
+        Self { address, log, hangs }
+    }
+
+    /// How many requests hang.
+    pub fn hanging(&self) -> usize {
+        self.hangs.now.load(Ordering::SeqCst)
+    }
+
+    /// Cuts the requests that hang; from now on a fate of hanging is one of being cut.
+    pub fn release(&self) {
+        self.hangs.released.store(true, Ordering::SeqCst);
     }
 
     pub fn url(&self) -> String {
@@ -84,6 +110,7 @@ fn serve(
     upstream: &str,
     decide: &Mutex<Box<Decide>>,
     log: &Mutex<Vec<(Request, u16)>>,
+    hangs: &Hangs,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(client.try_clone()?);
     let mut head = Vec::new();
@@ -112,8 +139,10 @@ fn serve(
     match fate {
         Fate::Cut => return client.shutdown(Shutdown::Both),
         Fate::Hang => {
-            // Until the client gives up.
-            return std::io::copy(&mut reader, &mut std::io::sink()).map(drop);
+            hangs.now.fetch_add(1, Ordering::SeqCst);
+            let hung = hang(&mut reader, hangs);
+            hangs.now.fetch_sub(1, Ordering::SeqCst);
+            return hung.and_then(|()| client.shutdown(Shutdown::Both));
         }
         Fate::Answer(status) => {
             reader.read_exact(&mut body)?;
@@ -129,12 +158,18 @@ fn serve(
             );
         }
         Fate::Delay(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
-        Fate::Forward | Fate::CutAnswer | Fate::WrongEtag => {}
+        Fate::Forward | Fate::CutAnswer | Fate::WrongEtag | Fate::DamageRequest | Fate::DamageAnswer => {}
     }
     reader.read_exact(&mut body)?;
+    if fate == Fate::DamageRequest {
+        flip_middle(&mut body);
+    }
     let mut server = TcpStream::connect(upstream)?;
     server.write_all(&head)?;
     server.write_all(&body)?;
+    if fate == Fate::DamageAnswer {
+        return damage_answer(client, server, request, log);
+    }
     let mut answer = Vec::new();
     let mut chunk = vec![0; 1 << 16];
     loop {
@@ -153,6 +188,51 @@ fn serve(
         }
         client.write_all(&chunk[..read])?;
     }
+}
+
+/// Reads what a client sends until it gives up or the proxy is released.
+fn hang(reader: &mut BufReader<TcpStream>, hangs: &Hangs) -> std::io::Result<()> {
+    reader.get_ref().set_read_timeout(Some(Duration::from_millis(20)))?;
+    let mut sink = [0; 1 << 16];
+    while !hangs.released.load(Ordering::SeqCst) {
+        match reader.read(&mut sink) {
+            Ok(0) => break,
+            Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn flip_middle(bytes: &mut [u8]) {
+    let middle = bytes.len() / 2;
+    if let Some(byte) = bytes.get_mut(middle) {
+        *byte ^= 1;
+    }
+}
+
+/// Passes a whole answer on, one bit of it flipped.
+fn damage_answer(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    request: Request,
+    log: &Mutex<Vec<(Request, u16)>>,
+) -> std::io::Result<()> {
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer)?;
+    let status = String::from_utf8_lossy(&answer[..answer.len().min(32)])
+        .split(' ')
+        .nth(1)
+        .and_then(|s| s.parse().ok());
+    log.lock().unwrap().push((request, status.unwrap_or(0)));
+    let head = answer.windows(4).position(|window| window == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
+    if head < answer.len() {
+        flip_middle(&mut answer[head..]);
+    } else {
+        spoil_etag(&mut answer);
+    }
+    client.write_all(&answer)?;
+    client.shutdown(Shutdown::Both)
 }
 
 /// Turns the digits of an answer's entity tags around, in its head and in an XML body.
