@@ -63,8 +63,8 @@ use store::{Abilities, Store};
 /// How requests to a store are made.
 #[derive(Clone, Debug)]
 pub struct RequestLimits {
-    /// How long one of them may take before it is tried again. Requests about objects, which people wait for, take 30
-    /// seconds at most with all their tries.
+    /// How long one of them may take before it is tried again. Look-ups, listings and removals take three times as long
+    /// at most with all their tries, and 30 seconds at most; reads twice as long.
     pub timeout: Duration,
     /// How fast bytes are uploaded; `None` for as fast as it goes.
     pub rate: Option<Arc<RateLimit>>,
@@ -141,7 +141,7 @@ impl Bucket {
                 return Err(malformed(what));
             }
         };
-        Ok(Self::new(name, parsed.as_str(), Box::new(LimitedStore::new(store)), limits))
+        Ok(Self::new(name, parsed.as_str(), Box::new(LimitedStore::new(store, limits.timeout)), limits))
     }
 
     /// A bucket over given stores, for tests that let requests fail.

@@ -4,7 +4,9 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use freightfs::bucket::{Bucket, ObjectFile, ObjectKey, Replaces, RequestLimits, Tags};
@@ -13,6 +15,7 @@ use freightfs::units::FileOffset;
 use freightfs::vfile::VirtualFile;
 use support::faulty::FaultyStore;
 use support::images::Random;
+use support::proxy::{Fate, Proxy, Request};
 use support::{azure, command, skip, succeed};
 
 fn key(key: &str) -> ObjectKey {
@@ -328,4 +331,287 @@ fn parts_keep_objects_within_the_stores_limit() {
         assert!(part >= 8 << 20 && size.div_ceil(part) <= 10_000, "{size}: {part}");
     }
     assert_eq!(bucket.part_size_for(u64::MAX).unwrap_err().kind(), ErrorKind::TooLarge);
+}
+
+/// A bucket at a server, and the same through a proxy that lets chosen requests fail.
+struct Behind {
+    direct: Bucket,
+    bucket: Bucket,
+    endpoint: String,
+    name: String,
+    /// What becomes of each request from now on.
+    fate: Arc<Mutex<Box<dyn FnMut(&Request) -> Fate + Send>>>,
+}
+
+impl Behind {
+    /// At each S3 server that scripts/test started, probed; each of them has abilities of its own.
+    fn everywhere(name: &str) -> Vec<Self> {
+        let server = |variable| Some((variable, std::env::var(variable).ok()?));
+        let servers: Vec<_> =
+            ["FREIGHTFS_TEST_S3", "FREIGHTFS_TEST_MOTO"].into_iter().filter_map(server).collect();
+        if servers.is_empty() {
+            skip("stores behind a proxy: FREIGHTFS_TEST_S3 is not set; scripts/test starts a server");
+        }
+        servers.into_iter().map(|(variable, endpoint)| Self::at(&endpoint, name, variable)).collect()
+    }
+
+    fn at(endpoint: &str, name: &str, variable: &str) -> Self {
+        let name = format!("{name}-{}", std::process::id());
+        println!("{variable}: {endpoint}");
+        succeed(command("aws").args([
+            "--endpoint-url",
+            endpoint,
+            "s3api",
+            "create-bucket",
+            "--bucket",
+            &name,
+        ]));
+        let fate: Arc<Mutex<Box<dyn FnMut(&Request) -> Fate + Send>>> =
+            Arc::new(Mutex::new(Box::new(|_: &Request| Fate::Forward)));
+        let shared = Arc::clone(&fate);
+        let proxy = Proxy::start(endpoint, move |request| (shared.lock().unwrap())(request));
+        let open = |endpoint: &str| {
+            let client = BTreeMap::from(
+                [("endpoint", endpoint), ("allow_http", "true")].map(|(k, v)| (k.to_owned(), v.into())),
+            );
+            let limits = RequestLimits { timeout: Duration::from_secs(2), ..RequestLimits::default() };
+            Bucket::open_with("b", &format!("s3://{name}"), &limits, &client).unwrap()
+        };
+        let (direct, bucket) = (open(endpoint), open(&proxy.url()));
+        Self { direct, bucket, endpoint: endpoint.to_owned(), name, fate }
+    }
+
+    fn each(&self, decide: impl FnMut(&Request) -> Fate + Send + 'static) {
+        *self.fate.lock().unwrap() = Box::new(decide);
+    }
+
+    /// The next `count` requests that `is` chooses get this fate.
+    fn next(&self, count: usize, fate: Fate, is: impl Fn(&Request) -> bool + Send + 'static) {
+        let mut left = count;
+        self.each(move |request| {
+            let chosen = left > 0 && is(request);
+            left -= usize::from(chosen);
+            if chosen { fate } else { Fate::Forward }
+        });
+    }
+
+    async fn read(&self, k: &ObjectKey) -> Bytes {
+        let meta = self.direct.head(k).await.unwrap().unwrap();
+        self.direct.read(k, 0..meta.object_size, None).await.unwrap()
+    }
+
+    /// Makes an object of two parts.
+    async fn upload(
+        &self,
+        k: &ObjectKey,
+        content: &Bytes,
+        replaces: &Replaces,
+    ) -> freightfs::error::Result<()> {
+        let half = 5 << 20;
+        let upload = self.bucket.start_upload(k, half as u64, &Tags::new()).await?;
+        let made = async {
+            let mut parts = Vec::new();
+            for (index, part) in [content.slice(..half), content.slice(half..)].into_iter().enumerate() {
+                parts.push(self.bucket.put_part(k, &upload, index, part).await?);
+            }
+            self.bucket.complete_upload(k, &upload, parts, content.len() as u64, replaces).await.map(drop)
+        };
+        let made = made.await;
+        if made.is_err() {
+            self.bucket.abort_upload(k, &upload).await?;
+        }
+        made
+    }
+}
+
+#[test]
+fn a_damaged_part_is_sent_again_and_never_completed() {
+    let content = Bytes::from(Random(7).bytes(6 << 20));
+    for behind in Behind::everywhere("damaged-part") {
+        runtime().block_on(async {
+            behind.bucket.probe().await.unwrap();
+            let k = key("k");
+            behind.bucket.put(&k, Bytes::from_static(b"old"), &Replaces::Anything).await.unwrap();
+            behind.next(usize::MAX, Fate::DamageRequest, |request| request.target.contains("partNumber=2"));
+            let error = behind.upload(&k, &content, &Replaces::Anything).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Damaged, "{}", error.report());
+            assert!(error.is_transient());
+            assert_eq!(behind.read(&k).await, "old");
+            behind.next(2, Fate::DamageRequest, |request| request.target.contains("partNumber=2"));
+            behind.upload(&k, &content, &Replaces::Anything).await.unwrap();
+            assert!(behind.read(&k).await == content);
+        });
+    }
+}
+
+#[test]
+fn an_object_that_arrives_damaged_does_not_take_the_place_of_the_old_one() {
+    let content = Bytes::from(Random(8).bytes(100_000));
+    for behind in Behind::everywhere("damaged-put") {
+        runtime().block_on(async {
+            behind.bucket.probe().await.unwrap();
+            let k = key("k");
+            behind.bucket.put(&k, Bytes::from_static(b"old"), &Replaces::Anything).await.unwrap();
+            let put = async || {
+                behind.bucket.put_tagged(&k, content.clone(), &Tags::new(), &Replaces::Anything).await
+            };
+            behind.next(usize::MAX, Fate::DamageRequest, |request| request.method == "PUT");
+            let error = put().await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Damaged, "{}", error.report());
+            assert_eq!(behind.read(&k).await, "old");
+            behind.next(2, Fate::DamageRequest, |request| request.method == "PUT");
+            let meta = put().await.unwrap();
+            assert_eq!(meta, behind.direct.head(&k).await.unwrap().unwrap());
+            assert!(behind.read(&k).await == content);
+        });
+    }
+}
+
+#[test]
+fn what_was_written_although_its_answer_was_lost_is_no_conflict() {
+    let content = Bytes::from(Random(9).bytes(6 << 20));
+    for behind in Behind::everywhere("lost-answer") {
+        runtime().block_on(async {
+            behind.bucket.probe().await.unwrap();
+            let k = key("k");
+            for replaced in [None, Some("old")] {
+                let replaces = match replaced {
+                    None => Replaces::Nothing,
+                    Some(old) => {
+                        let old = Bytes::from_static(old.as_bytes());
+                        Replaces::Tag(behind.direct.put(&k, old, &Replaces::Anything).await.unwrap().unwrap())
+                    }
+                };
+                let is_completion =
+                    |request: &Request| request.method == "POST" && request.target.contains("uploadId=");
+                behind.next(1, Fate::CutAnswer, is_completion);
+                behind.upload(&k, &content, &replaces).await.unwrap();
+                assert!(behind.read(&k).await == content);
+            }
+            let old = behind.direct.head(&k).await.unwrap().unwrap();
+            let replaces = Replaces::Tag(old.etag.unwrap());
+            let put = async || behind.bucket.put(&k, content.slice(..1000), &replaces).await;
+            behind.next(1, Fate::CutAnswer, |request| request.method == "PUT");
+            // The client does not know whether it may ask again; a second attempt finds that it is done.
+            if put().await.is_err() {
+                put().await.unwrap();
+            }
+            assert_eq!(behind.read(&k).await, content.slice(..1000));
+            let error = behind.bucket.put(&k, content.slice(..999), &replaces).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Conflict);
+        });
+    }
+}
+
+#[test]
+fn keys_that_cannot_be_paths_do_not_hide_the_others() {
+    for behind in Behind::everywhere("odd-keys") {
+        let long = "x".repeat(300);
+        let keys = ["d/good", "d//empty", "d/../up", "/top", "d/x\u{1}y", "d//", "top", &format!("d/{long}")];
+        // object_store's own client cannot write these; a server may refuse some.
+        let program = format!(
+            "import boto3\nclient = boto3.client('s3', endpoint_url={:?})\nfor key in {keys:?}:\n try:\n  \
+             client.put_object(Bucket={:?}, Key=key, Body=b'x')\n except Exception as error:\n  print(key, error)\n",
+            behind.endpoint, behind.name
+        );
+        println!("{}", succeed(command("python3").args(["-c", &program.replace("\\u{1}", "\\x01")])));
+        runtime().block_on(async {
+            let names = |objects: Vec<freightfs::bucket::ObjectMeta>| {
+                objects.into_iter().map(|meta| meta.key.to_string()).collect::<Vec<_>>()
+            };
+            let top = behind.bucket.list(None).await.unwrap();
+            assert_eq!((names(top.objects), top.prefixes), (vec!["top".to_owned()], vec!["d".to_owned()]));
+            let below = names(behind.bucket.list(Some(&key("d"))).await.unwrap().objects);
+            assert!(below.contains(&"d/good".to_owned()), "{below:?}");
+            let all = names(behind.bucket.list_all(100).await.unwrap().unwrap());
+            assert!(all.contains(&"d/good".to_owned()) && all.contains(&"top".to_owned()), "{all:?}");
+            assert!(behind.bucket.has_prefix(&key("d")).await.unwrap());
+        });
+    }
+}
+
+#[test]
+fn credentials_that_may_only_read_make_a_bucket_read_only() {
+    for behind in Behind::everywhere("read-only") {
+        runtime().block_on(async {
+            let k = key("k");
+            behind.direct.put(&k, Bytes::from_static(b"theirs"), &Replaces::Anything).await.unwrap();
+            behind.each(|request| match request.method.as_str() {
+                "PUT" | "POST" | "DELETE" => Fate::Answer(403),
+                _ => Fate::Forward,
+            });
+            behind.bucket.probe().await.unwrap();
+            assert!(behind.bucket.limitation().unwrap().starts_with("read-only"));
+            assert_eq!(behind.bucket.read(&k, 0..6, None).await.unwrap(), "theirs");
+            assert_eq!(behind.bucket.list(None).await.unwrap().objects.len(), 1);
+            let put = behind.bucket.put(&k, Bytes::new(), &Replaces::Anything).await.map(drop);
+            let start = behind.bucket.start_upload(&k, 5 << 20, &Tags::new()).await.map(drop);
+            for refused in
+                [put, start, behind.bucket.delete(&k).await, behind.bucket.copy(&k, &key("l")).await]
+            {
+                assert_eq!(refused.unwrap_err().kind(), ErrorKind::ReadOnly);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_listing_does_not_wait_for_parts_and_a_store_that_is_silent_is_given_up() {
+    for behind in Behind::everywhere("lanes") {
+        runtime().block_on(async {
+            behind.bucket.probe().await.unwrap();
+            let k = key("k");
+            let upload = behind.bucket.start_upload(&k, 5 << 20, &Tags::new()).await.unwrap();
+            let arrived = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&arrived);
+            behind.each(move |request| {
+                if request.is_part() {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    return Fate::Hang;
+                }
+                Fate::Forward
+            });
+            let parts: Vec<_> = (0..100)
+                .map(|index| {
+                    let (bucket, k, upload) = (behind.bucket.clone(), k.clone(), upload.clone());
+                    tokio::spawn(async move {
+                        bucket.put_part(&k, &upload, index, Bytes::from_static(b"x")).await
+                    })
+                })
+                .collect();
+            while arrived.load(Ordering::SeqCst) == 0 {
+                tokio::task::yield_now().await;
+            }
+            behind.bucket.list(None).await.unwrap();
+            assert_eq!(behind.bucket.head(&k).await.unwrap(), None);
+            // Those that hang have been tried once, or they are not sent yet.
+            assert!(arrived.load(Ordering::SeqCst) < 100, "they are sent all at once");
+            parts.iter().for_each(|part| part.abort());
+            behind.each(|_| Fate::Hang);
+            let (list, head, delete, read) = tokio::join!(
+                behind.bucket.list(None),
+                behind.bucket.head(&k),
+                behind.bucket.delete(&k),
+                behind.bucket.read(&k, 0..1, None)
+            );
+            let errors = [list.unwrap_err(), head.unwrap_err(), delete.unwrap_err(), read.unwrap_err()];
+            errors.iter().for_each(|error| assert!(error.is_transient(), "{}", error.report()));
+        });
+    }
+}
+
+#[test]
+fn each_store_says_what_it_cannot_do() {
+    let expected =
+        [("FREIGHTFS_TEST_S3", None), ("FREIGHTFS_TEST_MOTO", Some("does not refuse every write"))];
+    for behind in Behind::everywhere("abilities") {
+        runtime().block_on(behind.bucket.probe()).unwrap();
+        let (_, limitation) =
+            expected.iter().find(|(v, _)| std::env::var(v).is_ok_and(|e| e == behind.endpoint)).unwrap();
+        match (limitation, behind.bucket.limitation()) {
+            (None, None) => {}
+            (Some(words), Some(found)) => assert!(found.contains(words), "{found}"),
+            (expected, found) => panic!("{expected:?}: {found:?}"),
+        }
+    }
 }

@@ -21,15 +21,20 @@ const READS_IN_FLIGHT: usize = 32;
 const WRITES_IN_FLIGHT: usize = 32;
 const PARTS_IN_FLIGHT: usize = 16;
 
-/// How long a look-up, a listing or a removal takes at most, with all its tries and with the wait for its lane.
-const METADATA_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long one try of these takes at most.
+/// How long one try of a look-up, a listing or a removal takes at most, unless the mount's limit is shorter.
 const METADATA_TRY: Duration = Duration::from_secs(10);
+
+/// How many times that long they take at most, with all their tries and with the wait for their lane.
+const METADATA_TRIES: u32 = 3;
+
+/// How many times the mount's limit a read takes at most, with all its tries.
+const READ_TRIES: u32 = 2;
 
 /// A store whose requests are bounded.
 pub(super) struct LimitedStore<S> {
     store: S,
+    /// How long one try of any request takes at most; its client sees to that.
+    timeout: Duration,
     metadata: Semaphore,
     reads: Semaphore,
     writes: Semaphore,
@@ -37,9 +42,10 @@ pub(super) struct LimitedStore<S> {
 }
 
 impl<S> LimitedStore<S> {
-    pub(super) fn new(store: S) -> Self {
+    pub(super) fn new(store: S, timeout: Duration) -> Self {
         Self {
             store,
+            timeout,
             metadata: Semaphore::new(METADATA_IN_FLIGHT),
             reads: Semaphore::new(READS_IN_FLIGHT),
             writes: Semaphore::new(WRITES_IN_FLIGHT),
@@ -47,15 +53,25 @@ impl<S> LimitedStore<S> {
         }
     }
 
-    /// A request that somebody waits for.
+    /// A request that somebody at a terminal waits for.
     async fn promptly<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
-        let limited = in_lane(&self.metadata, client::with_try_limit(METADATA_TRY, request));
-        let late = |_| {
-            let what = format!("the store has not answered within {} s", METADATA_LIMIT.as_secs());
-            Err(Error::new(ErrorKind::TimedOut, what).transient())
-        };
-        tokio::time::timeout(METADATA_LIMIT, limited).await.unwrap_or_else(late)
+        let one_try = METADATA_TRY.min(self.timeout);
+        let request = in_lane(&self.metadata, client::with_try_limit(one_try, request));
+        within(one_try * METADATA_TRIES, request).await
     }
+
+    async fn reading<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
+        within(self.timeout * READ_TRIES, in_lane(&self.reads, request)).await
+    }
+}
+
+/// Gives a request up that takes too long.
+async fn within<T>(limit: Duration, request: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = |_| {
+        let what = format!("the store has not answered within {} s", limit.as_secs());
+        Err(Error::new(ErrorKind::TimedOut, what).transient())
+    };
+    tokio::time::timeout(limit, request).await.unwrap_or_else(late)
 }
 
 /// Makes a request when there is room in its lane.
@@ -96,7 +112,7 @@ impl<S: Store> Store for LimitedStore<S> {
     }
 
     async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
-        in_lane(&self.reads, self.store.read(key, range, etag)).await
+        self.reading(self.store.read(key, range, etag)).await
     }
 
     async fn read_pieces(
@@ -107,7 +123,7 @@ impl<S: Store> Store for LimitedStore<S> {
         piece: usize,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<()> {
-        in_lane(&self.reads, self.store.read_pieces(key, range, etag, piece, take)).await
+        self.reading(self.store.read_pieces(key, range, etag, piece, take)).await
     }
 
     async fn put(&self, key: &ObjectKey, put: Put) -> Result<Option<String>> {
