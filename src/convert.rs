@@ -75,8 +75,8 @@ impl VirtualFile for ConvertedFile {
                 Ok(Extent::new(ExtentKind::Hole, length))
             }
             RegionSource::Guest(from) => {
-                let extent = self.image.extent_at(from)?;
-                Ok(Extent::new(extent.kind, extent.length.min(length)))
+                let inside = length.min(self.image.virtual_size() - from.bytes());
+                self.image.extent_at(from, inside)
             }
         }
     }

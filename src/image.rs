@@ -6,6 +6,7 @@
 mod blocks;
 pub mod qcow2;
 pub mod raw;
+pub mod steps;
 mod table;
 pub mod vdi;
 pub mod vhd;
@@ -13,16 +14,48 @@ pub mod vhdx;
 pub mod vmdk;
 pub mod zvhd;
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{AllocationMap, Extent};
+use crate::extent::{AllocationMap, Extent, ExtentKind};
 use crate::format::{ImageFormat, OutputFormat};
 use crate::storage::{Generation, Storage};
-use crate::units::{FileOffset, VirtualOffset};
+use crate::units::{FileOffset, TIB, VirtualOffset};
+use crate::vfile::readable;
 
 /// Longest chain of backing files that is followed.
 pub const MAX_CHAIN_DEPTH: usize = 10;
+
+/// Largest disk that is read, of any format: what a VHDX holds at most, and more than any cloud takes. It bounds what
+/// tables and maps of a disk can cost, and is checked before anything is made for the disk.
+pub const MAX_VIRTUAL_SIZE: u64 = 64 * TIB;
+
+/// Runs that one extent is joined of at most, which bounds the time of a call.
+const MAX_RUNS: u32 = 1 << 16;
+
+/// Gets the runs of a disk one after the other, and says whether it wants the next one.
+pub type ExtentVisitor<'a> = dyn FnMut(Extent) -> Result<ControlFlow<()>> + 'a;
+
+/// Tells walks over the tables of images to give up. All clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Makes every walk that has a clone fail, now and later.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Fails with [`Cancelled`](ErrorKind::Cancelled) after [`cancel`](Self::cancel).
+    fn check(&self) -> Result<()> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Cancelled, "reading the image's tables was given up"));
+        }
+        Ok(())
+    }
+}
 
 /// A disk as its guest sees it, read anywhere from many threads at once.
 pub trait DiskImage: Send + Sync {
@@ -32,10 +65,34 @@ pub trait DiskImage: Send + Sync {
     /// Fills `buf` from `at`; all of it lies inside the disk.
     fn read_at(&self, at: VirtualOffset, buf: &mut [u8]) -> Result<()>;
 
-    /// What the bytes from `at` on are, without reading image data; `at` lies inside the disk.
+    /// Tells `visit` what the bytes of `range`, which lies inside the disk, are, in order and without a gap, until it
+    /// breaks off. Reads no image data.
     ///
-    /// Data extents have been checked to lie inside their file, so a truncated image fails here.
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent>;
+    /// A walk takes time in the bytes of the tables that it passes, each of them once, whatever the size of the disk.
+    /// An image below another one is walked only where the one above has nothing. Data has been checked to lie inside
+    /// its file, so a truncated image fails here.
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>>;
+
+    /// What the bytes from `at` on are: at most `limit` bytes, which is not 0 and lies inside the disk. It need not be
+    /// all that are alike.
+    fn extent_at(&self, at: VirtualOffset, limit: u64) -> Result<Extent> {
+        let mut found: Option<Extent> = None;
+        let mut runs = 0;
+        let _ = self.visit_extents(at..at + limit, &mut |extent| {
+            match &mut found {
+                None => found = Some(extent),
+                Some(known) if known.kind == extent.kind => known.length += extent.length,
+                Some(_) => return Ok(ControlFlow::Break(())),
+            }
+            runs += 1;
+            Ok(if runs < MAX_RUNS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        found.ok_or_else(|| Error::new(ErrorKind::Internal, "reader returned no extent").at(at))
+    }
 
     /// Fails with [`SourceChanged`](ErrorKind::SourceChanged) when a file of the chain changed since it was opened.
     fn verify_unchanged(&self) -> Result<()>;
@@ -132,7 +189,7 @@ pub fn open_image(
 ) -> Result<Arc<dyn DiskImage>> {
     check_depth(&*storage, depth)?;
     match format {
-        ImageFormat::Raw => Ok(Arc::new(raw::RawImage::new(storage))),
+        ImageFormat::Raw => Ok(Arc::new(raw::RawImage::open(storage)?)),
         ImageFormat::Vhd => Ok(Arc::new(vhd::VhdImage::open(storage, gate, depth)?)),
         ImageFormat::Vhdx => Ok(Arc::new(vhdx::VhdxImage::open(storage)?)),
         ImageFormat::Vmdk => Ok(Arc::new(vmdk::VmdkImage::open(storage, gate)?)),
@@ -147,6 +204,15 @@ fn check_depth(storage: &dyn Storage, depth: usize) -> Result<()> {
     if depth > MAX_CHAIN_DEPTH {
         let what = format!("the chain of backing files is longer than {MAX_CHAIN_DEPTH} or loops");
         return Err(Error::unsupported(what).in_file(storage.name()));
+    }
+    Ok(())
+}
+
+/// Refuses a disk that is larger than any that is read.
+fn check_virtual_size(virtual_size: u64) -> Result<()> {
+    if virtual_size > MAX_VIRTUAL_SIZE {
+        let what = format!("a disk of {virtual_size} bytes is larger than the 64 TiB that are read");
+        return Err(Error::new(ErrorKind::TooLarge, what));
     }
     Ok(())
 }
@@ -173,7 +239,7 @@ pub fn check_complete(output: OutputFormat, storage: Arc<dyn Storage>) -> Result
     let gate: Arc<dyn ReferenceGate> = Arc::new(ClosedGate);
     let walked = open_image(format, Arc::clone(&storage), &gate, 0).and_then(|image| {
         let unit = image.virtual_size().div_ceil(1024).max(1);
-        allocation_map(&*image, unit).map(drop)
+        allocation_map(&*image, unit, &Cancel::default()).map(drop)
     });
     match walked {
         Err(error) if error.kind() == ErrorKind::CorruptImage => Err(incomplete().because(error)),
@@ -208,20 +274,75 @@ fn begins_as(format: ImageFormat, storage: &dyn Storage) -> Result<bool> {
     Ok(start == signature)
 }
 
-/// The map of the units of `unit_size` bytes in which `image` has data.
-pub fn allocation_map(image: &dyn DiskImage, unit_size: u64) -> Result<AllocationMap> {
-    let virtual_size = image.virtual_size();
-    let mut builder = AllocationMap::builder(virtual_size, unit_size);
-    let mut at = VirtualOffset(0);
-    while at.bytes() < virtual_size {
-        let extent = image.extent_at(at)?;
-        if extent.length == 0 {
-            return Err(Error::new(ErrorKind::Internal, "reader returned an empty extent").at(at));
+/// Fills `target` from `at` of the image below another one; what it does not have is zeros. It may be smaller.
+fn read_below(below: Option<&dyn DiskImage>, at: VirtualOffset, target: &mut [u8]) -> Result<()> {
+    let size = below.map_or(0, |image| image.virtual_size());
+    let inside = readable(size, FileOffset(at.bytes()), target.len());
+    target[inside..].fill(0);
+    match below {
+        Some(image) if inside > 0 => image.read_at(at, &mut target[..inside]),
+        _ => Ok(()),
+    }
+}
+
+/// Tells `visit` what the image below another one has in a range; it may be smaller.
+fn visit_below(
+    below: Option<&dyn DiskImage>,
+    range: Range<VirtualOffset>,
+    visit: &mut ExtentVisitor<'_>,
+) -> Result<ControlFlow<()>> {
+    let size = below.map_or(0, |image| image.virtual_size());
+    let border = VirtualOffset(size).clamp(range.start, range.end);
+    if let Some(image) = below
+        && border > range.start
+        && image.visit_extents(range.start..border, visit)?.is_break()
+    {
+        return Ok(ControlFlow::Break(()));
+    }
+    if border < range.end {
+        return visit(Extent::new(ExtentKind::Hole, range.end - border));
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+/// Tells `visit` where the `length` bytes at `at` of a file have holes: for disks that are stored as they are.
+fn visit_storage(
+    storage: &dyn Storage,
+    mut at: FileOffset,
+    length: u64,
+    visit: &mut ExtentVisitor<'_>,
+) -> Result<ControlFlow<()>> {
+    let end = at + length;
+    while at < end {
+        let extent = storage.extent_at(at)?;
+        let length = extent.length.min(end - at);
+        if visit(Extent::new(extent.kind, length))?.is_break() {
+            return Ok(ControlFlow::Break(()));
         }
+        at += length;
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+/// The map of the units of `unit_size` bytes in which `image` has data: one walk over its tables.
+///
+/// # Errors
+/// [`Cancelled`](ErrorKind::Cancelled) when `cancel` was, [`TooLarge`](ErrorKind::TooLarge) when there is no memory for
+/// the map, else what reading gave.
+pub fn allocation_map(image: &dyn DiskImage, unit_size: u64, cancel: &Cancel) -> Result<AllocationMap> {
+    let end = VirtualOffset(image.virtual_size());
+    let mut builder = AllocationMap::builder(end.bytes(), unit_size);
+    let mut at = VirtualOffset(0);
+    let _ = image.visit_extents(at..end, &mut |extent| {
+        cancel.check()?;
         if extent.kind.is_data() {
-            builder.mark(at, extent.length);
+            builder.mark(at, extent.length)?;
         }
         at += extent.length;
+        Ok(ControlFlow::Continue(()))
+    })?;
+    if at != end {
+        return Err(Error::new(ErrorKind::Internal, "the reader left out a part of the disk").at(at));
     }
-    Ok(builder.finish())
+    builder.finish()
 }

@@ -213,11 +213,12 @@ pub(crate) mod tests {
     /// A map of that unit size with some marks.
     pub(crate) fn map(virtual_size: u64, unit: u64, marks: &[(u64, u64)]) -> Arc<AllocationMap> {
         let mut builder = AllocationMap::builder(virtual_size, unit);
+        let mut marks: Vec<_> = marks.iter().filter(|(start, _)| *start < virtual_size).collect();
+        marks.sort_unstable();
         for &(start, length) in marks {
-            let start = start.min(virtual_size);
-            builder.mark(VirtualOffset(start), length.min(virtual_size - start));
+            builder.mark(VirtualOffset(start), length.min(virtual_size - start)).unwrap();
         }
-        Arc::new(builder.finish())
+        Arc::new(builder.finish().unwrap())
     }
 
     fn input(virtual_size: u64) -> LayoutInput {

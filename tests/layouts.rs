@@ -4,13 +4,14 @@
 
 mod support;
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use freightfs::convert::{CompressedFile, ConvertedFile, Workspace};
 use freightfs::error::Result;
 use freightfs::extent::{AllocationMap, Extent, ExtentKind};
 use freightfs::format::OutputFormat;
-use freightfs::image::{DiskImage, ImageDescription, allocation_map};
+use freightfs::image::{Cancel, DiskImage, ExtentVisitor, ImageDescription, allocation_map};
 use freightfs::layout::{self, AnyLayout, LayoutInput, LayoutOptions};
 use freightfs::storage::{Generation, Storage};
 use freightfs::units::{FileOffset, VirtualOffset};
@@ -85,15 +86,28 @@ impl DiskImage for SparseDisk {
         Ok(())
     }
 
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        let next = self.runs.iter().find(|(start, length, _)| at.0 < start + length);
-        Ok(match next {
-            Some((start, length, _)) if at.0 >= *start => {
-                Extent::new(ExtentKind::Data, start + length - at.0)
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let mut at = range.start.0;
+        while at < range.end.0 {
+            let next = self.runs.iter().find(|(start, length, _)| at < start + length);
+            let extent = match next {
+                Some((start, length, _)) if at >= *start => {
+                    Extent::new(ExtentKind::Data, start + length - at)
+                }
+                Some((start, ..)) => Extent::new(ExtentKind::Hole, start - at),
+                None => Extent::new(ExtentKind::Hole, self.virtual_size - at),
+            };
+            let length = extent.length.min(range.end.0 - at);
+            if visit(Extent::new(extent.kind, length))?.is_break() {
+                return Ok(ControlFlow::Break(()));
             }
-            Some((start, ..)) => Extent::new(ExtentKind::Hole, start - at.0),
-            None => Extent::new(ExtentKind::Hole, self.virtual_size - at.0),
-        })
+            at += length;
+        }
+        Ok(ControlFlow::Continue(()))
     }
 
     fn verify_unchanged(&self) -> Result<()> {
@@ -153,8 +167,8 @@ fn file(
     };
     let image: Arc<dyn DiskImage> = Arc::clone(disk) as _;
     let map = match layout::unit_size(format, &options) {
-        Some(unit) => allocation_map(&**disk, unit)?,
-        None => AllocationMap::builder(0, 1).finish(),
+        Some(unit) => allocation_map(&**disk, unit, &Cancel::default())?,
+        None => AllocationMap::empty(),
     };
     let map = Arc::new(map);
     Ok(match layout::build(format, &input, Arc::clone(&map))? {
@@ -237,7 +251,7 @@ fn check_parsed(
         if expected.iter().any(|&b| b != 0) {
             let first = at + expected.iter().position(|&b| b != 0).unwrap() as u64;
             assert!(
-                image.extent_at(VirtualOffset(first))?.kind.is_data(),
+                image.extent_at(VirtualOffset(first), image.virtual_size() - first)?.kind.is_data(),
                 "data at {first} is no data extent"
             );
         }

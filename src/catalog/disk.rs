@@ -13,7 +13,7 @@ use crate::convert::{CompressedFile, ConvertedFile, Workspace};
 use crate::error::{Error, Result};
 use crate::extent::AllocationMap;
 use crate::format::{ImageFormat, OutputFormat};
-use crate::image::{self, DiskImage, ReferenceGate};
+use crate::image::{self, Cancel, DiskImage, ReferenceGate};
 use crate::layout::{self, AnyLayout, LayoutInput, LayoutOptions};
 use crate::storage::{Generation, Identity, IdentityFacts};
 use crate::vfile::VirtualFile;
@@ -147,7 +147,7 @@ impl OpenDisk {
             None => None,
         };
         let facts = self.facts(format);
-        let placed = map.clone().unwrap_or_else(|| Arc::new(AllocationMap::builder(0, 1).finish()));
+        let placed = map.clone().unwrap_or_else(|| Arc::new(AllocationMap::empty()));
         let image = Arc::clone(&self.image);
         let identified = match layout::build(format, &input, Arc::clone(&placed))? {
             AnyLayout::Plain(layout) => {
@@ -192,7 +192,7 @@ impl OpenDisk {
         if let Some(map) = maps.get(&unit) {
             return Ok(Arc::clone(map));
         }
-        let map = Arc::new(image::allocation_map(&*self.image, unit)?);
+        let map = Arc::new(image::allocation_map(&*self.image, unit, &Cancel::default())?);
         self.image.verify_unchanged()?;
         maps.insert(unit, Arc::clone(&map));
         Ok(map)

@@ -11,7 +11,7 @@ use crate::catalog::OpenDisk;
 use crate::error::{Error, Result};
 use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
-use crate::image::{ImageDescription, allocation_map};
+use crate::image::{Cancel, ImageDescription, allocation_map};
 use crate::layout::LayoutOptions;
 use crate::units::{KIB, SECTOR, human_bytes};
 
@@ -64,7 +64,7 @@ pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
         }
         None => disk.image().description().file_size,
     };
-    let map = allocation_map(&**disk.image(), ALLOCATION_UNIT)?;
+    let map = allocation_map(&**disk.image(), ALLOCATION_UNIT, &Cancel::default())?;
     let info = Info {
         disk_size,
         description: disk.image().description(),
@@ -180,15 +180,15 @@ mod tests {
     fn the_map_shows_where_data_is() {
         let mut map = AllocationMap::builder(1024 * 64 * KIB, ALLOCATION_UNIT);
         // The first cell in part, the second wholly, and the last.
-        map.mark(VirtualOffset(0), 64 * KIB);
-        map.mark(VirtualOffset(4 * 64 * KIB), 4 * 64 * KIB);
-        map.mark(VirtualOffset(1021 * 64 * KIB), 3 * 64 * KIB);
-        let drawn = drawn(&map.finish(), PLAIN_SHADES);
+        map.mark(VirtualOffset(0), 64 * KIB).unwrap();
+        map.mark(VirtualOffset(4 * 64 * KIB), 4 * 64 * KIB).unwrap();
+        map.mark(VirtualOffset(1021 * 64 * KIB), 3 * 64 * KIB).unwrap();
+        let drawn = drawn(&map.finish().unwrap(), PLAIN_SHADES);
         let rows: Vec<_> = drawn.lines().map(str::trim).collect();
         assert_eq!(rows.iter().map(|row| row.len()).collect::<Vec<_>>(), [64; 4]);
         assert!(rows[0].starts_with(":#..") && rows[3].ends_with("..x"), "{drawn}");
         assert_eq!(drawn.matches(['.', ':', '+', 'x', '#']).count(), 256);
-        let small = AllocationMap::builder(3 * 64 * KIB, ALLOCATION_UNIT).finish();
+        let small = AllocationMap::builder(3 * 64 * KIB, ALLOCATION_UNIT).finish().unwrap();
         assert_eq!(super::drawn(&small, PLAIN_SHADES), "  ...");
     }
 }

@@ -15,7 +15,7 @@ use tracing::debug;
 use super::read_guest;
 use super::workspace::{Body, Workspace};
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{AllocationMap, Extent, ExtentKind};
+use crate::extent::{AllocationMap, Extent, ExtentKind, is_zero};
 use crate::image::DiskImage;
 use crate::layout::CompressedLayout;
 use crate::layout::compressed::{Ends, LengthIndex, Piece, Record};
@@ -165,7 +165,7 @@ impl CompressedFile {
     fn payload(&self, unit: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; self.unit_size as usize];
         read_guest(&*self.image, VirtualOffset(unit * self.unit_size), &mut bytes)?;
-        if super::write::is_zero(&bytes) { Ok(Vec::new()) } else { self.layout.payload(&bytes) }
+        if is_zero(&bytes) { Ok(Vec::new()) } else { self.layout.payload(&bytes) }
     }
 
     /// Makes sure that `at` is known, or that the whole file is.

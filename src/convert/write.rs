@@ -2,19 +2,52 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
+use crate::extent::is_zero;
 use crate::units::{FileOffset, KIB, MIB};
-use crate::vfile::{VirtualFile, readable};
+use crate::vfile::VirtualFile;
 
 /// Bytes that a thread reads and writes at once.
 const CHUNK: u64 = 2 * MIB;
 
 /// Runs of zeros at least this long, so aligned, are left out of the file: a filesystem's usual block.
 const ZERO_BLOCK: usize = 4 * KIB as usize;
+
+/// The pieces of a file that are to be copied. Extents are asked for in order and carried along: each one once.
+struct Pieces<'a> {
+    source: &'a dyn VirtualFile,
+    file_size: u64,
+    at: u64,
+    /// Where the data that is known of ends.
+    data_end: u64,
+}
+
+impl Pieces<'_> {
+    /// The next piece, up to a multiple of [`CHUNK`]; `None` at the end. `skipped` gets bytes that read as zeros.
+    fn next(&mut self, skipped: &dyn Fn(u64)) -> Result<Option<(FileOffset, usize)>> {
+        while self.at < self.file_size {
+            if self.at >= self.data_end {
+                let extent = self.source.extent_at(FileOffset(self.at))?;
+                let length = extent.length.min(self.file_size - self.at);
+                if !extent.kind.is_data() {
+                    skipped(length);
+                    self.at += length;
+                    continue;
+                }
+                self.data_end = self.at + length;
+            }
+            // Short runs of other kinds are read along: one large read is cheaper than finding their borders.
+            let end = ((self.at / CHUNK + 1) * CHUNK).min(self.file_size);
+            let piece = (FileOffset(self.at), (end - self.at) as usize);
+            self.at = end;
+            return Ok(Some(piece));
+        }
+        Ok(None)
+    }
+}
 
 /// Writes all of `source` into the empty file `target` with `threads` threads. `progress` gets the bytes done.
 ///
@@ -27,20 +60,21 @@ pub fn write_file(
 ) -> Result<()> {
     let file_size = source.file_size();
     target.set_len(file_size).map_err(|e| Error::from_io("cannot size the output", e))?;
-    let next = AtomicU64::new(0);
+    let pieces = Mutex::new(Pieces { source, file_size, at: 0, data_end: 0 });
     let failure: Mutex<Option<Error>> = Mutex::default();
-    let worker = || {
+    let copy_all = || -> Result<()> {
         let mut buffer = vec![0; CHUNK.min(file_size) as usize];
         while failure.lock().is_none() {
-            let at = FileOffset(next.fetch_add(CHUNK, Ordering::Relaxed));
-            if at.bytes() >= file_size {
-                break;
-            }
-            let length = readable(file_size, at, buffer.len());
-            match copy_chunk(source, target, at, &mut buffer[..length]) {
-                Ok(()) => progress(length as u64),
-                Err(error) => *failure.lock() = Some(error),
-            }
+            let Some((at, length)) = pieces.lock().next(&|skipped| progress(skipped))? else { break };
+            source.read_at(at, &mut buffer[..length])?;
+            write_nonzero(target, at, &buffer[..length])?;
+            progress(length as u64);
+        }
+        Ok(())
+    };
+    let worker = || {
+        if let Err(error) = copy_all() {
+            *failure.lock() = Some(error);
         }
     };
     std::thread::scope(|scope| {
@@ -50,26 +84,6 @@ pub fn write_file(
         worker();
     });
     failure.into_inner().map_or(Ok(()), Err)
-}
-
-/// Copies the data among `buffer.len()` bytes at `at`.
-fn copy_chunk(source: &dyn VirtualFile, target: &File, at: FileOffset, buffer: &mut [u8]) -> Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        let here = at + done as u64;
-        let extent = source.extent_at(here)?;
-        let length = usize::try_from(extent.length).unwrap_or(usize::MAX).min(buffer.len() - done);
-        if extent.kind.is_data() {
-            // Short runs of other kinds are read along: one large read is cheaper than finding their borders.
-            let length = buffer.len() - done;
-            let piece = &mut buffer[done..done + length];
-            source.read_at(here, piece)?;
-            write_nonzero(target, here, piece)?;
-            return Ok(());
-        }
-        done += length;
-    }
-    Ok(())
 }
 
 /// Writes the runs of `bytes` between aligned blocks of zeros.
@@ -94,19 +108,13 @@ fn write_nonzero(target: &File, at: FileOffset, bytes: &[u8]) -> Result<()> {
     run.map_or(Ok(()), |from| write(from, bytes.len()))
 }
 
-/// Whether all bytes are zero; the common data block is told by its first words.
-pub(super) fn is_zero(block: &[u8]) -> bool {
-    // Folding with `or` inside a chunk has no branch, so that the compiler vectorises it.
-    let mut chunks = block.chunks_exact(64);
-    chunks.all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-        && chunks.remainder().iter().all(|&byte| byte == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::extent::{Extent, ExtentKind};
+    use crate::vfile::readable;
     use std::os::unix::fs::MetadataExt;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     struct Bytes(Vec<u8>);
 

@@ -1,14 +1,74 @@
 //! What formats that cut a disk into blocks have in common: reading and extents over a map of blocks.
 
-use super::{DiskImage, ImageDescription};
+use std::ops::{ControlFlow, Range};
+
+use super::{DiskImage, ExtentVisitor, ImageDescription};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, VirtualOffset};
 
-/// Blocks that one extent covers at most, which bounds the time of a call.
-const MAX_RUN: u64 = 1 << 16;
+/// How far a walk looks ahead before it tells what it found: this many steps at first, then twice as many each time.
+/// So whoever breaks off after some runs has paid for about as many, and a long walk tells few.
+const FIRST_WINDOW: u64 = 16;
+const LARGEST_WINDOW: u64 = 1 << 16;
+
+/// The steps that a walk looks ahead.
+pub(super) struct Window(u64);
+
+impl Window {
+    pub(super) fn new() -> Self {
+        Self(FIRST_WINDOW)
+    }
+
+    /// The steps up to the next run that is told.
+    pub(super) fn steps(&self) -> u64 {
+        self.0
+    }
+
+    /// Notes that a run was told.
+    pub(super) fn widen(&mut self) {
+        self.0 = (self.0 * 2).min(LARGEST_WINDOW);
+    }
+}
+
+/// Joins neighbours of one kind before a visitor gets them.
+pub(super) struct JoinedRuns<'a, 'v> {
+    visit: &'a mut ExtentVisitor<'v>,
+    run: Option<Extent>,
+    /// Extents in the run.
+    steps: u64,
+    window: Window,
+}
+
+impl<'a, 'v> JoinedRuns<'a, 'v> {
+    pub(super) fn new(visit: &'a mut ExtentVisitor<'v>) -> Self {
+        Self { visit, run: None, steps: 0, window: Window::new() }
+    }
+
+    /// The next extent.
+    pub(super) fn add(&mut self, extent: Extent) -> Result<ControlFlow<()>> {
+        match &mut self.run {
+            Some(run) if run.kind == extent.kind && self.steps < self.window.steps() => {
+                run.length += extent.length;
+                self.steps += 1;
+                Ok(ControlFlow::Continue(()))
+            }
+            run => {
+                let ended = run.replace(extent);
+                self.steps = 1;
+                self.window.widen();
+                ended.map_or(Ok(ControlFlow::Continue(())), &mut *self.visit)
+            }
+        }
+    }
+
+    /// Tells the last run.
+    pub(super) fn end(mut self) -> Result<ControlFlow<()>> {
+        self.run.take().map_or(Ok(ControlFlow::Continue(())), &mut *self.visit)
+    }
+}
 
 /// Where a block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +93,9 @@ impl Block {
     }
 }
 
+/// Gets a block, and how many are like it: 1 where it has a place.
+pub(super) type BlockVisitor<'a> = dyn FnMut(Block, u64) -> Result<ControlFlow<()>> + 'a;
+
 /// A disk that is cut into blocks of one size.
 pub(super) trait BlockMap {
     fn storage(&self) -> &dyn Storage;
@@ -45,6 +108,10 @@ pub(super) trait BlockMap {
 
     /// Where block `index` is; it lies inside the disk, at least in part.
     fn block(&self, index: u64) -> Result<Block>;
+
+    /// Tells `visit` where the blocks of a range are, in order, until it breaks off. Takes time in the bytes of the
+    /// tables, not in the blocks of the disk.
+    fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>>;
 
     /// Reads from `within` a compressed block that is at `host`.
     fn read_compressed(&self, host: FileOffset, _within: u64, _target: &mut [u8]) -> Result<()> {
@@ -60,7 +127,7 @@ pub(super) trait BlockMap {
             let (index, within) = (at.bytes() / self.block_size(), at.bytes() % self.block_size());
             let length = (self.block_size() - within).min(buf.len() as u64);
             let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
-            match self.block(index)? {
+            match self.checked_block(index)? {
                 Block::Data(host) => self.storage().read_exact_at(host + within, target)?,
                 Block::Compressed(host) => self.read_compressed(host, within, target)?,
                 Block::Zero | Block::Hole => target.fill(0),
@@ -71,39 +138,52 @@ pub(super) trait BlockMap {
         Ok(())
     }
 
-    /// As [`DiskImage::extent_at`](super::DiskImage::extent_at): data is checked to lie inside the file.
-    fn block_extent(&self, at: VirtualOffset) -> Result<Extent> {
-        let (first, within) = (at.bytes() / self.block_size(), at.bytes() % self.block_size());
-        let kind = self.checked_block(first)?.kind();
-        let mut length = self.block_size() - within;
-        for index in first + 1..first + MAX_RUN {
-            if at.bytes() + length >= self.virtual_size() || self.checked_block(index)?.kind() != kind {
-                break;
-            }
-            length += self.block_size();
-        }
-        Ok(Extent::new(kind, length.min(self.virtual_size() - at.bytes())))
+    /// As [`DiskImage::visit_extents`](super::DiskImage::visit_extents): data is checked to lie inside the file.
+    fn visit_block_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let block_size = self.block_size();
+        let blocks = range.start.bytes() / block_size..range.end.bytes().div_ceil(block_size);
+        let (mut index, mut at) = (blocks.start, range.start);
+        let mut runs = JoinedRuns::new(visit);
+        let flow = self.visit_blocks(blocks, &mut |block, count| {
+            self.check_block(index, block)?;
+            index += count;
+            let end = VirtualOffset(index.saturating_mul(block_size)).min(range.end);
+            let extent = Extent::new(block.kind(), end - at);
+            at = end;
+            runs.add(extent)
+        })?;
+        if flow.is_break() { Ok(flow) } else { runs.end() }
     }
 
     /// A block whose bytes, as far as the disk needs them, are in the file.
     fn checked_block(&self, index: u64) -> Result<Block> {
         let block = self.block(index)?;
-        let needed = match block {
-            Block::Data(_) => self.block_size().min(self.virtual_size() - index * self.block_size()),
-            // How long it is stands in front of it, and is checked when it is read.
-            Block::Compressed(_) => 1,
-            Block::Zero | Block::Hole => return Ok(block),
-        };
-        if let Block::Data(host) | Block::Compressed(host) = block
-            && host.checked_add(needed).is_none_or(|end| end.bytes() > self.storage().file_size())
-        {
-            let what = format!(
-                "block {index} lies past the end of the file, which has {} bytes and is truncated",
-                self.storage().file_size()
-            );
-            return Err(Error::corrupt(what).in_file(self.storage().name()).at(host));
-        }
+        self.check_block(index, block)?;
         Ok(block)
+    }
+
+    /// Fails when bytes of block `index` that the disk needs are not in the file.
+    fn check_block(&self, index: u64, block: Block) -> Result<()> {
+        let (host, needed) = match block {
+            Block::Data(host) => {
+                (host, self.block_size().min(self.virtual_size() - index * self.block_size()))
+            }
+            // How long it is stands in front of it, and is checked when it is read.
+            Block::Compressed(host) => (host, 1),
+            Block::Zero | Block::Hole => return Ok(()),
+        };
+        if host.checked_add(needed).is_some_and(|end| end.bytes() <= self.storage().file_size()) {
+            return Ok(());
+        }
+        let what = format!(
+            "block {index} lies past the end of the file, which has {} bytes and is truncated",
+            self.storage().file_size()
+        );
+        Err(Error::corrupt(what).in_file(self.storage().name()).at(host))
     }
 }
 
@@ -125,8 +205,12 @@ impl<T: BlockImage + Send + Sync> DiskImage for T {
         self.read_blocks(at, buf)
     }
 
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        self.block_extent(at)
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        self.visit_block_extents(range, visit)
     }
 
     fn verify_unchanged(&self) -> Result<()> {

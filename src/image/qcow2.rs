@@ -9,20 +9,22 @@ mod mapping;
 mod open;
 
 use std::num::NonZeroUsize;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 use rayon::prelude::*;
 
-use super::{DiskImage, ImageDescription, ReferenceGate};
+use super::blocks::Window;
+use super::table::KnownZeros;
+use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, steps};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Extent, ExtentKind};
+use crate::extent::{Extent, ExtentKind, is_zero};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, MIB, VirtualOffset};
-use crate::vfile::readable;
 use mapping::{Mapping, TableShape};
 
 /// Bytes of L2 tables that an image keeps: 256 tables of 64 KiB, which map 128 GiB.
@@ -30,9 +32,6 @@ pub const TABLE_MEMORY: u64 = 16 * MIB;
 
 /// Bytes of inflated clusters that an image keeps for readers of small pieces.
 pub const INFLATED_MEMORY: u64 = 8 * MIB;
-
-/// L1 entries that one call passes over at most, which bounds its time: 32 TiB at 64 KiB clusters.
-const MAX_ABSENT_TABLES: u64 = 1 << 16;
 
 /// How compressed clusters are compressed (header byte 104).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,8 +99,7 @@ impl Qcow2Image {
 
     /// The L2 table of an L1 index; `None` when there is none.
     fn table(&self, index: u64) -> Result<Option<L2Table>> {
-        let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i)).copied().unwrap_or(0);
-        let offset = FileOffset(entry & mapping::OFFSET_MASK);
+        let offset = self.table_offset(index);
         if offset.bytes() == 0 {
             return Ok(None);
         }
@@ -126,33 +124,70 @@ impl Qcow2Image {
 
     /// What the bytes from `at` on are mapped to, and for how many, at most `limit`, that holds.
     fn lookup(&self, at: VirtualOffset, limit: u64) -> Result<(Mapping, u64)> {
-        let limit = limit.min(self.virtual_size - at.bytes());
         let covered = self.shape.bytes_per_table();
-        let index = at.bytes() / covered;
-        let within = at.bytes() % covered;
+        let (index, within) = (at.bytes() / covered, at.bytes() % covered);
+        let limit = limit.min(self.virtual_size - at.bytes()).min(covered - within);
         match self.table(index)? {
-            Some(table) => {
-                let limit = limit.min(covered - within);
-                let found = self.shape.run(&table, within, limit);
-                found.map_err(|what| {
-                    self.corrupt(what, FileOffset(self.l1[index as usize] & mapping::OFFSET_MASK))
-                })
-            }
-            None => {
-                let mut length = covered - within;
-                let mut next = index + 1;
-                while length < limit && next - index < MAX_ABSENT_TABLES && !self.has_table(next) {
-                    length = length.saturating_add(covered);
-                    next += 1;
-                }
-                Ok((Mapping::Unallocated, length.min(limit)))
-            }
+            Some(table) => self.run(index, &table, within, limit),
+            None => Ok((Mapping::Unallocated, limit)),
         }
     }
 
-    fn has_table(&self, index: u64) -> bool {
-        let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i));
-        entry.is_some_and(|entry| entry & mapping::OFFSET_MASK != 0)
+    /// As [`TableShape::run`], in the table of that index.
+    fn run(&self, index: u64, table: &L2Table, within: u64, limit: u64) -> Result<(Mapping, u64)> {
+        self.shape.run(table, within, limit).map_err(|what| self.corrupt(what, self.table_offset(index)))
+    }
+
+    /// Where the L2 table of an L1 index is; 0 when there is none.
+    fn table_offset(&self, index: u64) -> FileOffset {
+        let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i)).copied().unwrap_or(0);
+        FileOffset(entry & mapping::OFFSET_MASK)
+    }
+
+    /// The end of the run of L2 tables that are not there, or are known to be zeros, from `index` on; at most `end`.
+    fn absent_until(&self, index: u64, end: u64, zeros: &KnownZeros) -> u64 {
+        let is_absent = |index: u64| {
+            let offset = self.table_offset(index);
+            offset.bytes() == 0 || zeros.contain(offset, self.shape.cluster_size())
+        };
+        let next = (index..end).find(|index| !is_absent(*index)).unwrap_or(end);
+        steps::count(next - index);
+        next
+    }
+
+    /// Walks the part of `range`, which lies in one L2 table's, that `table` maps.
+    fn visit_table(
+        &self,
+        index: u64,
+        table: &L2Table,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let mut window = Window::new();
+        let mut at = range.start;
+        while at < range.end {
+            let within = at.bytes() % self.shape.bytes_per_table();
+            let limit = (range.end - at).min(window.steps() * self.shape.unit_size());
+            let (mapping, length) = self.run(index, table, within, limit)?;
+            let flow = match mapping {
+                Mapping::Data(host) => {
+                    self.check_data(host, length)?;
+                    visit(Extent::new(ExtentKind::Data, length))?
+                }
+                Mapping::Compressed { host, length: compressed } => {
+                    self.compressed_length(host, compressed)?;
+                    visit(Extent::new(ExtentKind::Data, length))?
+                }
+                Mapping::Zero => visit(Extent::new(ExtentKind::Zero, length))?,
+                Mapping::Unallocated => super::visit_below(self.backing.as_deref(), at..at + length, visit)?,
+            };
+            if flow.is_break() {
+                return Ok(flow);
+            }
+            window.widen();
+            at += length;
+        }
+        Ok(ControlFlow::Continue(()))
     }
 
     /// The bytes of a compressed cluster that are in the file: its length is rounded up to a sector, and the last
@@ -223,16 +258,6 @@ impl Qcow2Image {
         }
     }
 
-    fn read_backing(&self, at: VirtualOffset, target: &mut [u8]) -> Result<()> {
-        let Some(backing) = &self.backing else {
-            target.fill(0);
-            return Ok(());
-        };
-        let inside = readable(backing.virtual_size(), FileOffset(at.bytes()), target.len());
-        target[inside..].fill(0);
-        if inside > 0 { backing.read_at(at, &mut target[..inside]) } else { Ok(()) }
-    }
-
     /// Fails when `length` bytes of a standard cluster at `host` are not in the file.
     fn check_data(&self, host: FileOffset, length: u64) -> Result<()> {
         if host.checked_add(length).is_some_and(|end| end.bytes() <= self.data.file_size()) {
@@ -243,29 +268,6 @@ impl Qcow2Image {
             self.data.file_size()
         );
         Err(Error::corrupt(what).in_file(self.data.name()).at(host))
-    }
-
-    /// One run of [`DiskImage::extent_at`], not merged with its neighbours.
-    fn extent_run(&self, at: VirtualOffset, limit: u64) -> Result<Extent> {
-        let (mapping, length) = self.lookup(at, limit)?;
-        match mapping {
-            Mapping::Data(host) => {
-                self.check_data(host, length)?;
-                Ok(Extent::new(ExtentKind::Data, length))
-            }
-            Mapping::Compressed { host, length: compressed } => {
-                self.compressed_length(host, compressed)?;
-                Ok(Extent::new(ExtentKind::Data, length))
-            }
-            Mapping::Zero => Ok(Extent::new(ExtentKind::Zero, length)),
-            Mapping::Unallocated => match &self.backing {
-                Some(backing) if at.bytes() < backing.virtual_size() => {
-                    let extent = backing.extent_at(at)?;
-                    Ok(Extent::new(extent.kind, extent.length.min(length)))
-                }
-                _ => Ok(Extent::new(ExtentKind::Hole, length)),
-            },
-        }
     }
 }
 
@@ -288,7 +290,7 @@ impl DiskImage for Qcow2Image {
                     self.data.read_exact_at(host, target)?;
                 }
                 Mapping::Zero => target.fill(0),
-                Mapping::Unallocated => self.read_backing(at, target)?,
+                Mapping::Unallocated => super::read_below(self.backing.as_deref(), at, target)?,
                 Mapping::Compressed { host, length } => tasks.push(InflateTask { at, host, length, target }),
             }
             buf = rest;
@@ -301,21 +303,35 @@ impl DiskImage for Qcow2Image {
         }
     }
 
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        let mut extent = self.extent_run(at, u64::MAX)?;
-        // Neighbours of the same kind are joined up to the end of an L2 table: compressed clusters come one by one.
-        let table_end =
-            (at.bytes() / self.shape.bytes_per_table() + 1).saturating_mul(self.shape.bytes_per_table());
-        let end = table_end.min(self.virtual_size);
-        while at.bytes() + extent.length < end {
-            let next = at + extent.length;
-            let following = self.extent_run(next, end - next.bytes())?;
-            if following.kind != extent.kind {
-                break;
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let covered = self.shape.bytes_per_table();
+        let tables = range.end.bytes().div_ceil(covered);
+        let (mut window, mut zeros) = (Window::new(), KnownZeros::default());
+        let mut at = range.start;
+        while at < range.end {
+            let index = at.bytes() / covered;
+            let next = self.absent_until(index, tables.min(index + window.steps()), &zeros);
+            let end = range.end.min(VirtualOffset(next.max(index + 1).saturating_mul(covered)));
+            let flow = match if next > index { None } else { self.table(index)? } {
+                None => super::visit_below(self.backing.as_deref(), at..end, visit)?,
+                Some(table) => {
+                    if is_zero(&table) {
+                        zeros.learn(&*self.storage, self.table_offset(index))?;
+                    }
+                    self.visit_table(index, &table, at..end, visit)?
+                }
+            };
+            if flow.is_break() {
+                return Ok(flow);
             }
-            extent.length += following.length;
+            window.widen();
+            at = end;
         }
-        Ok(extent)
+        Ok(ControlFlow::Continue(()))
     }
 
     fn verify_unchanged(&self) -> Result<()> {

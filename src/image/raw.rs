@@ -1,10 +1,10 @@
 //! Raw images: the file is the disk.
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::{DiskImage, ImageDescription};
+use super::{DiskImage, ExtentVisitor, ImageDescription};
 use crate::error::Result;
-use crate::extent::Extent;
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage};
 use crate::units::{FileOffset, VirtualOffset};
@@ -16,8 +16,9 @@ pub struct RawImage {
 
 impl RawImage {
     /// The whole of `storage` as a disk.
-    pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { storage }
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        super::check_virtual_size(storage.file_size()).map_err(|e| e.in_file(storage.name()))?;
+        Ok(Self { storage })
     }
 }
 
@@ -30,8 +31,12 @@ impl DiskImage for RawImage {
         self.storage.read_exact_at(FileOffset(at.bytes()), buf)
     }
 
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        self.storage.extent_at(FileOffset(at.bytes()))
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        super::visit_storage(&*self.storage, FileOffset(range.start.bytes()), range.end - range.start, visit)
     }
 
     fn verify_unchanged(&self) -> Result<()> {

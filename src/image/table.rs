@@ -1,13 +1,16 @@
 //! Tables of entries in an image, read page by page when they are needed.
 
 use std::num::NonZeroUsize;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
-use crate::storage::Storage;
+use crate::extent::is_zero;
+use crate::image::steps;
+use crate::storage::{Storage, check_range};
 use crate::units::{FileOffset, KIB};
 
 /// Bytes of a page.
@@ -37,12 +40,14 @@ impl Entry {
 
     /// The entry at the start of `bytes`.
     fn read(self, bytes: &[u8]) -> u64 {
-        let mut array = [0; 8];
-        let length = self.size() as usize;
-        array[..length].copy_from_slice(&bytes[..length]);
         match self {
-            Self::U32Le | Self::U64Le => u64::from_le_bytes(array),
-            Self::U32Be => u64::from_be_bytes(array) >> 32,
+            Self::U32Le => u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).into(),
+            Self::U32Be => u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).into(),
+            Self::U64Le => {
+                let mut array = [0; 8];
+                array.copy_from_slice(&bytes[..8]);
+                u64::from_le_bytes(array)
+            }
         }
     }
 }
@@ -67,15 +72,39 @@ impl EntryTable {
         let length = entries
             .checked_mul(entry.size())
             .ok_or_else(|| Error::corrupt("a table is too large").at(start))?;
-        crate::storage::check_range(&*storage, start, length)?;
+        check_range(&*storage, start, length)?;
         Ok(Self { storage, start, entries, entry, pages: Mutex::new(LruCache::new(PAGES_KEPT)) })
     }
 
     /// The entry at `index`, which is inside the table.
     pub(super) fn get(&self, index: u64) -> Result<u64> {
+        steps::count(1);
         let place = index * self.entry.size();
         let page = self.page(place / PAGE)?;
         Ok(self.entry.read(&page[(place % PAGE) as usize..]))
+    }
+
+    /// Tells `visit` the entries of a range, which lies inside the table, in order until it breaks off.
+    pub(super) fn visit(
+        &self,
+        entries: Range<u64>,
+        visit: &mut dyn FnMut(u64) -> Result<ControlFlow<()>>,
+    ) -> Result<ControlFlow<()>> {
+        let size = self.entry.size();
+        let (mut at, end) = (entries.start * size, entries.end * size);
+        while at < end {
+            let start = at / PAGE * PAGE;
+            let stop = end.min(start + PAGE);
+            let page = self.page(at / PAGE)?;
+            steps::count((stop - at) / size);
+            for bytes in page[(at - start) as usize..(stop - start) as usize].chunks_exact(size as usize) {
+                if visit(self.entry.read(bytes))?.is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+            at = stop;
+        }
+        Ok(ControlFlow::Continue(()))
     }
 
     fn page(&self, page: u64) -> Result<Arc<Vec<u8>>> {
@@ -88,5 +117,89 @@ impl EntryTable {
         let bytes = Arc::new(bytes);
         self.pages.lock().put(page, Arc::clone(&bytes));
         Ok(bytes)
+    }
+}
+
+/// Refuses tables or blocks, each `length` units long, of which two overlap: a walk that goes through one part of the
+/// file twice has no bound in the file's size. `what` they are and the bytes in a unit are for the message.
+pub(super) fn check_disjoint(mut starts: Vec<u64>, length: u64, what: &str, unit: u64) -> Result<()> {
+    starts.sort_unstable();
+    match starts.windows(2).find(|pair| pair[1] - pair[0] < length) {
+        Some(pair) => {
+            Err(Error::corrupt(format!("{what} is named twice, or two overlap"))
+                .at(pair[1].saturating_mul(unit)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Where a walk knows that its file has zeros, so that it does not read tables that are holes.
+#[derive(Default)]
+pub(super) struct KnownZeros {
+    zeros: Range<u64>,
+    /// Where it knows that the file has no hole.
+    data: Range<u64>,
+}
+
+impl KnownZeros {
+    /// Whether `length` bytes at `at` are in a hole that is known.
+    pub(super) fn contain(&self, at: FileOffset, length: u64) -> bool {
+        self.zeros.start <= at.bytes() && at.bytes().saturating_add(length) <= self.zeros.end
+    }
+
+    /// Notes that the bytes at `at`, which lies inside the file, turned out to be zeros: more may follow.
+    pub(super) fn learn(&mut self, storage: &dyn Storage, at: FileOffset) -> Result<()> {
+        if self.zeros.contains(&at.bytes()) || self.data.contains(&at.bytes()) {
+            return Ok(());
+        }
+        let extent = storage.extent_at(at)?;
+        let range = at.bytes()..at.bytes().saturating_add(extent.length);
+        if extent.kind.is_data() {
+            self.data = range
+        } else {
+            self.zeros = range
+        }
+        Ok(())
+    }
+}
+
+/// Reads the tables of a walk in its order: neighbours at once, and holes not at all.
+pub(super) struct TableWalk<'a> {
+    storage: &'a dyn Storage,
+    bytes: Vec<u8>,
+    start: FileOffset,
+    zeros: KnownZeros,
+}
+
+impl<'a> TableWalk<'a> {
+    pub(super) fn new(storage: &'a dyn Storage) -> Self {
+        Self { storage, bytes: Vec::new(), start: FileOffset(0), zeros: KnownZeros::default() }
+    }
+
+    /// The table of `length` bytes at `at`; `None` when all of it is zeros.
+    pub(super) fn read(&mut self, at: FileOffset, length: u64) -> Result<Option<&[u8]>> {
+        check_range(self.storage, at, length)?;
+        if self.zeros.contain(at, length) {
+            return Ok(None);
+        }
+        let end = self.start + self.bytes.len() as u64;
+        if at < self.start || at + length > end {
+            // More than one table is read only when the walk goes from one to its neighbour.
+            let wanted = if at == end {
+                (2 * self.bytes.len() as u64).clamp(length, PAGE.max(length))
+            } else {
+                length
+            };
+            self.bytes.resize(wanted.min(self.storage.file_size() - at.bytes()) as usize, 0);
+            self.start = at;
+            self.storage.read_exact_at(at, &mut self.bytes)?;
+        }
+        let from = (at - self.start) as usize;
+        let table = &self.bytes[from..from + length as usize];
+        if is_zero(table) {
+            self.zeros.learn(self.storage, at)?;
+            return Ok(None);
+        }
+        Ok(Some(table))
     }
 }

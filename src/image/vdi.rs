@@ -2,9 +2,10 @@
 //!
 //! Source: VirtualBox, VDICore.h. Images with a parent are refused by name.
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockImage, BlockMap};
+use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
 use super::table::{Entry, EntryTable};
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
@@ -41,6 +42,19 @@ impl VdiImage {
     }
 }
 
+impl VdiImage {
+    /// What an entry of the map says.
+    fn entry(&self, entry: u64) -> Block {
+        match entry as u32 {
+            FREE => Block::Hole,
+            ZERO => Block::Zero,
+            block => {
+                Block::Data(FileOffset(u64::from(self.header.data_offset) + u64::from(block) * BLOCK_SIZE))
+            }
+        }
+    }
+}
+
 fn check(header: &VdiHeader) -> Result<()> {
     if header.signature != SIGNATURE {
         return Err(Error::corrupt("is not a VDI image: the signature is wrong").at(64u64));
@@ -65,6 +79,7 @@ fn check(header: &VdiHeader) -> Result<()> {
         );
         return Err(Error::unsupported(what).at(360u64));
     }
+    super::check_virtual_size(header.disk_size).map_err(|e| e.at(368u64))?;
     if u64::from(header.blocks) < header.disk_size.div_ceil(BLOCK_SIZE) {
         let what =
             format!("the map's {} blocks do not cover the disk of {} bytes", header.blocks, header.disk_size);
@@ -87,13 +102,11 @@ impl BlockMap for VdiImage {
     }
 
     fn block(&self, index: u64) -> Result<Block> {
-        Ok(match self.map.get(index)? as u32 {
-            FREE => Block::Hole,
-            ZERO => Block::Zero,
-            block => {
-                Block::Data(FileOffset(u64::from(self.header.data_offset) + u64::from(block) * BLOCK_SIZE))
-            }
-        })
+        Ok(self.entry(self.map.get(index)?))
+    }
+
+    fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+        self.map.visit(blocks, &mut |entry| visit(self.entry(entry), 1))
     }
 }
 

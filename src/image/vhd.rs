@@ -6,11 +6,12 @@
 
 mod parent;
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockMap};
-use super::table::{Entry, EntryTable};
-use super::{DiskImage, ImageDescription, ReferenceGate};
+use super::blocks::{Block, BlockMap, BlockVisitor, JoinedRuns};
+use super::table::{Entry, EntryTable, check_disjoint};
+use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, steps};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
@@ -78,7 +79,9 @@ impl VhdImage {
             TYPE_DIFFERENCING => {
                 let header = read_header(&*storage, &footer)?;
                 let parent = parent::open(&*storage, &header, gate, depth)?;
-                (open_dynamic(&storage, &header, virtual_size)?, Some(Arc::new(parent)))
+                let body = open_dynamic(&storage, &header, virtual_size)?;
+                check_blocks(&body, virtual_size.div_ceil(header.block_size.into()))?;
+                (body, Some(Arc::new(parent)))
             }
             other => return Err(Error::unsupported(format!("VHD disks of type {other} are not supported"))),
         };
@@ -86,60 +89,135 @@ impl VhdImage {
         Ok(Self { storage, virtual_size, creator, unique_id, body, parent })
     }
 
-    /// A run inside one block of a differencing disk: how long it is, and where its bytes are if not in the parent.
-    fn run_at(&self, at: VirtualOffset) -> Result<(u64, Option<FileOffset>)> {
-        let (index, within) = (at.bytes() / self.block_size(), at.bytes() % self.block_size());
-        let left = (self.block_size() - within).min(self.virtual_size - at.bytes());
-        let (Block::Data(data), Body::Dynamic { bitmap_size, .. }) = (self.checked_block(index)?, &self.body)
-        else {
-            return Ok((left, None));
+    /// The bytes of the bitmap of the block whose data is at `data` that tell of the sectors from `first` on, for
+    /// `sectors` of them at most. Bit 0 of the first byte returned is not that of `first` but of the multiple of 8 below.
+    fn read_bitmap(&self, data: FileOffset, first: u64, sectors: u64) -> Result<Vec<u8>> {
+        let Body::Dynamic { bitmap_size, .. } = &self.body else { return Ok(Vec::new()) };
+        let mut bytes = vec![0; ((first + sectors).div_ceil(8) - first / 8) as usize];
+        self.storage.read_exact_at(FileOffset(data.bytes() - bitmap_size + first / 8), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Tells which runs of `range`, which lies inside block `index`, are in the file and where, and which are the
+    /// parent's. Reads only the bits of the range, few at first.
+    fn visit_own(
+        &self,
+        index: u64,
+        range: Range<VirtualOffset>,
+        visit: &mut OwnVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let Block::Data(data) = self.checked_block(index)? else {
+            return visit(range.end - range.start, None);
         };
-        let mut bitmap = vec![0; *bitmap_size as usize];
-        self.storage.read_exact_at(FileOffset(data.bytes() - bitmap_size), &mut bitmap)?;
-        // The first sector is the highest bit ("Dynamic Hard Disk Image", "Data Blocks").
-        let own = |sector: u64| bitmap[(sector / 8) as usize] >> (7 - sector % 8) & 1 == 1;
-        let first = within / SECTOR;
-        let mut end = first + 1;
-        while end * SECTOR < within + left && own(end) == own(first) {
-            end += 1;
+        let start = VirtualOffset(index * self.block_size());
+        let (mut at, mut piece) = (range.start, FIRST_PIECE);
+        while at < range.end {
+            let first = (at - start) / SECTOR;
+            let sectors = ((range.end - start).div_ceil(SECTOR) - first).min(piece);
+            let bitmap = self.read_bitmap(data, first, sectors)?;
+            let mut bits = Bits { bytes: &bitmap, at: first % 8, end: first % 8 + sectors };
+            while let Some(own) = bits.next_run() {
+                let end = range.end.min(start + (first - first % 8 + bits.at) * SECTOR);
+                let place = own.then(|| data + (at - start));
+                if visit(end - at, place)?.is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                at = end;
+            }
+            piece = (piece * 2).min(LARGEST_PIECE);
         }
-        let length = (end * SECTOR - within).min(left);
-        Ok((length, own(first).then(|| data + within)))
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The parts of `range` that lie in one block each.
+    fn split(&self, range: Range<VirtualOffset>) -> impl Iterator<Item = (u64, Range<VirtualOffset>)> + '_ {
+        let block_size = self.block_size();
+        let blocks = range.start.bytes() / block_size..range.end.bytes().div_ceil(block_size);
+        blocks.map(move |index| {
+            let start = VirtualOffset(index * block_size);
+            (index, range.start.max(start)..range.end.min(start + block_size))
+        })
     }
 
     /// Reads a part of a differencing disk.
-    fn read_over(&self, parent: &VhdImage, mut at: VirtualOffset, mut buf: &mut [u8]) -> Result<()> {
-        while !buf.is_empty() {
-            let (length, own) = self.run_at(at)?;
-            let length = length.min(buf.len() as u64);
-            let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
-            match own {
-                Some(host) => self.storage.read_exact_at(host, target)?,
-                None => {
-                    // A parent may be smaller.
-                    let inside = parent.virtual_size.saturating_sub(at.bytes()).min(length) as usize;
-                    target[inside..].fill(0);
-                    if inside > 0 {
-                        parent.read_at(at, &mut target[..inside])?;
-                    }
+    fn read_over(&self, parent: &VhdImage, at: VirtualOffset, mut buf: &mut [u8]) -> Result<()> {
+        for (index, range) in self.split(at..at + buf.len() as u64) {
+            let mut at = range.start;
+            let _ = self.visit_own(index, range, &mut |length, own| {
+                let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+                match own {
+                    Some(host) => self.storage.read_exact_at(host, target)?,
+                    None => super::read_below(Some(parent), at, target)?,
                 }
-            }
-            buf = rest;
-            at += length;
+                buf = rest;
+                at += length;
+                Ok(ControlFlow::Continue(()))
+            })?;
         }
         Ok(())
     }
 
-    fn extent_over(&self, parent: &VhdImage, at: VirtualOffset) -> Result<Extent> {
-        let (length, own) = self.run_at(at)?;
-        if own.is_some() {
-            return Ok(Extent::new(ExtentKind::Data, length));
+    fn visit_over(
+        &self,
+        parent: &VhdImage,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let mut runs = JoinedRuns::new(visit);
+        for (index, range) in self.split(range) {
+            let mut at = range.start;
+            let flow = self.visit_own(index, range, &mut |length, own| {
+                let flow = match own {
+                    Some(_) => runs.add(Extent::new(ExtentKind::Data, length))?,
+                    None => {
+                        super::visit_below(Some(parent), at..at + length, &mut |extent| runs.add(extent))?
+                    }
+                };
+                at += length;
+                Ok(flow)
+            })?;
+            if flow.is_break() {
+                return Ok(flow);
+            }
         }
-        if at.bytes() >= parent.virtual_size {
-            return Ok(Extent::new(ExtentKind::Hole, length));
+        runs.end()
+    }
+}
+
+/// Gets a number of bytes, and where they are in the file if they are not the parent's.
+type OwnVisitor<'a> = dyn FnMut(u64, Option<FileOffset>) -> Result<ControlFlow<()>> + 'a;
+
+/// Sectors whose bits are read at once: at first, and at most.
+const FIRST_PIECE: u64 = 128;
+const LARGEST_PIECE: u64 = 1 << 19;
+
+/// Bits of a bitmap. The first sector is the highest bit of the first byte ("Dynamic Hard Disk Image", "Data Blocks").
+struct Bits<'a> {
+    bytes: &'a [u8],
+    at: u64,
+    end: u64,
+}
+
+impl Bits<'_> {
+    /// Whether the next bits are set; `at` is put behind all that are alike.
+    fn next_run(&mut self) -> Option<bool> {
+        let start = self.at;
+        let is_set = |at: u64| self.bytes[(at / 8) as usize] >> (7 - at % 8) & 1 == 1;
+        let own = (start < self.end).then(|| is_set(start))?;
+        let whole = if own { 0xff } else { 0 };
+        let mut at = start;
+        while at < self.end {
+            steps::count(1);
+            if at.is_multiple_of(8) && self.bytes[(at / 8) as usize] == whole {
+                at += 8;
+            } else if is_set(at) == own {
+                at += 1;
+            } else {
+                break;
+            }
         }
-        let below = parent.extent_at(at)?;
-        Ok(Extent::new(below.kind, below.length.min(length)))
+        self.at = at.min(self.end);
+        Some(own)
     }
 }
 
@@ -250,6 +328,25 @@ fn open_dynamic(storage: &Arc<dyn Storage>, header: &VhdDynamicHeader, virtual_s
     Ok(Body::Dynamic { table, block_size, bitmap_size })
 }
 
+/// What an entry of the block table says.
+fn entry(entry: u64, bitmap_size: u64) -> Block {
+    match entry as u32 {
+        FREE => Block::Hole,
+        sector => Block::Data(FileOffset(u64::from(sector) * SECTOR + bitmap_size)),
+    }
+}
+
+/// Refuses a differencing disk of which two blocks overlap: their bitmaps are read in every walk.
+fn check_blocks(body: &Body, blocks: u64) -> Result<()> {
+    let Body::Dynamic { table, block_size, bitmap_size } = body else { return Ok(()) };
+    let mut sectors = Vec::new();
+    let _ = table.visit(0..blocks, &mut |entry| {
+        sectors.extend((entry as u32 != FREE).then_some(entry));
+        Ok(ControlFlow::Continue(()))
+    })?;
+    check_disjoint(sectors, (block_size + bitmap_size) / SECTOR, "a block", SECTOR)
+}
+
 impl BlockMap for VhdImage {
     fn storage(&self) -> &dyn Storage {
         &*self.storage
@@ -268,13 +365,20 @@ impl BlockMap for VhdImage {
     }
 
     fn block(&self, index: u64) -> Result<Block> {
-        let Body::Dynamic { table, bitmap_size, .. } = &self.body else {
-            return Ok(Block::Data(FileOffset(0)));
-        };
-        Ok(match table.get(index)? as u32 {
-            FREE => Block::Hole,
-            sector => Block::Data(FileOffset(u64::from(sector) * SECTOR + bitmap_size)),
-        })
+        match &self.body {
+            Body::Fixed => Ok(Block::Data(FileOffset(0))),
+            Body::Dynamic { table, bitmap_size, .. } => Ok(entry(table.get(index)?, *bitmap_size)),
+        }
+    }
+
+    fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+        match &self.body {
+            Body::Fixed if blocks.is_empty() => Ok(ControlFlow::Continue(())),
+            Body::Fixed => visit(Block::Data(FileOffset(0)), 1),
+            Body::Dynamic { table, bitmap_size, .. } => {
+                table.visit(blocks, &mut |value| visit(entry(value, *bitmap_size), 1))
+            }
+        }
     }
 }
 
@@ -290,17 +394,19 @@ impl DiskImage for VhdImage {
         }
     }
 
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        if let Some(parent) = &self.parent {
-            return self.extent_over(parent, at);
-        }
-        match self.body {
-            Body::Fixed => {
-                // A sparse file of a fixed disk has holes that its format does not know.
-                let extent = self.storage.extent_at(FileOffset(at.bytes()))?;
-                Ok(Extent::new(extent.kind, extent.length.min(self.virtual_size - at.bytes())))
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        match (&self.parent, &self.body) {
+            (Some(parent), _) => self.visit_over(parent, range, visit),
+            // A sparse file of a fixed disk has holes that its format does not know.
+            (None, Body::Fixed) => {
+                let start = FileOffset(range.start.bytes());
+                super::visit_storage(&*self.storage, start, range.end - range.start, visit)
             }
-            Body::Dynamic { .. } => self.block_extent(at),
+            (None, Body::Dynamic { .. }) => self.visit_block_extents(range, visit),
         }
     }
 

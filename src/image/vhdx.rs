@@ -5,9 +5,10 @@
 
 mod log;
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockImage, BlockMap};
+use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
 use super::table::{Entry, EntryTable};
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
@@ -17,7 +18,7 @@ use crate::header::vhdx::{
     VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE, VhdxHeader, VhdxMetadataEntry, VhdxRegionEntry,
 };
 use crate::storage::{Storage, check_range};
-use crate::units::{FileOffset, KIB, MIB, TIB};
+use crate::units::{FileOffset, KIB, MIB};
 
 /// Places that are fixed (section 2.2).
 const HEADERS: [FileOffset; 2] = [FileOffset(64 * KIB), FileOffset(128 * KIB)];
@@ -39,9 +40,8 @@ const REQUIRED: u32 = 4;
 /// Flag of the file parameters (section 2.6.2.1): has a parent.
 const HAS_PARENT: u32 = 2;
 
-/// Limits of sections 2.6.2.1 and 2.6.2.2.
+/// Limits of section 2.6.2.1; that of a disk's size, section 2.6.2.2, is the one of all readers.
 const BLOCK_SIZES: std::ops::RangeInclusive<u64> = MIB..=256 * MIB;
-const MAX_VIRTUAL_SIZE: u64 = 64 * TIB;
 
 /// States of a block besides fully present (section 2.5.1.1).
 const NOT_PRESENT: u64 = 0;
@@ -99,6 +99,23 @@ impl VhdxImage {
     }
 }
 
+impl VhdxImage {
+    /// What the entry of block `index` says.
+    fn entry(&self, index: u64, entry: u64) -> Result<Block> {
+        Ok(match entry & 7 {
+            NOT_PRESENT | UNDEFINED | UNMAPPED => Block::Hole,
+            ZERO => Block::Zero,
+            // Bits 20 to 63 count MiB.
+            PAYLOAD_BLOCK_FULLY_PRESENT => Block::Data(FileOffset(entry & !(MIB - 1))),
+            state => {
+                let what =
+                    format!("block {index} is in state {state}, which a disk without parent does not have");
+                return Err(Error::corrupt(what).in_file(self.storage.name()));
+            }
+        })
+    }
+}
+
 impl Disk {
     /// Blocks whose sectors one bitmap block describes.
     fn chunk_ratio(&self) -> u64 {
@@ -106,12 +123,18 @@ impl Disk {
     }
 }
 
-/// CRC-32C of `block` with zeros in place of the checksum at byte 4.
-fn checksum(block: &[u8]) -> u32 {
+/// CRC-32C of a block in parts, with zeros in place of the checksum at byte 4 of the first.
+fn checksum(parts: &[&[u8]]) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-    digest.update(&block[..4]);
-    digest.update(&[0; 4]);
-    digest.update(&block[8..]);
+    for (index, part) in parts.iter().enumerate() {
+        if index == 0 {
+            digest.update(&part[..4]);
+            digest.update(&[0; 4]);
+            digest.update(&part[8..]);
+        } else {
+            digest.update(part);
+        }
+    }
     digest.finalize() as u32
 }
 
@@ -124,7 +147,7 @@ fn newest_header(storage: &dyn Storage) -> Result<VhdxHeader> {
         let mut start = [0; VhdxHeader::LENGTH];
         start.copy_from_slice(&block[..VhdxHeader::LENGTH]);
         let header = VhdxHeader::parse(&start);
-        let valid = header.signature == HEADER_SIGNATURE && header.checksum == checksum(&block);
+        let valid = header.signature == HEADER_SIGNATURE && header.checksum == checksum(&[&block]);
         if valid && newest.as_ref().is_none_or(|other| other.sequence_number < header.sequence_number) {
             newest = Some(header);
         }
@@ -146,7 +169,7 @@ fn read_regions(storage: &dyn Storage) -> Result<[VhdxRegionEntry; 2]> {
         let mut table = vec![0; REGION_TABLE_SIZE];
         storage.read_exact_at(at, &mut table)?;
         let stored = u32::from_le_bytes([table[4], table[5], table[6], table[7]]);
-        if table[..4] == REGION_SIGNATURE && stored == checksum(&table) {
+        if table[..4] == REGION_SIGNATURE && stored == checksum(&[&table]) {
             match parse_regions(storage, &table, at) {
                 Ok(regions) => return Ok(regions),
                 Err(error) => wrong = error,
@@ -236,7 +259,8 @@ fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk
     if ![512, 4096].contains(&sector_size) {
         return Err(Error::corrupt(format!("sectors of {sector_size} bytes are not allowed")).at(start));
     }
-    if virtual_size > MAX_VIRTUAL_SIZE || virtual_size % sector_size != 0 {
+    super::check_virtual_size(virtual_size).map_err(|e| e.at(start))?;
+    if virtual_size % sector_size != 0 {
         return Err(Error::corrupt(format!("a disk of {virtual_size} bytes is not allowed")).at(start));
     }
     Ok(Disk { block_size, virtual_size, sector_size })
@@ -273,18 +297,26 @@ impl BlockMap for VhdxImage {
     }
 
     fn block(&self, index: u64) -> Result<Block> {
-        let entry = self.bat.get(index + index / self.disk.chunk_ratio())?;
-        Ok(match entry & 7 {
-            NOT_PRESENT | UNDEFINED | UNMAPPED => Block::Hole,
-            ZERO => Block::Zero,
-            // Bits 20 to 63 count MiB.
-            PAYLOAD_BLOCK_FULLY_PRESENT => Block::Data(FileOffset(entry & !(MIB - 1))),
-            state => {
-                let what =
-                    format!("block {index} is in state {state}, which a disk without parent does not have");
-                return Err(Error::corrupt(what).in_file(self.storage.name()));
+        self.entry(index, self.bat.get(index + index / self.disk.chunk_ratio())?)
+    }
+
+    fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+        let chunk = self.disk.chunk_ratio();
+        let mut index = blocks.start;
+        while index < blocks.end {
+            // The entry of a bitmap follows each chunk.
+            let end = blocks.end.min((index / chunk + 1) * chunk);
+            let before = index / chunk;
+            let flow = self.bat.visit(index + before..end + before, &mut |entry| {
+                let block = self.entry(index, entry)?;
+                index += 1;
+                visit(block, 1)
+            })?;
+            if flow.is_break() {
+                return Ok(flow);
             }
-        })
+        }
+        Ok(ControlFlow::Continue(()))
     }
 }
 

@@ -6,12 +6,14 @@
 mod descriptor;
 mod sparse;
 
+use std::collections::{HashMap, HashSet};
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use self::descriptor::{DESCRIPTOR_START, Descriptor, ExtentLine};
 use self::sparse::SparseExtent;
 use super::blocks::BlockMap;
-use super::{DiskImage, ImageDescription, ReferenceGate, ReferenceKind};
+use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, ReferenceKind};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
@@ -37,7 +39,7 @@ struct VmdkExtent {
 }
 
 enum Content {
-    Sparse(Box<SparseExtent>),
+    Sparse(Arc<SparseExtent>),
     Flat { storage: Arc<dyn Storage>, start: FileOffset },
     Zero,
 }
@@ -55,7 +57,7 @@ impl VmdkImage {
         if start == DESCRIPTOR_START {
             return Self::open_described(storage, gate);
         }
-        let extent = Box::new(SparseExtent::open(Arc::clone(&storage))?);
+        let extent = Arc::new(SparseExtent::open(Arc::clone(&storage))?);
         let (at, length) = extent.descriptor().ok_or_else(|| {
             Error::unsupported("the VMDK has no descriptor; it may be an extent of another").at(28u64)
         })?;
@@ -80,28 +82,22 @@ impl VmdkImage {
     fn open_described(storage: Arc<dyn Storage>, gate: &Arc<dyn ReferenceGate>) -> Result<Self> {
         let descriptor = Descriptor::read(&*storage, FileOffset(0), storage.file_size())?;
         refuse_parent(&descriptor)?;
+        let virtual_size = virtual_size(&descriptor.extents)?;
+        let mut files = ExtentFiles { gate, by_name: HashMap::new(), opened: Vec::new() };
         let mut extents = Vec::with_capacity(descriptor.extents.len());
-        let mut end = VirtualOffset(0);
+        let mut start = VirtualOffset(0);
         for line in &descriptor.extents {
-            let length = line.sectors.checked_mul(SECTOR).filter(|length| *length > 0);
-            let next =
-                length.and_then(|length| end.checked_add(length)).filter(|next| next.0 <= i64::MAX as u64);
-            let (Some(length), Some(next)) = (length, next) else {
-                return Err(Error::corrupt(format!("an extent of {} sectors is not allowed", line.sectors)));
-            };
-            let content = open_content(line, length, gate)?;
-            extents.push(VmdkExtent { start: end, length, content });
-            end = next;
-        }
-        if extents.is_empty() {
-            return Err(Error::corrupt("the descriptor names no extent"));
+            let length = line.sectors * SECTOR;
+            let content = files.content(line, length)?;
+            extents.push(VmdkExtent { start, length, content });
+            start += length;
         }
         Ok(Self {
             storage,
             create_type: descriptor.create_type,
             content_id: descriptor.content_id,
             extents,
-            virtual_size: end.bytes(),
+            virtual_size,
         })
     }
 
@@ -111,10 +107,19 @@ impl VmdkImage {
         &self.extents[after.saturating_sub(1)]
     }
 
-    fn storages(&self) -> impl Iterator<Item = &Arc<dyn Storage>> {
-        let others = self.extents.iter().filter_map(|extent| extent.content.storage());
-        std::iter::once(&self.storage).chain(others.filter(|other| !Arc::ptr_eq(other, &self.storage)))
+    /// The files that the disk's bytes come from, each once.
+    fn storages(&self) -> Vec<&Arc<dyn Storage>> {
+        let mut known: Vec<&Arc<dyn Storage>> = vec![&self.storage];
+        let mut seen: HashSet<*const ()> = HashSet::from([address(&self.storage)]);
+        let files = self.extents.iter().filter_map(|extent| extent.content.storage());
+        known.extend(files.filter(|file| seen.insert(address(file))));
+        known
     }
+}
+
+/// Where a file's value is: what one file is known by.
+fn address(storage: &Arc<dyn Storage>) -> *const () {
+    Arc::as_ptr(storage).cast()
 }
 
 fn refuse_parent(descriptor: &Descriptor) -> Result<()> {
@@ -124,35 +129,91 @@ fn refuse_parent(descriptor: &Descriptor) -> Result<()> {
     Ok(())
 }
 
-/// Opens the file of an extent of `length` bytes.
-fn open_content(line: &ExtentLine, length: u64, gate: &Arc<dyn ReferenceGate>) -> Result<Content> {
-    let file = || {
+/// The bytes of a disk of these extents, checked before any of them is opened.
+fn virtual_size(extents: &[ExtentLine]) -> Result<u64> {
+    let mut size = 0u64;
+    for line in extents {
+        let length = line.sectors.checked_mul(SECTOR).filter(|length| *length > 0);
+        let Some(sum) = length.and_then(|length| size.checked_add(length)) else {
+            return Err(Error::corrupt(format!("an extent of {} sectors is not allowed", line.sectors)));
+        };
+        super::check_virtual_size(sum)?;
+        size = sum;
+    }
+    if size == 0 {
+        return Err(Error::corrupt("the descriptor names no extent"));
+    }
+    Ok(size)
+}
+
+/// The files of a descriptor's extents. Each is opened once, however many extents name it, and under whatever names.
+struct ExtentFiles<'a> {
+    gate: &'a Arc<dyn ReferenceGate>,
+    /// Indices of `opened`.
+    by_name: HashMap<String, usize>,
+    opened: Vec<ExtentFile>,
+}
+
+struct ExtentFile {
+    storage: Arc<dyn Storage>,
+    /// What it is as a sparse extent, once one needed it.
+    sparse: Option<Arc<SparseExtent>>,
+}
+
+impl ExtentFiles<'_> {
+    fn file(&mut self, line: &ExtentLine) -> Result<&mut ExtentFile> {
         let name = line
             .file
             .as_deref()
             .ok_or_else(|| Error::corrupt("an extent of the descriptor names no file"))?;
-        gate.open(ReferenceKind::Extent, name)
-    };
-    match line.kind.as_str() {
-        "ZERO" => Ok(Content::Zero),
-        "FLAT" | "VMFS" => {
-            let storage = file()?.storage;
-            let start = line.offset.checked_mul(SECTOR).map(FileOffset);
-            let start = start.ok_or_else(|| Error::corrupt("an extent's offset is too large"))?;
-            check_range(&*storage, start, length)?;
-            Ok(Content::Flat { storage, start })
-        }
-        "SPARSE" => {
-            let storage = file()?.storage;
-            let name = storage.name().to_owned();
-            let extent = SparseExtent::open(storage).map_err(|e| e.in_file(&name))?;
-            if extent.virtual_size() < length {
-                let what = format!("the extent is smaller than the {length} bytes that its descriptor says");
-                return Err(Error::corrupt(what).in_file(name));
+        let index = match self.by_name.get(name) {
+            Some(index) => *index,
+            None => {
+                let storage = self.gate.open(ReferenceKind::Extent, name)?.storage;
+                let is_same = |file: &ExtentFile| {
+                    file.storage.name() == storage.name() && file.storage.generation() == storage.generation()
+                };
+                let index = self.opened.iter().position(is_same).unwrap_or(self.opened.len());
+                if index == self.opened.len() {
+                    self.opened.push(ExtentFile { storage, sparse: None });
+                }
+                self.by_name.insert(name.to_owned(), index);
+                index
             }
-            Ok(Content::Sparse(Box::new(extent)))
+        };
+        Ok(&mut self.opened[index])
+    }
+
+    /// Opens the file of an extent of `length` bytes.
+    fn content(&mut self, line: &ExtentLine, length: u64) -> Result<Content> {
+        match line.kind.as_str() {
+            "ZERO" => Ok(Content::Zero),
+            "FLAT" | "VMFS" => {
+                let storage = Arc::clone(&self.file(line)?.storage);
+                let start = line.offset.checked_mul(SECTOR).map(FileOffset);
+                let start = start.ok_or_else(|| Error::corrupt("an extent's offset is too large"))?;
+                check_range(&*storage, start, length)?;
+                Ok(Content::Flat { storage, start })
+            }
+            "SPARSE" => {
+                let file = self.file(line)?;
+                let extent = match &file.sparse {
+                    Some(extent) => Arc::clone(extent),
+                    None => {
+                        let opened = SparseExtent::open(Arc::clone(&file.storage));
+                        let extent = Arc::new(opened.map_err(|e| e.in_file(file.storage.name()))?);
+                        Arc::clone(file.sparse.insert(extent))
+                    }
+                };
+                if extent.virtual_size() < length {
+                    let what =
+                        format!("the extent is smaller than the {length} bytes that its descriptor says");
+                    return Err(Error::corrupt(what).in_file(file.storage.name()));
+                }
+                Ok(Content::Sparse(extent))
+            }
+            other => Err(Error::unsupported(format!("extents of type {other:?} are not supported"))),
         }
-        other => Err(Error::unsupported(format!("extents of type {other:?} are not supported"))),
     }
 }
 
@@ -191,23 +252,40 @@ impl DiskImage for VmdkImage {
         Ok(())
     }
 
-    fn extent_at(&self, at: VirtualOffset) -> Result<Extent> {
-        let extent = self.extent(at);
-        let within = at - extent.start;
-        let found = match &extent.content {
-            Content::Sparse(sparse) => sparse.block_extent(VirtualOffset(within))?,
-            Content::Flat { storage, start } => storage.extent_at(*start + within)?,
-            Content::Zero => Extent::new(ExtentKind::Zero, extent.length),
-        };
-        Ok(Extent::new(found.kind, found.length.min(extent.length - within)))
+    fn visit_extents(
+        &self,
+        range: Range<VirtualOffset>,
+        visit: &mut ExtentVisitor<'_>,
+    ) -> Result<ControlFlow<()>> {
+        let mut at = range.start;
+        while at < range.end {
+            let extent = self.extent(at);
+            let end = range.end.min(extent.start + extent.length);
+            let within = at - extent.start;
+            let flow = match &extent.content {
+                Content::Sparse(sparse) => {
+                    let part = VirtualOffset(within)..VirtualOffset(end - extent.start);
+                    sparse.visit_block_extents(part, visit)?
+                }
+                Content::Flat { storage, start } => {
+                    super::visit_storage(&**storage, *start + within, end - at, visit)?
+                }
+                Content::Zero => visit(Extent::new(ExtentKind::Zero, end - at))?,
+            };
+            if flow.is_break() {
+                return Ok(flow);
+            }
+            at = end;
+        }
+        Ok(ControlFlow::Continue(()))
     }
 
     fn verify_unchanged(&self) -> Result<()> {
-        self.storages().try_for_each(|storage| storage.verify_unchanged())
+        self.storages().into_iter().try_for_each(|storage| storage.verify_unchanged())
     }
 
     fn sources(&self) -> Vec<Generation> {
-        self.storages().map(|storage| storage.generation().clone()).collect()
+        self.storages().into_iter().map(|storage| storage.generation().clone()).collect()
     }
 
     fn description(&self) -> ImageDescription {
@@ -226,7 +304,7 @@ impl DiskImage for VmdkImage {
             file: self.storage.name().to_owned(),
             format: ImageFormat::Vmdk,
             virtual_size: self.virtual_size,
-            file_size: self.storages().map(|storage| storage.file_size()).sum(),
+            file_size: self.storages().into_iter().map(|storage| storage.file_size()).sum(),
             cluster_size: grain,
             properties,
             backing: None,

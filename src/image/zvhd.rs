@@ -6,12 +6,13 @@
 //! alone. For others the end of the record before is needed, and so on back to a checkpoint.
 
 use std::num::NonZeroUsize;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use super::blocks::{Block, BlockImage, BlockMap};
+use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
@@ -21,13 +22,13 @@ use crate::header::zvhd::{
     ZVHD2_COOKIE, ZvhdHeader, ZvhdIndexEntry, ZvhdRecordHeader,
 };
 use crate::storage::{Storage, check_range};
-use crate::units::{FileOffset, TIB};
+use crate::units::FileOffset;
 
 /// Largest payload that is read: compressors add little to what they cannot compress.
 const MAX_PAYLOAD: u32 = 3 << 20;
 
-/// Largest disk: its blocks are counted in 32 bits.
-const MAX_VIRTUAL_SIZE: u64 = 8192 * TIB;
+/// Entries of an index that are read at once.
+const INDEX_PIECE: usize = 4096;
 
 /// Blocks that are kept inflated, of 2 MiB each.
 const BLOCKS_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("8 is not 0");
@@ -190,9 +191,7 @@ fn read_header(storage: &dyn Storage, at: FileOffset) -> Result<ZvhdHeader> {
     if header.checksum != checksum(&bytes, 64) {
         return Err(Error::corrupt("a header's checksum is wrong").at(at + 64));
     }
-    if virtual_size(&header) > MAX_VIRTUAL_SIZE {
-        return Err(Error::corrupt("the disk's size is too large").at(at + 48));
-    }
+    super::check_virtual_size(virtual_size(&header)).map_err(|e| e.at(at + 48))?;
     if header.cookie == ZVHD2_COOKIE {
         if u64::from(header.block_size) != BLOCK_SIZE {
             let what = format!("blocks of {} bytes are not supported", header.block_size);
@@ -273,14 +272,20 @@ fn read_index(
         return Err(Error::corrupt("the index does not lie inside the file").at(end + 96));
     }
     check_range(storage, at, length)?;
-    let mut bytes = vec![0; length as usize];
-    storage.read_exact_at(at, &mut bytes)?;
-    let mut records = Vec::with_capacity(header.stored_blocks as usize);
-    for (number, chunk) in bytes.chunks_exact(ZvhdIndexEntry::LENGTH).enumerate() {
-        let mut entry = [0; ZvhdIndexEntry::LENGTH];
-        entry.copy_from_slice(chunk);
-        let entry = ZvhdIndexEntry::parse(&entry);
+    let mut records = Vec::new();
+    // In pieces: that the file has so many bytes does not mean that they are entries.
+    let mut piece = Vec::new();
+    for number in 0..header.stored_blocks as usize {
         let place = at + (number * ZvhdIndexEntry::LENGTH) as u64;
+        let within = number % INDEX_PIECE * ZvhdIndexEntry::LENGTH;
+        if within == 0 {
+            piece
+                .resize((at + length - place).min((INDEX_PIECE * ZvhdIndexEntry::LENGTH) as u64) as usize, 0);
+            storage.read_exact_at(place, &mut piece)?;
+        }
+        let mut entry = [0; ZvhdIndexEntry::LENGTH];
+        entry.copy_from_slice(&piece[within..within + ZvhdIndexEntry::LENGTH]);
+        let entry = ZvhdIndexEntry::parse(&entry);
         check_block(&records, entry.block, blocks, place)?;
         let record = FileOffset(entry.record_offset);
         if record.checked_add(u64::from(entry.record_size)).is_none_or(|record_end| record_end > at) {
@@ -311,6 +316,22 @@ impl BlockMap for ZvhdImage {
     fn block(&self, index: u64) -> Result<Block> {
         let found = self.records.binary_search_by_key(&index, |record| record.block.into());
         Ok(found.map_or(Block::Hole, |number| Block::Compressed(self.records[number].payload)))
+    }
+
+    fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+        let mut at = blocks.start;
+        let first = self.records.partition_point(|record| u64::from(record.block) < at);
+        let stored = self.records[first..].iter().take_while(|record| u64::from(record.block) < blocks.end);
+        for record in stored {
+            let block = u64::from(record.block);
+            if block > at && visit(Block::Hole, block - at)?.is_break()
+                || visit(Block::Compressed(record.payload), 1)?.is_break()
+            {
+                return Ok(ControlFlow::Break(()));
+            }
+            at = block + 1;
+        }
+        if at < blocks.end { visit(Block::Hole, blocks.end - at) } else { Ok(ControlFlow::Continue(())) }
     }
 
     fn read_compressed(&self, host: FileOffset, within: u64, target: &mut [u8]) -> Result<()> {

@@ -173,14 +173,14 @@ impl LengthIndex {
     ) -> impl Iterator<Item = Record> + 'a {
         let first = group * GROUP_UNITS;
         let mut end = self.starts.get(group as usize).copied().unwrap_or(self.end);
-        self.map.ranked(first..first + GROUP_UNITS).enumerate().filter_map(move |(index, rank)| {
-            let payload_size = *self.lengths.get(rank? as usize)?;
+        self.map.allocated_in(first..first + GROUP_UNITS).filter_map(move |(unit, rank)| {
+            let payload_size = *self.lengths.get(rank as usize)?;
             if payload_size == 0 {
                 return None;
             }
             let place = layout.place(end, payload_size);
             end = place.end;
-            Some(Record { unit: first + index as u64, place, payload_size })
+            Some(Record { unit, place, payload_size })
         })
     }
 

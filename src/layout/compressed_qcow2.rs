@@ -136,10 +136,10 @@ impl CompressedLayout for CompressedQcow2Layout {
         let mut tables = AllocationMap::builder(self.l1_entries, 1);
         for group in 0..index.groups() {
             for record in index.records(self, group) {
-                tables.mark(VirtualOffset(record.unit / entries), 1);
+                tables.mark(VirtualOffset(record.unit / entries), 1)?;
             }
         }
-        let tables = tables.finish();
+        let tables = tables.finish()?;
         let after = |start: FileOffset, clusters: u64| start..start + clusters * self.cluster_size();
         let body_end = FileOffset(round_up(index.end().bytes(), self.cluster_size()));
         let l2_tables = after(body_end, tables.allocated());

@@ -12,7 +12,7 @@ use super::{Layout, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
 use crate::header::qcow2::{MAGIC, Qcow2Header, V3_LENGTH};
-use crate::units::{FileOffset, MIB, SECTOR, VirtualOffset, round_up};
+use crate::units::{FileOffset, MIB, SECTOR, round_up};
 
 /// 64 KiB, qemu-img's default.
 pub const DEFAULT_CLUSTER_BITS: u32 = 16;
@@ -50,13 +50,7 @@ impl Qcow2Layout {
                 format!("a disk of {virtual_size} bytes needs an L1 table of more than {MAX_L1} bytes");
             return Err(Error::new(ErrorKind::TooLarge, what));
         }
-        let mut tables = AllocationMap::builder(l1_entries, 1);
-        for table in 0..l1_entries {
-            if map.any_allocated(table * entries, (table + 1) * entries) {
-                tables.mark(VirtualOffset(table), 1);
-            }
-        }
-        let tables = tables.finish();
+        let tables = map.groups(entries)?;
         let l1_clusters = (8 * l1_entries).div_ceil(cluster_size);
         let others = 1 + l1_clusters + tables.allocated() + map.allocated();
         let (refcount_blocks, refcount_table) = refcount_clusters(others, cluster_size);

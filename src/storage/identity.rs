@@ -140,8 +140,8 @@ mod tests {
 
     fn map(unit: u64) -> AllocationMap {
         let mut builder = AllocationMap::builder(1 << 30, 65536);
-        builder.mark(VirtualOffset(unit * 65536), 1);
-        builder.finish()
+        builder.mark(VirtualOffset(unit * 65536), 1).unwrap();
+        builder.finish().unwrap()
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub fn read_all(format: ImageFormat, bytes: Vec<u8>) -> Result<Vec<u8>> {
         if at.bytes() >= size {
             break;
         }
-        let extent = image.extent_at(at)?;
+        let extent = image.extent_at(at, size - at.bytes())?;
         assert!(extent.length > 0 && at.bytes() + extent.length <= size);
         at += extent.length;
     }

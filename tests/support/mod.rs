@@ -10,6 +10,7 @@ pub mod mount;
 pub mod proxied;
 pub mod proxy;
 pub mod s3;
+pub mod sparse;
 pub mod targets;
 
 use std::ffi::OsStr;

@@ -1,5 +1,6 @@
 //! L2 tables: what a place of the disk is mapped to (qcow2.rst, "Cluster mapping").
 
+use crate::image::steps;
 use crate::units::FileOffset;
 
 /// Bits of an L1 or L2 entry that hold a cluster's offset.
@@ -57,7 +58,7 @@ impl TableShape {
     }
 
     /// Bytes that one mapping decision covers: a cluster, or a subcluster.
-    fn unit_size(self) -> u64 {
+    pub(super) fn unit_size(self) -> u64 {
         if self.extended { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
     }
 
@@ -92,6 +93,7 @@ impl TableShape {
 
     /// The mapping of the start of a cluster or subcluster.
     fn unit_mapping(self, table: &[u8], unit: u64) -> Result<Mapping, String> {
+        steps::count(1);
         if !self.extended {
             return self.standard(entry(table, unit * 8));
         }

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use super::mapping::TableShape;
+use super::mapping::{OFFSET_MASK, TableShape};
 use super::{Compression, Qcow2Image};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::header::qcow2::{MAGIC, Qcow2Header, V2_LENGTH, V3_LENGTH};
+use crate::image::table::check_disjoint;
 use crate::image::{self, DiskImage, ReferenceGate, ReferenceKind};
 use crate::storage::Storage;
 use crate::units::{FileOffset, MIB};
@@ -135,9 +136,7 @@ fn check_layout(header: &Qcow2Header, storage: &dyn Storage) -> Result<()> {
     }
     let cluster_size = 1u64 << header.cluster_bits;
     let wrong_offset = |offset: u64| offset >= 1 << 56 || !offset.is_multiple_of(cluster_size);
-    if header.virtual_size > i64::MAX as u64 {
-        return Err(Error::corrupt("the virtual size is too large").at(24u64));
-    }
+    image::check_virtual_size(header.virtual_size).map_err(|e| e.at(24u64))?;
     if u64::from(header.header_length) > cluster_size {
         return Err(Error::corrupt("the header is larger than a cluster").at(100u64));
     }
@@ -275,7 +274,10 @@ fn read_l1(header: &Qcow2Header, storage: &dyn Storage) -> Result<Vec<u64>> {
     let mut bytes = vec![0; (needed * 8) as usize];
     storage.read_exact_at(at, &mut bytes)?;
     let entry = |chunk: &[u8]| chunk.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
-    Ok(bytes.chunks_exact(8).map(entry).collect())
+    let l1: Vec<u64> = bytes.chunks_exact(8).map(entry).collect();
+    let tables = l1.iter().map(|entry| entry & OFFSET_MASK).filter(|offset| *offset != 0).collect();
+    check_disjoint(tables, cluster_size, "an L2 table", 1)?;
+    Ok(l1)
 }
 
 fn open_data_file(extensions: &Extensions, gate: &Arc<dyn ReferenceGate>) -> Result<Arc<dyn Storage>> {

@@ -3,6 +3,8 @@
 //! Source: [MS-VHDX], section 2.3. Entries are put over what the file has, in memory, in the order of the newest
 //! valid sequence.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::checksum;
@@ -12,6 +14,7 @@ use crate::header::vhdx::{
     Guid, LOG_DATA_SIGNATURE, LOG_SECTOR_SIGNATURE, LOG_SIGNATURE, LOG_ZERO_SIGNATURE, VhdxHeader,
     VhdxLogDescriptor, VhdxLogHeader,
 };
+use crate::image::steps;
 use crate::storage::{Generation, Storage, check_range};
 use crate::units::{FileOffset, KIB, MIB};
 
@@ -21,6 +24,13 @@ const SECTOR: usize = 4 * KIB as usize;
 /// Largest log that is read; writers make one of 1 MiB.
 const MAX_LOG: u32 = 64 * MIB as u32;
 
+/// Changes that are kept at most, after those that others cover are gone. A log of 64 MiB has 16,384 data sectors.
+const MAX_CHANGES: usize = 1 << 18;
+
+/// Bytes that the entries of a log, those that turn out to be damaged too, may have together, in sizes of the log: a
+/// sector is a part of one entry, but of an old and a new one where a new one has covered an old one in part.
+const MAX_CHECKED: usize = 4;
+
 /// `storage` with the changes of its log over it.
 pub(super) fn replay(storage: Arc<dyn Storage>, header: &VhdxHeader) -> Result<Arc<dyn Storage>> {
     let start = FileOffset(header.log_offset);
@@ -28,13 +38,14 @@ pub(super) fn replay(storage: Arc<dyn Storage>, header: &VhdxHeader) -> Result<A
         return Err(Error::unsupported(format!("a log of {} bytes is not supported", header.log_length)));
     }
     check_range(&*storage, start, header.log_length.into())?;
-    let mut log = vec![0; header.log_length as usize];
-    storage.read_exact_at(start, &mut log)?;
-    let sequence = newest_sequence(&log, &header.log_guid).ok_or_else(|| {
+    let mut bytes = vec![0; header.log_length as usize];
+    storage.read_exact_at(start, &mut bytes)?;
+    let mut log = Log { bytes, guid: header.log_guid, checked: 0 };
+    let sequence = log.newest_sequence().map_err(|e| e.at(start))?.ok_or_else(|| {
         Error::corrupt("the log says that it has to be replayed, and has no valid entry").at(start)
     })?;
     let mut file_size = storage.file_size();
-    let mut changes = Vec::new();
+    let mut changes = Changes::default();
     for entry in &sequence {
         if entry.header.flushed_file_offset > storage.file_size() {
             let what = format!(
@@ -44,9 +55,17 @@ pub(super) fn replay(storage: Arc<dyn Storage>, header: &VhdxHeader) -> Result<A
             return Err(Error::corrupt(what).at(start));
         }
         file_size = file_size.max(entry.header.last_file_offset);
-        changes.extend(entry.changes()?);
+        entry.apply(&log.entry_bytes(entry), &mut changes).map_err(|e| e.at(start + entry.at as u64))?;
     }
     Ok(Arc::new(ReplayedStorage { storage, file_size, changes }))
+}
+
+/// A log, which is a ring of sectors.
+struct Log {
+    bytes: Vec<u8>,
+    guid: Guid,
+    /// Bytes of entries whose checksum was looked at.
+    checked: usize,
 }
 
 /// A log entry that is whole.
@@ -54,87 +73,101 @@ struct LogEntry {
     header: VhdxLogHeader,
     /// Where in the log it is.
     at: usize,
-    bytes: Vec<u8>,
-}
-
-/// A change of the file.
-struct Change {
-    at: FileOffset,
-    length: u64,
-    /// `None` for zeros.
-    bytes: Option<Vec<u8>>,
-}
-
-/// The valid entry at `at`; the log is a ring.
-fn entry_at(log: &[u8], at: usize, guid: &Guid) -> Option<LogEntry> {
-    let mut start = [0; VhdxLogHeader::LENGTH];
-    start.copy_from_slice(&log[at..at + VhdxLogHeader::LENGTH]);
-    let header = VhdxLogHeader::parse(&start);
-    let length = header.entry_length as usize;
-    let whole = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= log.len();
-    if header.signature != LOG_SIGNATURE || header.log_guid != *guid || !whole || header.sequence_number == 0
-    {
-        return None;
-    }
-    let bytes: Vec<u8> = log[at..].iter().chain(&log[..at]).take(length).copied().collect();
-    (header.checksum == checksum(&bytes)).then_some(LogEntry { header, at, bytes })
-}
-
-/// The entries to replay, oldest first: the sequence whose last entry is the newest (section 2.3.2).
-fn newest_sequence(log: &[u8], guid: &Guid) -> Option<Vec<LogEntry>> {
-    let mut newest: Option<Vec<LogEntry>> = None;
-    let mut at = 0;
-    while at < log.len() {
-        let sequence = sequence_from(log, at, guid);
-        at += sequence.iter().map(|entry| entry.bytes.len()).sum::<usize>().max(SECTOR);
-        let Some(head) = sequence.last() else { continue };
-        // What comes before the head's tail was written to its place already.
-        let Some(tail) = sequence.iter().position(|entry| entry.at == head.header.tail as usize) else {
-            continue;
-        };
-        let number = |entries: &[LogEntry]| entries.last().map_or(0, |head| head.header.sequence_number);
-        if newest.as_ref().is_none_or(|other| number(other) < number(&sequence)) {
-            newest = Some(sequence.into_iter().skip(tail).collect());
-        }
-    }
-    newest
-}
-
-/// Consecutive valid entries from `at` on.
-fn sequence_from(log: &[u8], at: usize, guid: &Guid) -> Vec<LogEntry> {
-    let mut entries: Vec<LogEntry> = Vec::new();
-    let (mut next, mut length) = (at, 0);
-    while length < log.len() {
-        let Some(entry) = entry_at(log, next, guid) else { break };
-        let follows =
-            entries.last().is_none_or(|last| last.header.sequence_number + 1 == entry.header.sequence_number);
-        if !follows {
-            break;
-        }
-        next = (next + entry.bytes.len()) % log.len();
-        length += entry.bytes.len();
-        entries.push(entry);
-    }
-    entries
 }
 
 impl LogEntry {
-    /// What the entry changes. Descriptors come first, rounded up to sectors; then the data in their order.
-    fn changes(&self) -> Result<Vec<Change>> {
+    fn length(&self) -> usize {
+        self.header.entry_length as usize
+    }
+}
+
+impl Log {
+    /// The parts of an entry before and after the ring's end.
+    fn parts(&self, at: usize, length: usize) -> [&[u8]; 2] {
+        let before = length.min(self.bytes.len() - at);
+        [&self.bytes[at..at + before], &self.bytes[..length - before]]
+    }
+
+    fn entry_bytes(&self, entry: &LogEntry) -> Vec<u8> {
+        self.parts(entry.at, entry.length()).concat()
+    }
+
+    /// The valid entry at `at`.
+    fn entry_at(&mut self, at: usize) -> Result<Option<LogEntry>> {
+        let mut start = [0; VhdxLogHeader::LENGTH];
+        start.copy_from_slice(&self.bytes[at..at + VhdxLogHeader::LENGTH]);
+        let header = VhdxLogHeader::parse(&start);
+        let length = header.entry_length as usize;
+        let whole = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= self.bytes.len();
+        if header.signature != LOG_SIGNATURE
+            || header.log_guid != self.guid
+            || !whole
+            || header.sequence_number == 0
+        {
+            return Ok(None);
+        }
+        self.checked += length;
+        steps::count((length / SECTOR) as u64);
+        if self.checked > MAX_CHECKED * self.bytes.len() {
+            return Err(Error::corrupt("the log's entries overlap"));
+        }
+        let valid = header.checksum == checksum(&self.parts(at, length));
+        Ok(valid.then_some(LogEntry { header, at }))
+    }
+
+    /// The entries to replay, oldest first: the sequence whose last entry is the newest (section 2.3.2).
+    fn newest_sequence(&mut self) -> Result<Option<Vec<LogEntry>>> {
+        let mut newest: Option<Vec<LogEntry>> = None;
+        let mut at = 0;
+        while at < self.bytes.len() {
+            let sequence = self.sequence_from(at)?;
+            at += sequence.iter().map(LogEntry::length).sum::<usize>().max(SECTOR);
+            let Some(head) = sequence.last() else { continue };
+            // What comes before the head's tail was written to its place already.
+            let Some(tail) = sequence.iter().position(|entry| entry.at == head.header.tail as usize) else {
+                continue;
+            };
+            let number = |entries: &[LogEntry]| entries.last().map_or(0, |head| head.header.sequence_number);
+            if newest.as_ref().is_none_or(|other| number(other) < number(&sequence)) {
+                newest = Some(sequence.into_iter().skip(tail).collect());
+            }
+        }
+        Ok(newest)
+    }
+
+    /// Consecutive valid entries from `at` on.
+    fn sequence_from(&mut self, at: usize) -> Result<Vec<LogEntry>> {
+        let mut entries: Vec<LogEntry> = Vec::new();
+        let (mut next, mut length) = (at, 0);
+        while length < self.bytes.len() {
+            let Some(entry) = self.entry_at(next)? else { break };
+            let number = |entry: &LogEntry| entry.header.sequence_number;
+            if entries.last().is_some_and(|last| number(last).checked_add(1) != Some(number(&entry))) {
+                break;
+            }
+            next = (next + entry.length()) % self.bytes.len();
+            length += entry.length();
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+}
+
+impl LogEntry {
+    /// Adds what the entry, whose bytes these are, changes. Descriptors come first, rounded up to sectors; then the data
+    /// in their order.
+    fn apply(&self, entry: &[u8], changes: &mut Changes) -> Result<()> {
         let damaged = |what: &str| Error::corrupt(format!("a log entry is damaged: {what}"));
         let count = self.header.descriptor_count as usize;
         let descriptors = VhdxLogHeader::LENGTH + count.saturating_mul(VhdxLogDescriptor::LENGTH);
-        if descriptors > self.bytes.len() {
+        if descriptors > entry.len() {
             return Err(damaged("it has too many descriptors"));
         }
-        let mut data =
-            self.bytes[descriptors.next_multiple_of(SECTOR).min(self.bytes.len())..].chunks_exact(SECTOR);
-        let mut changes = Vec::with_capacity(count);
-        for bytes in self.bytes[VhdxLogHeader::LENGTH..descriptors].chunks_exact(VhdxLogDescriptor::LENGTH) {
+        let mut data = entry[descriptors.next_multiple_of(SECTOR).min(entry.len())..].chunks_exact(SECTOR);
+        for bytes in entry[VhdxLogHeader::LENGTH..descriptors].chunks_exact(VhdxLogDescriptor::LENGTH) {
             let mut descriptor = [0; VhdxLogDescriptor::LENGTH];
             descriptor.copy_from_slice(bytes);
             let descriptor = VhdxLogDescriptor::parse(&descriptor);
-            let at = FileOffset(descriptor.file_offset);
             if descriptor.sequence_number != self.header.sequence_number {
                 return Err(damaged("a descriptor has another sequence number"));
             }
@@ -147,12 +180,12 @@ impl LogEntry {
                 _ => return Err(damaged("a descriptor's signature is wrong")),
             };
             let length = bytes.as_ref().map_or(descriptor.leading_bytes_or_length, |b| b.len() as u64);
-            if at.checked_add(length).is_none_or(|end| end.bytes() > self.header.last_file_offset) {
-                return Err(damaged("it changes what lies past the file's end"));
-            }
-            changes.push(Change { at, length, bytes });
+            let end = descriptor.file_offset.checked_add(length);
+            let end = end.filter(|end| *end <= self.header.last_file_offset);
+            let end = end.ok_or_else(|| damaged("it changes what lies past the file's end"))?;
+            changes.put(descriptor.file_offset..end, bytes)?;
         }
-        Ok(changes)
+        Ok(())
     }
 
     /// A data sector has parts of the sequence number where the descriptor keeps its bytes (section 2.3.1.4).
@@ -166,11 +199,81 @@ impl LogEntry {
     }
 }
 
+/// Changes of a file, by their starts: none overlaps another, the newest counts.
+#[derive(Default)]
+struct Changes {
+    by_start: BTreeMap<u64, Change>,
+}
+
+/// A change of the file.
+#[derive(Clone)]
+struct Change {
+    end: u64,
+    /// The bytes, of which the change begins with the one at `from`; `None` for zeros.
+    bytes: Option<Arc<Vec<u8>>>,
+    from: u64,
+}
+
+impl Changes {
+    /// Puts a change over those before it. `bytes` are as many as the range has.
+    fn put(&mut self, range: Range<u64>, bytes: Option<Vec<u8>>) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        steps::count(1);
+        if let Some((start, before)) = self.by_start.range_mut(..range.start).next_back()
+            && before.end > range.start
+        {
+            let (start, rest) = (*start, before.clone());
+            before.end = range.start;
+            self.keep_after(range.end, start, rest);
+        }
+        while let Some(start) = self.by_start.range(range.clone()).next().map(|(start, _)| *start) {
+            if let Some(covered) = self.by_start.remove(&start) {
+                self.keep_after(range.end, start, covered);
+            }
+        }
+        self.by_start.insert(range.start, Change { end: range.end, bytes: bytes.map(Arc::new), from: 0 });
+        if self.by_start.len() > MAX_CHANGES {
+            return Err(Error::unsupported(format!(
+                "a log of more than {MAX_CHANGES} changes is not replayed"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Keeps what a change that began at `start` has after `end`.
+    fn keep_after(&mut self, end: u64, start: u64, change: Change) {
+        if change.end > end {
+            self.by_start.insert(end, Change { from: change.from + (end - start), ..change });
+        }
+    }
+
+    /// Puts the changes over the bytes of the file at `at`.
+    fn apply(&self, at: u64, buf: &mut [u8]) {
+        let end = at + buf.len() as u64;
+        let before = self.by_start.range(..at).next_back();
+        for (start, change) in before.into_iter().chain(self.by_start.range(at..end)) {
+            let (from, to) = (at.max(*start), end.min(change.end));
+            if from < to {
+                let target = &mut buf[(from - at) as usize..(to - at) as usize];
+                match &change.bytes {
+                    Some(bytes) => {
+                        let first = (change.from + (from - start)) as usize;
+                        target.copy_from_slice(&bytes[first..first + target.len()]);
+                    }
+                    None => target.fill(0),
+                }
+            }
+        }
+    }
+}
+
 /// A file with changes over it.
 struct ReplayedStorage {
     storage: Arc<dyn Storage>,
     file_size: u64,
-    changes: Vec<Change>,
+    changes: Changes,
 }
 
 impl Storage for ReplayedStorage {
@@ -190,20 +293,7 @@ impl Storage for ReplayedStorage {
         if inside > 0 {
             self.storage.read_exact_at(at, &mut buf[..inside])?;
         }
-        let end = at + buf.len() as u64;
-        for change in &self.changes {
-            let (from, to) = (at.max(change.at), end.min(change.at + change.length));
-            if from < to {
-                let target = &mut buf[(from - at) as usize..(to - at) as usize];
-                match &change.bytes {
-                    Some(bytes) => {
-                        let start = (from - change.at) as usize;
-                        target.copy_from_slice(&bytes[start..start + target.len()]);
-                    }
-                    None => target.fill(0),
-                }
-            }
-        }
+        self.changes.apply(at.bytes(), buf);
         Ok(())
     }
 
@@ -228,7 +318,7 @@ mod tests {
     const GUID: Guid = [7; 16];
 
     fn seal(mut entry: Vec<u8>) -> Vec<u8> {
-        let sum = checksum(&entry);
+        let sum = checksum(&[&entry]);
         entry[4..8].copy_from_slice(&sum.to_le_bytes());
         entry
     }

@@ -4,18 +4,20 @@
 //! Extents".
 
 use std::num::NonZeroUsize;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use super::super::blocks::{Block, BlockMap};
-use super::super::table::{Entry, EntryTable};
+use super::super::blocks::{Block, BlockMap, BlockVisitor};
+use super::super::table::{Entry, EntryTable, TableWalk, check_disjoint};
 use crate::codec;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::header::vmdk::{MAGIC, VmdkSparseHeader};
+use crate::image::steps;
 use crate::storage::Storage;
-use crate::units::{FileOffset, GIB, SECTOR};
+use crate::units::{FileOffset, GIB, MIB, SECTOR};
 
 /// Flags of the header: grain table entries of 1 are zeros; grains are compressed.
 const FLAG_ZERO_GRAINS: u32 = 1 << 2;
@@ -29,6 +31,9 @@ const MAX_TABLE_ENTRIES: u32 = 512;
 const MAX_GRAIN: u64 = GIB;
 const MAX_DIRECTORY: u64 = 32 << 20;
 
+/// Largest compressed grain that is read: it is inflated as a whole. Writers make 64 KiB.
+const MAX_COMPRESSED_GRAIN: u64 = 4 * MIB;
+
 /// Grain tables that are kept, of 2 KiB each.
 const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not 0");
 
@@ -37,9 +42,6 @@ const GRAIN_MARKER: usize = 12;
 
 /// Bytes of grains that are kept inflated, but one grain at least.
 const GRAIN_MEMORY: u64 = 8 << 20;
-
-/// Bytes that one byte of a deflate stream becomes at most (258 from 2 bits, RFC 1951, section 3.2.5).
-const MAX_RATIO: u64 = 1032;
 
 /// A sparse extent.
 pub(super) struct SparseExtent {
@@ -73,13 +75,15 @@ impl SparseExtent {
         let start = start.ok_or_else(|| Error::corrupt("the grain directory's offset is wrong").at(56u64))?;
         let directory = EntryTable::new(Arc::clone(&storage), FileOffset(start), tables, Entry::U32Le)?;
         let kept = (GRAIN_MEMORY / (header.grain_size * SECTOR)).max(1) as usize;
-        Ok(Self {
+        let extent = Self {
             storage,
             directory,
             tables: Mutex::new(LruCache::new(TABLES_KEPT)),
             grains: Mutex::new(LruCache::new(NonZeroUsize::new(kept).unwrap_or(NonZeroUsize::MIN))),
             header,
-        })
+        };
+        extent.check_directory(tables)?;
+        Ok(extent)
     }
 
     /// The file that the extent is in.
@@ -95,6 +99,47 @@ impl SparseExtent {
 
     fn compressed(&self) -> bool {
         self.header.flags & FLAG_COMPRESSED != 0
+    }
+
+    /// What an entry of a grain table says.
+    fn grain(&self, sector: u32) -> Block {
+        let zero_grains = self.header.flags & FLAG_ZERO_GRAINS != 0;
+        match sector {
+            0 => Block::Hole,
+            1 if zero_grains => Block::Zero,
+            sector if self.compressed() => Block::Compressed(FileOffset(u64::from(sector) * SECTOR)),
+            sector => Block::Data(FileOffset(u64::from(sector) * SECTOR)),
+        }
+    }
+
+    /// Tells the grains of a part of a table.
+    fn visit_table(&self, entries: &[u8], visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+        steps::count(entries.len() as u64 / 4);
+        for entry in entries.chunks_exact(4) {
+            let sector = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
+            if visit(self.grain(sector), 1)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Refuses a directory that names more than the file can have: a walk through it would have no bound in the file's
+    /// size.
+    fn check_directory(&self, tables: u64) -> Result<()> {
+        let length = 4 * u64::from(self.header.grain_table_entries);
+        let most = self.storage.file_size() / length;
+        let mut sectors = Vec::new();
+        let _ = self.directory.visit(0..tables, &mut |sector| {
+            sectors.extend((sector != 0).then_some(sector));
+            if sectors.len() as u64 > most {
+                let what =
+                    format!("the directory names more grain tables than the {most} that fit into the file");
+                return Err(Error::corrupt(what).at(FileOffset(self.header.directory_offset * SECTOR)));
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        check_disjoint(sectors, length.div_ceil(SECTOR), "a grain table", SECTOR)
     }
 
     /// The grain's entry in its table; 0 when there is no table.
@@ -135,8 +180,7 @@ impl SparseExtent {
         crate::storage::check_range(&*self.storage, host + GRAIN_MARKER as u64, length)?;
         let mut input = vec![0; length as usize];
         self.storage.read_exact_at(host + GRAIN_MARKER as u64, &mut input)?;
-        // Grains of up to 1 GiB are allowed: no more is allocated than the stream can fill.
-        let mut output = vec![0; grain.min(length.saturating_mul(MAX_RATIO)) as usize];
+        let mut output = vec![0; grain as usize];
         let damaged = |e| {
             Error::corrupt("a compressed grain is damaged").in_file(self.storage.name()).at(host).because(e)
         };
@@ -170,8 +214,12 @@ fn check(header: &VmdkSparseHeader) -> Result<()> {
         let what = format!("grain tables of {} entries are not allowed", header.grain_table_entries);
         return Err(Error::corrupt(what).at(44u64));
     }
-    if header.capacity > i64::MAX as u64 / SECTOR {
-        return Err(Error::corrupt("the capacity is too large").at(12u64));
+    crate::image::check_virtual_size(header.capacity.saturating_mul(SECTOR)).map_err(|e| e.at(12u64))?;
+    if header.flags & FLAG_COMPRESSED != 0 && grain > MAX_COMPRESSED_GRAIN {
+        let what = format!(
+            "compressed grains of {grain} bytes are larger than the {MAX_COMPRESSED_GRAIN} that are read"
+        );
+        return Err(Error::new(ErrorKind::TooLarge, what).at(20u64));
     }
     if header.flags & FLAG_COMPRESSED != 0 && header.compression != 1 {
         let what = format!("compression algorithm {} is not supported", header.compression);
@@ -194,12 +242,26 @@ impl BlockMap for SparseExtent {
     }
 
     fn block(&self, index: u64) -> Result<Block> {
-        let zero_grains = self.header.flags & FLAG_ZERO_GRAINS != 0;
-        Ok(match self.entry(index)? {
-            0 => Block::Hole,
-            1 if zero_grains => Block::Zero,
-            sector if self.compressed() => Block::Compressed(FileOffset(u64::from(sector) * SECTOR)),
-            sector => Block::Data(FileOffset(u64::from(sector) * SECTOR)),
+        Ok(self.grain(self.entry(index)?))
+    }
+
+    fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+        let per_table = u64::from(self.header.grain_table_entries);
+        let tables = blocks.start / per_table..blocks.end.div_ceil(per_table);
+        let mut walk = TableWalk::new(&*self.storage);
+        let mut grain = blocks.start;
+        self.directory.visit(tables, &mut |sector| {
+            let first = grain % per_table;
+            let count = (per_table - first).min(blocks.end - grain);
+            grain += count;
+            let table = match sector {
+                0 => None,
+                sector => walk.read(FileOffset(sector * SECTOR), 4 * per_table)?,
+            };
+            match table {
+                None => visit(Block::Hole, count),
+                Some(table) => self.visit_table(&table[4 * first as usize..][..4 * count as usize], visit),
+            }
         })
     }
 
