@@ -60,6 +60,13 @@ impl World {
         Mount { path: self.path("mnt"), state: self.path("state") }
     }
 
+    /// Whether no daemon has this state directory any more.
+    pub fn is_dead(&self) -> bool {
+        let pid = std::fs::read_to_string(self.path("state/lock")).unwrap_or_default();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+        matches!(stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()), None | Some('Z' | 'X'))
+    }
+
     /// The command that mounts.
     pub fn mount_command(&self, arguments: &[&str]) -> Command {
         let mut command = freightfs();
