@@ -224,7 +224,7 @@ fn file_attr(attr: &Attr) -> FileAttr {
         crtime: attr.modified,
         kind: file_type(attr.kind),
         perm: attr.mode,
-        nlink: if attr.kind == NodeKind::Directory { 2 } else { 1 },
+        nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,
         rdev: 0,
@@ -283,7 +283,7 @@ fn reply_xattr_change(op: &str, changed: Result<bool>, reply: ReplyEmpty) {
 
 fn reply_entry(op: &str, result: Result<Attr>, reply: ReplyEntry) {
     match result {
-        Ok(attr) => reply.entry(&attr.ttl, &file_attr(&attr), Generation(0)),
+        Ok(attr) => reply.entry(&attr.ttl, &file_attr(&attr), Generation(attr.generation)),
         Err(e) => reply.error(errno(op, &e)),
     }
 }
@@ -341,7 +341,7 @@ impl Filesystem for FuseAdapter {
         _atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -351,7 +351,7 @@ impl Filesystem for FuseAdapter {
         let mode = mode.map(|mode| (mode & 0o7777) as u16);
         let change = AttrChange { mode, uid, gid, file_size: size, modified: mtime.map(time) };
         self.work(Op::Setattr, async move |vfs| {
-            reply_attr("setattr", vfs.setattr(ino(node), &change).await, reply);
+            reply_attr("setattr", vfs.setattr(ino(node), fh.map(handle), &change).await, reply);
         });
     }
 
@@ -456,7 +456,7 @@ impl Filesystem for FuseAdapter {
             match created.await {
                 Ok((attr, id)) => {
                     let (fh, flags) = (FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO);
-                    reply.created(&attr.ttl, &file_attr(&attr), Generation(0), fh, flags);
+                    reply.created(&attr.ttl, &file_attr(&attr), Generation(attr.generation), fh, flags);
                 }
                 Err(e) => reply.error(errno("create", &e)),
             }

@@ -11,20 +11,19 @@ mod directory;
 mod document;
 mod draft;
 mod drafts;
+mod export_options;
 mod handle;
 mod inode;
 mod lanes;
 mod objects;
 mod permit;
-mod tags;
-mod token;
 mod tree;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use tokio::runtime::Handle as Runtime;
 
 pub use attr::{Attr, AttrChange, NodeKind};
@@ -32,7 +31,7 @@ pub use handle::{HandleId, OpenOptions, Whence};
 pub use inode::{Ino, ROOT_INO};
 pub use tree::DirectoryEntry;
 
-use crate::bucket::{Bucket, ObjectKey, Tags};
+use crate::bucket::{Bucket, ObjectKey};
 use crate::catalog::Catalog;
 use crate::error::Result;
 use crate::export::JobQueue;
@@ -41,8 +40,9 @@ use crate::metrics::Metrics;
 use crate::policy::{BucketFacts, Policy};
 use attributes::Attributes;
 use directory::RecentObjects;
-use draft::Draft;
-use handle::Handle;
+use draft::{Drafts, PublishOptions, Publisher};
+use export_options::ExportOptions;
+use handle::Handles;
 use inode::InodeTable;
 use lanes::{Lane, Lanes};
 
@@ -85,20 +85,18 @@ pub struct Vfs {
     jobs: JobQueue,
     metrics: Arc<Metrics>,
     settings: VfsSettings,
-    runtime: Runtime,
     mounted: SystemTime,
     inodes: InodeTable,
-    handles: RwLock<HashMap<HandleId, Arc<Handle>>>,
-    next_handle: std::sync::atomic::AtomicU64,
-    drafts: Mutex<HashMap<ObjectName, Arc<Draft>>>,
+    handles: Handles,
+    drafts: Drafts,
+    publisher: Publisher,
     /// Directories that were made and may have no object in them yet.
     made_directories: Mutex<HashSet<ObjectName>>,
-    attributes: Attributes,
+    attributes: Arc<Attributes>,
     recent: RecentObjects,
-    /// The names that clients gave to the exports to these keys.
-    tokens: Mutex<HashMap<ObjectName, String>>,
-    tags: Mutex<HashMap<ObjectName, Tags>>,
-    lanes: Lanes,
+    /// What clients set for the next exports.
+    requests: Arc<ExportOptions>,
+    lanes: Arc<Lanes>,
 }
 
 impl Vfs {
@@ -111,24 +109,38 @@ impl Vfs {
         settings: VfsSettings,
         runtime: Runtime,
     ) -> Self {
+        let (lanes, attributes) = (Arc::<Lanes>::default(), Arc::<Attributes>::default());
+        let requests = Arc::<ExportOptions>::default();
+        let publisher = Publisher {
+            jobs: jobs.clone(),
+            buckets: buckets.clone(),
+            lanes: Arc::clone(&lanes),
+            attributes: Arc::clone(&attributes),
+            requests: Arc::clone(&requests),
+            options: PublishOptions {
+                wait: settings.wait,
+                wait_limit: settings.wait_limit,
+                staging: settings.staging.clone(),
+                stage_limit: settings.stage_limit,
+            },
+            runtime,
+        };
         Self {
             catalog,
             buckets,
             jobs,
             metrics,
             settings,
-            runtime,
             mounted: SystemTime::now(),
             inodes: InodeTable::new(),
-            handles: RwLock::default(),
-            next_handle: std::sync::atomic::AtomicU64::new(1),
-            drafts: Mutex::default(),
+            handles: Handles::default(),
+            drafts: Drafts::default(),
+            publisher,
             made_directories: Mutex::default(),
-            attributes: Attributes::default(),
+            attributes,
             recent: RecentObjects::default(),
-            tokens: Mutex::default(),
-            tags: Mutex::default(),
-            lanes: Lanes::default(),
+            requests,
+            lanes,
         }
     }
 

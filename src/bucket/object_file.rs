@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 
 use super::block_cache::{BLOCK, ContentId, InFlight};
 use super::{Bucket, ObjectMeta};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::units::FileOffset;
 use crate::vfile::{VirtualFile, readable};
@@ -63,7 +63,38 @@ impl ObjectFile {
         Self { bucket, meta, content, runtime, places: Mutex::default() }
     }
 
-    fn block(&self, number: u64) -> Result<Bytes> {
+    /// The entity tag of the content.
+    pub fn etag(&self) -> Option<&str> {
+        self.meta.etag.as_deref()
+    }
+
+    /// Reads up to `length` bytes: fewer only at the end. For tasks: no thread waits.
+    ///
+    /// # Errors
+    /// [`SourceChanged`](ErrorKind::SourceChanged) when the object is another one or gone.
+    pub async fn read(&self, at: FileOffset, length: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; readable(self.file_size(), at, length)];
+        self.fill(at, &mut bytes).await.map_err(|e| match e.kind() {
+            ErrorKind::NotFound => Error::new(ErrorKind::SourceChanged, "the object is gone").because(e),
+            _ => e,
+        })?;
+        Ok(bytes)
+    }
+
+    async fn fill(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at.bytes() + done as u64;
+            let bytes = self.block(here / BLOCK).await?;
+            let start = (here % BLOCK) as usize;
+            let piece = (bytes.len() - start).min(buf.len() - done);
+            buf[done..done + piece].copy_from_slice(&bytes[start..start + piece]);
+            done += piece;
+        }
+        Ok(())
+    }
+
+    async fn block(&self, number: u64) -> Result<Bytes> {
         let ahead = self.places.lock().next(number);
         let cell = self.bucket.inner.limits.blocks.wanted(&self.content, number);
         self.read_ahead(ahead);
@@ -72,7 +103,7 @@ impl ObjectFile {
             None => {
                 let range = self.bytes_of(number, 1);
                 let fetch = self.bucket.read(&self.meta.key, range, self.meta.etag.as_deref());
-                self.runtime.block_on(cell.get_or_fetch(fetch))
+                cell.get_or_fetch(fetch).await
             }
         }
     }
@@ -146,15 +177,7 @@ impl VirtualFile for ObjectFile {
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
         let length = readable(self.file_size(), at, buf.len());
-        let mut done = 0;
-        while done < length {
-            let here = at.bytes() + done as u64;
-            let bytes = self.block(here / BLOCK)?;
-            let start = (here % BLOCK) as usize;
-            let piece = (bytes.len() - start).min(length - done);
-            buf[done..done + piece].copy_from_slice(&bytes[start..start + piece]);
-            done += piece;
-        }
+        self.runtime.block_on(self.fill(at, &mut buf[..length]))?;
         Ok(length)
     }
 

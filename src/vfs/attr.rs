@@ -22,12 +22,17 @@ pub enum NodeKind {
 /// What stat shows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attr {
-    /// Inode number, the same for the same path in every mount.
+    /// Inode number: the file's own, which goes with it when it is renamed. The first file of a path in a mount has the
+    /// same number in every mount.
     pub ino: Ino,
+    /// Tells files apart that had the same number one after the other.
+    pub generation: u64,
     /// File or directory.
     pub kind: NodeKind,
     /// Bytes in the file; 0 for directories.
     pub file_size: u64,
+    /// Names: 0 for a file that was removed and is still open.
+    pub nlink: u32,
     /// Permission bits.
     pub mode: u16,
     /// Owner.
@@ -93,8 +98,11 @@ impl Vfs {
         ttl: Duration,
     ) -> Attr {
         let settings = &self.settings;
+        let (ino, generation) = self.inodes.number(node);
         Attr {
-            ino: self.inodes.number(node),
+            ino,
+            generation,
+            nlink: if kind == NodeKind::Directory { 2 } else { 1 },
             kind,
             file_size,
             mode: mode & !settings.umask,

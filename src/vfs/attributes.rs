@@ -76,6 +76,29 @@ pub(super) struct Attributes {
     directories: Mutex<HashMap<DirectoryName, Directory>>,
 }
 
+impl Attributes {
+    /// Changes what is known of a file already, if anything is set on it.
+    fn change_known(&self, object: &ObjectName, change: impl FnOnce(&mut FileAttributes) -> bool) {
+        let (directory, name) = place(object, false);
+        let mut directories = self.directories.lock();
+        if let Some(directory) = directories.get_mut(&directory)
+            && let Some(file) = directory.files.get_mut(&name)
+        {
+            directory.dirty |= change(file);
+        }
+    }
+
+    /// Bytes were written: a time that was set before does not hold any more.
+    pub(super) fn written_after(&self, object: &ObjectName) {
+        self.change_known(object, |file| file.modified.take().is_some());
+    }
+
+    /// A new content is being published: its tag is not known yet.
+    pub(super) fn republished(&self, object: &ObjectName) {
+        self.change_known(object, |file| file.etag.take().is_some());
+    }
+}
+
 /// A file's place: its directory and its name there, with `/` at the end for a directory.
 fn place(object: &ObjectName, is_directory: bool) -> (DirectoryName, String) {
     let (bucket, key) = object;
@@ -120,17 +143,6 @@ impl Vfs {
         Ok(())
     }
 
-    /// Changes what is known of a file already, if anything is set on it.
-    fn change_known(&self, object: &ObjectName, change: impl FnOnce(&mut FileAttributes) -> bool) {
-        let (directory, name) = place(object, false);
-        let mut directories = self.attributes.directories.lock();
-        if let Some(directory) = directories.get_mut(&directory)
-            && let Some(file) = directory.files.get_mut(&name)
-        {
-            directory.dirty |= change(file);
-        }
-    }
-
     async fn load(&self, name: &DirectoryName) -> Result<()> {
         let known = |directories: &HashMap<DirectoryName, Directory>| {
             directories.get(name).is_some_and(|d| d.dirty || d.loaded.elapsed() < AGE)
@@ -172,7 +184,7 @@ impl Vfs {
     ) -> super::Attr {
         let over = self.overlaid(object, false, attr.clone()).await;
         let mut replaced = false;
-        self.change_known(object, |file| {
+        self.attributes.change_known(object, |file| {
             let known = file.etag.as_deref();
             replaced = known.is_some() && known != etag;
             let learnt = known.is_none() && etag.is_some();
@@ -226,16 +238,6 @@ impl Vfs {
             set.modified = modified.or(set.modified);
         })
         .await
-    }
-
-    /// Bytes were written: a time that was set before does not hold any more.
-    pub(super) fn written_after(&self, object: &ObjectName) {
-        self.change_known(object, |file| file.modified.take().is_some());
-    }
-
-    /// A new content is being published: its tag is not known yet.
-    pub(super) fn republished(&self, object: &ObjectName) {
-        self.change_known(object, |file| file.etag.take().is_some());
     }
 
     /// A file or directory is gone.

@@ -82,7 +82,7 @@ impl Vfs {
     /// Opens a directory. Its first names are found out now, so that a bucket that cannot be listed is told here.
     pub async fn open_directory(self: &Arc<Self>, ino: Ino) -> Result<HandleId> {
         let reading = tokio::sync::Mutex::new(self.begin_reading(ino).await?);
-        Ok(self.insert(Handle::Directory(OpenDirectory { ino, reading })))
+        Ok(self.handles.insert(Handle::Directory(OpenDirectory { ino, reading })))
     }
 
     /// Gives the names of an open directory from number `from` on, until `take` says that it is full. Number 0 begins
@@ -93,7 +93,7 @@ impl Vfs {
         from: u64,
         mut take: impl FnMut(u64, &DirectoryEntry) -> bool + Send,
     ) -> Result<()> {
-        let handle = self.handle(id)?;
+        let handle = self.handles.get(id)?;
         let Handle::Directory(directory) = &*handle else {
             return Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's"));
         };
@@ -185,7 +185,7 @@ impl Vfs {
 
     fn numbered(&self, names: Vec<(Node, String, NodeKind)>) -> impl Iterator<Item = DirectoryEntry> + '_ {
         names.into_iter().map(|(node, name, kind)| DirectoryEntry {
-            ino: self.inodes.number(&node),
+            ino: self.inodes.number(&node).0,
             name,
             kind,
         })

@@ -1,135 +1,197 @@
-//! The drafts of a mount: who opens and closes them, and what comes before and after.
+//! Opening and closing objects, and taking them away from under those who have them open.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tracing::warn;
-
-use super::draft::Draft;
-use super::{ObjectName, Vfs};
-use crate::bucket::Tags;
+use super::draft::{Draft, Unlinked};
+use super::inode::{Ino, Node};
+use super::{Attr, AttrChange, ObjectName, Vfs};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{JobRequest, JobSource, StatusImage};
+use crate::export::JobSource;
 
-/// How often a job may begin just after the one before was waited for.
-const SETTLE_ATTEMPTS: usize = 5;
+/// How long a rename waits for the job that publishes what a program wrote.
+const PREVIOUS_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a new writer waits for the job of the one before.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// How an object is opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opening {
+    pub(super) write: bool,
+    /// Whether it is cut to nothing.
+    pub(super) truncate: bool,
+    /// Whether it may be new.
+    pub(super) create: bool,
+}
+
+/// An object whose name is being taken away, and the draft that had it.
+pub(super) struct Detached {
+    object: ObjectName,
+    open: Option<(Arc<Draft>, Option<Attr>, bool)>,
+}
+
+impl Detached {
+    /// Whether somebody has it open.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+}
 
 impl Vfs {
-    /// The draft of a key for one more writer: the one there is, or a new one over what the bucket has.
-    pub(super) async fn open_draft(&self, object: &ObjectName, truncate: bool) -> Result<Arc<Draft>> {
-        self.check_settled(object).await?;
-        if self.status_job(&object.0, &object.1).is_some() {
-            return Err(Error::new(ErrorKind::Busy, "the job is running and writes this file")
-                .in_file(object.1.as_str()));
+    /// One more handle on what a key leads to: the file that is open already, if it still is what the bucket has, or
+    /// that a job is making, or the object.
+    ///
+    /// # Errors
+    /// [`Busy`](ErrorKind::Busy) when it is to be written and an image is exported to it;
+    /// [`SourceChanged`](ErrorKind::SourceChanged) when there is nothing, so that the kernel looks the name up again.
+    pub(super) async fn open_draft(&self, object: &ObjectName, how: Opening) -> Result<Arc<Draft>> {
+        let (bucket, key) = object;
+        if how.write {
+            self.check_not_exporting(object)?;
         }
-        let published = match self.draft(object) {
-            Some(_) => None,
-            None if truncate => None,
-            None => {
-                let bucket = self.bucket(&object.0)?;
-                bucket.head(&object.1).await?.map(|meta| meta.object_size)
+        let known = self.drafts.named(object);
+        let job = self.jobs.active(bucket, key);
+        let draft = match (known, job.filter(|job| job.file().is_some())) {
+            (known, _) if how.write && how.truncate || known.as_ref().is_some_and(|d| !d.is_published()) => {
+                self.drafts.open(object, how.write, || Draft::empty(object.clone()))
+            }
+            (_, Some(job)) => self.drafts.open(object, how.write, || Draft::of_job(object.clone(), job)),
+            (known, None) => {
+                let meta = self.bucket(bucket)?.head(key).await?;
+                if let Some(known) = known
+                    && !known.is_current(meta.as_ref()).await
+                {
+                    self.drafts.detach(&known);
+                }
+                let gone = || Error::new(ErrorKind::SourceChanged, "there is no such object any more");
+                let make = match meta {
+                    Some(meta) => Draft::over(object.clone(), &meta),
+                    None if how.create => Draft::empty(object.clone()),
+                    None => return Err(gone().in_file(key.as_str())),
+                };
+                self.drafts.open(object, how.write, || make)
             }
         };
-        let mut drafts = self.drafts.lock();
-        let draft =
-            drafts.entry(object.clone()).or_insert_with(|| Arc::new(Draft::new(object.clone(), published)));
-        // Somebody else writes what rsync left of a transfer: it is an ordinary file from now on.
-        draft.unpark();
-        draft.open_handle();
-        Ok(Arc::clone(draft))
+        self.begin_handle(&draft, how).await.map(|()| draft)
     }
 
-    /// The draft of a key that has bytes which are not published, for one more reader.
-    pub(super) fn open_draft_to_read(&self, object: &ObjectName) -> Option<Arc<Draft>> {
-        let drafts = self.drafts.lock();
-        let draft = drafts.get(object).filter(|draft| !draft.is_published())?;
-        draft.open_handle();
-        Some(Arc::clone(draft))
+    /// One more handle on an open file that has no name.
+    pub(super) async fn open_unlinked(&self, ino: Ino, how: Opening) -> Result<Arc<Draft>> {
+        let gone = || Error::new(ErrorKind::SourceChanged, format!("inode {} was removed", ino.0));
+        let draft = self.drafts.unlinked(ino).ok_or_else(gone)?.draft;
+        self.drafts.open_again(&draft, how.write);
+        self.begin_handle(&draft, how).await.map(|()| draft)
     }
 
-    /// One handle fewer. The last one publishes and takes the draft away; who opens the key meanwhile shares it.
-    pub(super) async fn close_draft(self: &Arc<Self>, draft: &Arc<Draft>) {
-        loop {
+    async fn begin_handle(&self, draft: &Arc<Draft>, how: Opening) -> Result<()> {
+        if how.write {
+            // Somebody else writes what rsync left of a transfer: it is an ordinary file from now on.
+            draft.unpark();
+        }
+        if how.write && how.truncate {
+            self.attributes.written_after(&draft.object());
+            return draft.truncate(&self.publisher, 0).await;
+        }
+        Ok(())
+    }
+
+    /// Refuses to write what an image is exported to, and the status of that.
+    fn check_not_exporting(&self, object: &ObjectName) -> Result<()> {
+        let busy = |what: &str| Err(Error::new(ErrorKind::Busy, what).in_file(object.1.as_str()));
+        if self.status_job(&object.0, &object.1).is_some() {
+            return busy("the job is running and writes this file");
+        }
+        match self.jobs.active(&object.0, &object.1) {
+            Some(job)
+                if job.request().source.image().is_some() && !self.publisher.is_repeat(object, &job) =>
             {
-                // Handles are counted under this lock, so that nobody opens a draft that is being taken away.
-                let mut drafts = self.drafts.lock();
-                let is_last = draft.handles.load(Ordering::SeqCst) == 1;
-                if !is_last || draft.is_parked() || !draft.is_unpublished() {
-                    draft.handles.fetch_sub(1, Ordering::SeqCst);
-                    let known = drafts.get(&draft.object()).is_some_and(|known| Arc::ptr_eq(known, draft));
-                    if is_last && known && !draft.is_parked() {
-                        drafts.remove(&draft.object());
-                    }
-                    return;
-                }
+                busy("a job is making this object")
             }
-            draft.publish_last(self).await;
-        }
-    }
-
-    /// The mount has ended: what is being written is not published any more.
-    pub async fn end_drafts(&self) {
-        let drafts: Vec<_> = self.drafts.lock().drain().map(|(_, draft)| draft).collect();
-        for draft in drafts {
-            draft.give_up_early_upload().await;
-        }
-    }
-
-    /// Leaves a FAIL status beside a key whose writer ended before its end.
-    pub(super) async fn record_incomplete(&self, draft: &Draft, error: &Error) {
-        let (bucket, key) = draft.object();
-        let source = JobSource::Staged(std::path::PathBuf::new());
-        let request = JobRequest { bucket, key, source, client_token: None, tags: Tags::new() };
-        if let Err(error) = self.jobs.record_refusal(request, error).await {
-            warn!("an incomplete file could not be recorded: {}", error.report());
-        }
-    }
-
-    /// Waits for a job that publishes bytes that were written: the store has them all already, or soon. Jobs of
-    /// images take longer, and are not waited for.
-    pub(super) async fn settle(&self, object: &ObjectName) {
-        let deadline = Instant::now() + SETTLE_LIMIT;
-        // Another one may follow: that of a handle whose last close came late.
-        while let Some(job) = self.jobs.active(&object.0, &object.1)
-            && matches!(job.request().source, JobSource::Staged(_))
-            && Instant::now() < deadline
-        {
-            // How it ends is for those who asked for it.
-            let _ = job.ended(deadline.saturating_duration_since(Instant::now())).await;
+            _ => Ok(()),
         }
     }
 
     /// Refuses to touch what a job is making; one that publishes what a program wrote is waited for.
     pub(super) async fn check_settled(&self, object: &ObjectName) -> Result<()> {
-        for _ in 0..SETTLE_ATTEMPTS {
-            self.settle(object).await;
-            match self.jobs.active(&object.0, &object.1) {
-                None => return Ok(()),
-                Some(job) if self.is_asked_again(object, &job) => return Ok(()),
-                Some(job) if matches!(job.request().source, JobSource::Image(_)) => break,
-                Some(_) => {}
+        self.publisher.wait_for_previous(object, PREVIOUS_LIMIT).await;
+        match self.jobs.active(&object.0, &object.1) {
+            None => Ok(()),
+            Some(job)
+                if matches!(job.request().source, JobSource::Image(_))
+                    && self.publisher.is_repeat(object, &job) =>
+            {
+                Ok(())
+            }
+            Some(_) => {
+                let busy = Error::new(ErrorKind::Busy, "a job is making this object");
+                Err(busy.in_file(object.1.as_str()))
             }
         }
-        let busy = Error::new(ErrorKind::Busy, "a job is making this object");
-        Err(busy.in_file(object.1.as_str()))
     }
 
-    /// Leaves a FAIL status beside a key whose copy was refused, so that the reason can be read later.
-    pub(super) async fn record_refusal(&self, draft: &Draft, image: &StatusImage, error: &Error) {
-        let (bucket, key) = draft.object();
-        let request = JobRequest {
-            bucket,
-            key,
-            source: JobSource::Image(image.clone()),
-            client_token: None,
-            tags: Tags::new(),
+    /// The mount has ended: what programs have closed is handed to jobs, and what they were still writing is not. The
+    /// kernel does not send every last close before an unmount.
+    pub async fn end_drafts(&self) {
+        let end = |draft: Arc<Draft>| async move {
+            if draft.is_unpublished() && draft.is_flushed() && !draft.is_parked() {
+                draft.publish_last(&self.publisher).await;
+            }
+            draft.give_up_early_upload().await;
         };
-        if let Err(error) = self.jobs.record_refusal(request, error).await {
-            warn!("a refusal could not be recorded: {}", error.report());
+        futures::future::join_all(self.drafts.take_all().into_iter().map(end)).await;
+    }
+
+    /// Takes the name away from the draft that has it open, whose handles keep it.
+    pub(super) async fn detach(self: &Arc<Self>, object: &ObjectName) -> Result<Detached> {
+        let Some(draft) = self.drafts.named(object) else {
+            return Ok(Detached { object: object.clone(), open: None });
+        };
+        let attr = self.resolve_object(object.0.clone(), object.1.clone()).await.ok().map(|(_, attr)| attr);
+        let was_dirty = draft.unlink(&self.publisher).await?;
+        self.drafts.detach(&draft);
+        Ok(Detached { object: object.clone(), open: Some((draft, attr, was_dirty)) })
+    }
+
+    /// The name could not be taken away after all.
+    pub(super) async fn reattach(&self, detached: Detached) {
+        if let Some((draft, _, was_dirty)) = detached.open {
+            draft.relink(was_dirty).await;
+            self.drafts.attach(&draft);
         }
     }
+
+    /// The name is gone: the file is known by its number alone, if the kernel knows that.
+    pub(super) fn forget_name(&self, detached: Detached, ino: Option<Ino>) {
+        self.recent.forget(&detached.object);
+        if let (Some((draft, Some(attr), _)), Some(ino)) = (detached.open, ino) {
+            self.drafts.keep_unlinked(ino, Unlinked { draft, attr });
+        }
+    }
+
+    /// The attributes of a number that no name leads to any more.
+    pub(super) fn unlinked_attr(&self, ino: Ino) -> Result<Attr> {
+        let gone = || Error::new(ErrorKind::SourceChanged, format!("inode {} was removed", ino.0));
+        let Unlinked { draft, attr } = self.drafts.unlinked(ino).ok_or_else(gone)?;
+        let modified = draft.modified().unwrap_or(attr.modified);
+        Ok(Attr { ino, file_size: draft.file_size(), modified, nlink: 0, ttl: Duration::ZERO, ..attr })
+    }
+
+    /// Changes the attributes of an open file that no name leads to: they go with it.
+    pub(super) async fn set_unlinked_attr(&self, ino: Ino, change: &AttrChange) -> Result<()> {
+        let gone = || Error::new(ErrorKind::SourceChanged, format!("inode {} was removed", ino.0));
+        let draft = self.drafts.unlinked(ino).ok_or_else(gone)?.draft;
+        if let Some(file_size) = change.file_size {
+            draft.truncate(&self.publisher, file_size).await?;
+        }
+        self.drafts.change_unlinked(ino, |attr| {
+            attr.mode = change.mode.unwrap_or(attr.mode);
+            attr.uid = change.uid.unwrap_or(attr.uid);
+            attr.gid = change.gid.unwrap_or(attr.gid);
+            attr.modified = change.modified.unwrap_or(attr.modified);
+        });
+        Ok(())
+    }
+}
+
+/// An object's node.
+pub(super) fn object_node((bucket, key): &ObjectName) -> Node {
+    Node::Object { bucket: bucket.clone(), key: key.clone() }
 }

@@ -1,19 +1,22 @@
 //! Handles: what an open file reads and writes, fixed at its opening.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
 
 use super::attr::Attr;
 use super::directory::OpenDirectory;
-use super::draft::{Draft, RangeSource};
+use super::draft::{Draft, RangeSource, rsync_target};
+use super::drafts::Opening;
+use super::export_options::{TAG_PREFIX, TOKEN_XATTR};
 use super::inode::{Ino, Node};
 use super::lanes::Lane;
-use super::tags::TAG_PREFIX;
-use super::token::TOKEN_XATTR;
 use super::tree::read_only;
 use super::{ObjectName, Vfs};
-use crate::bucket::ObjectFile;
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::JobSource;
 use crate::format::OutputFormat;
 use crate::metrics::Op;
 use crate::units::{FileOffset, GIB};
@@ -56,21 +59,46 @@ pub(super) enum Handle {
     Document(Vec<u8>),
     /// An image's file.
     Image(RangeSource),
-    /// An object, or the source of the job that is making it, and where it is read.
-    Object(Arc<dyn VirtualFile>, Lane, ObjectName),
-    /// An object being written.
-    Draft(Arc<Draft>),
-    /// A look at an object that somebody else is writing.
-    DraftReader(Arc<Draft>),
+    /// An object, and whether it was opened to be written.
+    Object(Arc<Draft>, bool),
+}
+
+/// The open files and directories of a mount.
+#[derive(Default)]
+pub(super) struct Handles {
+    open: RwLock<HashMap<HandleId, Arc<Handle>>>,
+    /// How many were opened so far.
+    opened: AtomicU64,
+}
+
+impl Handles {
+    pub(super) fn insert(&self, handle: Handle) -> HandleId {
+        let id = HandleId(self.opened.fetch_add(1, Ordering::Relaxed) + 1);
+        self.open.write().insert(id, Arc::new(handle));
+        id
+    }
+
+    pub(super) fn get(&self, id: HandleId) -> Result<Arc<Handle>> {
+        let missing = || Error::new(ErrorKind::Internal, format!("handle {} is not open", id.0));
+        self.open.read().get(&id).cloned().ok_or_else(missing)
+    }
+
+    pub(super) fn remove(&self, id: HandleId) -> Option<Arc<Handle>> {
+        self.open.write().remove(&id)
+    }
 }
 
 impl Vfs {
     /// Opens a file.
     pub async fn open(self: &Arc<Self>, ino: Ino, options: OpenOptions) -> Result<HandleId> {
-        let node = self.inodes.node(ino)?;
+        let how = Opening { write: options.write, truncate: options.truncate, create: false };
+        let Some(node) = self.inodes.find(ino)? else {
+            let draft = self.open_unlinked(ino, how).await?;
+            return Ok(self.handles.insert(Handle::Object(draft, how.write)));
+        };
         let handle = match (&node, options.write) {
-            (Node::Object { bucket, key }, write) => {
-                self.open_object(&(bucket.clone(), key.clone()), write, options).await?
+            (Node::Object { bucket, key }, _) => {
+                self.open_object(&(bucket.clone(), key.clone()), how).await?
             }
             (node, true) => return Err(read_only(node)),
             (Node::ImageFile { id, disk, format }, false) => {
@@ -93,7 +121,7 @@ impl Vfs {
                 return Err(Error::new(ErrorKind::IsDirectory, format!("{node} is a directory")));
             }
         };
-        Ok(self.insert(handle))
+        Ok(self.handles.insert(handle))
     }
 
     fn open_image(
@@ -112,37 +140,13 @@ impl Vfs {
         Ok(RangeSource { shown_size, file, image, format, facts: Arc::new(facts) })
     }
 
-    async fn open_object(
-        self: &Arc<Self>,
-        object: &ObjectName,
-        write: bool,
-        options: OpenOptions,
-    ) -> Result<Handle> {
-        if write {
+    async fn open_object(self: &Arc<Self>, object: &ObjectName, how: Opening) -> Result<Handle> {
+        if how.write {
             self.permit_target(object)?;
-            let draft = self.open_draft(object, options.truncate).await?;
-            if options.truncate {
-                draft.truncate(self, 0).await?;
-            }
-            return Ok(Handle::Draft(draft));
-        }
-        if let Some(job) = self.status_job(&object.0, &object.1) {
+        } else if let Some(job) = self.status_job(&object.0, &object.1) {
             return Ok(Handle::Document(job.status().to_json()));
         }
-        if let Some(draft) = self.open_draft_to_read(object) {
-            return Ok(Handle::DraftReader(draft));
-        }
-        if let Some(file) = self.jobs.active(&object.0, &object.1).and_then(|job| job.file()) {
-            return Ok(Handle::Object(file, Lane::Staging, object.clone()));
-        }
-        let bucket = self.bucket(&object.0)?;
-        let meta = bucket.head(&object.1).await?;
-        let meta = meta.ok_or_else(|| super::tree::no_entry(object.1.as_str()))?;
-        Ok(Handle::Object(
-            Arc::new(ObjectFile::new(bucket.clone(), meta, self.runtime.clone())),
-            Lane::Bucket(object.0.clone()),
-            object.clone(),
-        ))
+        Ok(Handle::Object(self.open_draft(object, how).await?, how.write))
     }
 
     /// Whether a process is known to read on to the end of a file, whatever size it has.
@@ -172,26 +176,23 @@ impl Vfs {
             Err(error) => return Err(error),
         }
         self.permit_target(&object)?;
-        let draft = self.open_draft(&object, truncate).await?;
+        let how = Opening { write: true, truncate, create: true };
+        let draft = self.open_draft(&object, how).await?;
         let temporary = options.exclusive && rsync_target(name).is_some();
         if temporary && program(options.opener).as_deref() == Some("rsync") {
             draft.park();
         }
-        if options.truncate {
-            draft.truncate(self, 0).await?;
-        }
-        let id = self.insert(Handle::Draft(draft));
+        let id = self.handles.insert(Handle::Object(draft, true));
         Ok((self.lookup(parent, name).await?, id))
     }
 
     /// Reads from an open file. Only the end of the file gives fewer than `length` bytes.
     pub async fn read(self: &Arc<Self>, id: HandleId, at: FileOffset, length: usize) -> Result<Vec<u8>> {
-        let handle = self.handle(id)?;
+        let handle = self.handles.get(id)?;
         let (lane, file) = match &*handle {
             Handle::Image(source) => (source.lane(), Arc::clone(&source.file)),
-            Handle::Object(file, lane, _) => (lane.clone(), Arc::clone(file)),
-            Handle::Draft(draft) | Handle::DraftReader(draft) => {
-                let bytes = draft.read(self, at, length).await?;
+            Handle::Object(draft, _) => {
+                let bytes = draft.read(&self.publisher, at, length).await?;
                 self.metrics.read_bytes.add(bytes.len() as u64);
                 return Ok(bytes);
             }
@@ -217,7 +218,7 @@ impl Vfs {
 
     /// The same into a buffer, where nothing has to be waited for; `None` where something might.
     pub fn read_now(&self, id: HandleId, at: FileOffset, buf: &mut [u8]) -> Option<Result<usize>> {
-        let handle = match self.handle(id) {
+        let handle = match self.handles.get(id) {
             Ok(handle) => handle,
             Err(error) => return Some(Err(error)),
         };
@@ -237,14 +238,18 @@ impl Vfs {
     /// Writes to an open file.
     pub async fn write(self: &Arc<Self>, id: HandleId, at: FileOffset, bytes: Vec<u8>) -> Result<()> {
         let length = bytes.len() as u64;
-        self.writer(id)?.write(self, at, bytes).await?;
+        let draft = self.writer(id)?;
+        self.attributes.written_after(&draft.object());
+        draft.write(&self.publisher, at, bytes).await?;
         self.metrics.written_bytes.add(length);
         Ok(())
     }
 
     /// The same where nothing has to be waited for; `None`, and nothing done, where something has.
     pub fn write_now(&self, id: HandleId, at: FileOffset, bytes: &[u8]) -> Option<Result<()>> {
-        let written = self.writer(id).ok()?.try_write(self, at, bytes)?;
+        let draft = self.writer(id).ok()?;
+        let written = draft.try_write(&self.publisher, at, bytes)?;
+        self.attributes.written_after(&draft.object());
         if written.is_ok() {
             self.metrics.written_bytes.add(bytes.len() as u64);
         }
@@ -266,47 +271,58 @@ impl Vfs {
     ) -> Result<u64> {
         let length = length.min(MAX_RANGE);
         let draft = self.writer(destination)?;
-        let copied = match &*self.handle(source)? {
-            Handle::Image(source) => {
-                let first = draft.refusal().is_none();
-                let result = draft.copy_range(self, source, from, at, length).await;
-                if let (Err(error), true) = (&result, first) {
-                    self.record_refusal(&draft, &source.image, error).await;
-                }
-                result?
-            }
+        let handle = self.handles.get(source)?;
+        let Handle::Image(source) = &*handle else {
             // Another object's bytes: programs that are told so read and write them.
-            _ => return Err(Error::new(ErrorKind::CrossDevice, "only image files are copied by range")),
+            return Err(Error::new(ErrorKind::CrossDevice, "only image files are copied by range"));
         };
+        let object = draft.object();
+        self.attributes.written_after(&object);
+        let first = draft.refusal().is_none();
+        let copied = match self.permit_export(&source.facts, source.format, &object) {
+            Ok(()) => draft.copy_range(&self.publisher, source, from, at, length).await,
+            Err(error) => {
+                draft.refuse(&error).await;
+                Err(error)
+            }
+        };
+        if let (Err(error), true) = (&copied, first) {
+            let image = JobSource::Image(source.image.clone());
+            self.publisher.record_refusal(object, image, error).await;
+        }
+        let copied = copied?;
         self.metrics.copied_bytes.add(copied);
         Ok(copied)
     }
 
     /// What close(2) waits for. Handles that only read have nothing to do.
     pub async fn flush(self: &Arc<Self>, id: HandleId) -> Result<()> {
-        match &*self.handle(id)? {
-            Handle::Draft(draft) => draft.flush(self).await,
+        match &*self.handles.get(id)? {
+            Handle::Object(draft, true) => draft.flush(&self.publisher).await,
             _ => Ok(()),
         }
     }
 
     /// What fsync(2) waits for: the end of the job that makes the object. Fails if the job fails.
     pub async fn sync(self: &Arc<Self>, id: HandleId) -> Result<()> {
-        match &*self.handle(id)? {
-            Handle::Draft(draft) => draft.sync(self).await,
-            Handle::Object(_, _, (bucket, key)) => match self.jobs.newest(bucket, key) {
-                Some(job) => job.ended(self.settings.wait_limit).await.map(drop),
-                None => Ok(()),
-            },
+        match &*self.handles.get(id)? {
+            Handle::Object(draft, true) => draft.sync(&self.publisher).await,
+            Handle::Object(draft, false) => {
+                let (bucket, key) = draft.object();
+                match self.jobs.newest(&bucket, &key) {
+                    Some(job) => job.ended(self.settings.wait_limit).await.map(drop),
+                    None => Ok(()),
+                }
+            }
             _ => Ok(()),
         }
     }
 
     /// The last close of a handle.
     pub async fn release(self: &Arc<Self>, id: HandleId) {
-        let handle = self.handles.write().remove(&id);
-        if let Some(Handle::Draft(draft) | Handle::DraftReader(draft)) = handle.as_deref() {
-            self.close_draft(draft).await;
+        let handle = self.handles.remove(id);
+        if let Some(Handle::Object(draft, write)) = handle.as_deref() {
+            self.drafts.close(draft, *write, &self.publisher).await;
         }
     }
 
@@ -317,12 +333,11 @@ impl Vfs {
         at: FileOffset,
         whence: Whence,
     ) -> Result<Option<FileOffset>> {
-        let handle = self.handle(id)?;
+        let handle = self.handles.get(id)?;
         let (lane, file) = match &*handle {
             Handle::Image(source) => (source.lane(), Arc::clone(&source.file)),
-            Handle::Object(file, lane, _) => (lane.clone(), Arc::clone(file)),
             Handle::Document(bytes) => return Ok(plain_seek(bytes.len() as u64, at, whence)),
-            Handle::Draft(draft) | Handle::DraftReader(draft) => {
+            Handle::Object(draft, _) => {
                 return Ok(plain_seek(draft.file_size(), at, whence));
             }
             Handle::Directory(_) => {
@@ -364,10 +379,11 @@ impl Vfs {
     pub async fn xattr(self: &Arc<Self>, ino: Ino, name: &str) -> Result<Option<Vec<u8>>> {
         match self.xattr_place(ino)? {
             Some((object, false)) if name == TOKEN_XATTR => {
-                Ok(self.client_token(&object).map(String::into_bytes))
+                let last = || self.jobs.newest(&object.0, &object.1)?.request().client_token.clone();
+                Ok(self.requests.token(&object).or_else(last).map(String::into_bytes))
             }
             Some((object, false)) if name.starts_with(TAG_PREFIX) => {
-                Ok(self.tags(&object).remove(&name[TAG_PREFIX.len()..]).map(String::into_bytes))
+                Ok(self.requests.tags(&object).remove(&name[TAG_PREFIX.len()..]).map(String::into_bytes))
             }
             Some((object, is_directory)) => self.user_xattr(&object, is_directory, name).await,
             None => Ok(None),
@@ -392,9 +408,13 @@ impl Vfs {
         exists: Option<bool>,
     ) -> Result<bool> {
         match self.xattr_place(ino)? {
-            Some((object, false)) if name == TOKEN_XATTR => self.set_client_token(&object, value),
+            Some((object, false)) if name == TOKEN_XATTR => self.requests.set_token(&object, value),
             Some((object, false)) if name.starts_with(TAG_PREFIX) => {
-                self.set_tag(&object, &name[TAG_PREFIX.len()..], value)
+                if value.is_some() && !self.bucket(&object.0)?.has_tags() {
+                    let what = format!("objects of bucket {:?} cannot have tags", object.0);
+                    return Err(Error::new(ErrorKind::Unsupported, what).in_file(object.1.as_str()));
+                }
+                self.requests.set_tag(&object, &name[TAG_PREFIX.len()..], value)
             }
             Some((object, is_directory)) => {
                 self.change_user_xattr(&object, is_directory, name, value, exists).await
@@ -403,22 +423,12 @@ impl Vfs {
         }
     }
 
-    fn writer(&self, id: HandleId) -> Result<Arc<Draft>> {
-        match &*self.handle(id)? {
-            Handle::Draft(draft) => Ok(Arc::clone(draft)),
+    /// What a handle that writes has open.
+    pub(super) fn writer(&self, id: HandleId) -> Result<Arc<Draft>> {
+        match &*self.handles.get(id)? {
+            Handle::Object(draft, true) => Ok(Arc::clone(draft)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the handle is not open for writing")),
         }
-    }
-
-    pub(super) fn insert(&self, handle: Handle) -> HandleId {
-        let id = HandleId(self.next_handle.fetch_add(1, Ordering::Relaxed));
-        self.handles.write().insert(id, Arc::new(handle));
-        id
-    }
-
-    pub(super) fn handle(&self, id: HandleId) -> Result<Arc<Handle>> {
-        let missing = || Error::new(ErrorKind::Internal, format!("handle {} is not open", id.0));
-        self.handles.read().get(&id).cloned().ok_or_else(missing)
     }
 }
 
@@ -426,14 +436,6 @@ impl Vfs {
 fn program(pid: Option<u32>) -> Option<String> {
     let name = std::fs::read_to_string(format!("/proc/{}/comm", pid?)).ok()?;
     Some(name.trim_end().to_owned())
-}
-
-/// The NAME of `.NAME.XXXXXX`, under which rsync writes before it renames (rsync(1), `--temp-dir`). It makes such files
-/// exclusively, as mkstemp(3) does.
-pub(super) fn rsync_target(name: &str) -> Option<&str> {
-    let (name, random) = name.strip_prefix('.')?.rsplit_once('.')?;
-    let is_random = random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric());
-    (!name.is_empty() && is_random).then_some(name)
 }
 
 fn read_document(bytes: &[u8], at: FileOffset, buf: &mut [u8]) -> usize {

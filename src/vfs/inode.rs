@@ -93,68 +93,122 @@ impl fmt::Display for Node {
 }
 
 /// The nodes that the kernel knows, by number.
+///
+/// A number is a file's, not a name's: it goes with a file that is renamed, and stays with one that was removed as long
+/// as the kernel knows it. What gets the name then is another file with another number, or, when the kernel has forgotten
+/// the old one, with the same number and another generation. No number is given twice with one generation.
 pub(super) struct InodeTable {
-    known: RwLock<HashMap<Ino, Known>>,
+    table: RwLock<Table>,
+}
+
+struct Table {
+    by_number: HashMap<Ino, Known>,
+    by_node: HashMap<Node, Ino>,
+    /// What a number gets that the kernel learns now.
+    generation: u64,
 }
 
 struct Known {
-    node: Node,
+    /// `None` when nothing has a name any more that leads here.
+    node: Option<Node>,
     lookups: u64,
+    generation: u64,
 }
 
 impl InodeTable {
     pub(super) fn new() -> Self {
-        let root = Known { node: Node::Root, lookups: 1 };
-        Self { known: RwLock::new(HashMap::from([(ROOT_INO, root)])) }
+        let root = Known { node: Some(Node::Root), lookups: 1, generation: 0 };
+        let by_number = HashMap::from([(ROOT_INO, root)]);
+        let by_node = HashMap::from([(Node::Root, ROOT_INO)]);
+        Self { table: RwLock::new(Table { by_number, by_node, generation: 0 }) }
     }
 
-    /// The node's number: a hash of its path, so that it is the same in every mount. In the unlikely case that
-    /// two known nodes share a hash, the later one takes the next free number.
-    pub(super) fn number(&self, node: &Node) -> Ino {
-        if *node == Node::Root {
-            return ROOT_INO;
+    /// The number and generation that the node has, or would get now.
+    pub(super) fn number(&self, node: &Node) -> (Ino, u64) {
+        self.table.read().number(node)
+    }
+
+    /// The node of a number that the kernel has looked up; `None` when it has no name any more.
+    ///
+    /// # Errors
+    /// [`SourceChanged`](ErrorKind::SourceChanged) when the kernel cannot know it.
+    pub(super) fn find(&self, ino: Ino) -> Result<Option<Node>> {
+        let missing = || Error::new(ErrorKind::SourceChanged, format!("inode {} is not known", ino.0));
+        self.table.read().by_number.get(&ino).map(|known| known.node.clone()).ok_or_else(missing)
+    }
+
+    /// The node of a number that the kernel has looked up, and that still has a name.
+    pub(super) fn node(&self, ino: Ino) -> Result<Node> {
+        let gone = || Error::new(ErrorKind::SourceChanged, format!("inode {} was removed", ino.0));
+        self.find(ino)?.ok_or_else(gone)
+    }
+
+    /// Counts a lookup of the kernel; it will forget as many.
+    pub(super) fn remember(&self, node: Node) -> (Ino, u64) {
+        let mut table = self.table.write();
+        let (ino, generation) = table.number(&node);
+        table.by_node.insert(node.clone(), ino);
+        let new = Known { node: Some(node), lookups: 0, generation };
+        table.by_number.entry(ino).or_insert(new).lookups += 1;
+        (ino, generation)
+    }
+
+    /// Takes back `lookups`; a node without any is dropped.
+    pub(super) fn forget(&self, ino: Ino, lookups: u64) {
+        let mut table = self.table.write();
+        let Some(known) = table.by_number.get_mut(&ino) else { return };
+        known.lookups = known.lookups.saturating_sub(lookups);
+        if known.lookups == 0
+            && ino != ROOT_INO
+            && let Some(Known { node: Some(node), .. }) = table.by_number.remove(&ino)
+        {
+            table.by_node.remove(&node);
+        }
+    }
+
+    /// The node's name is gone. Returns the number that stays with what had it, if the kernel knows it.
+    pub(super) fn unlink(&self, node: &Node) -> Option<Ino> {
+        self.table.write().unlink(node)
+    }
+
+    /// What had the name `from` has the name `to`, and what had that has none. Returns the number of the latter.
+    pub(super) fn rename(&self, from: &Node, to: &Node) -> Option<Ino> {
+        let mut table = self.table.write();
+        let replaced = table.unlink(to);
+        if let Some(ino) = table.by_node.remove(from) {
+            if let Some(known) = table.by_number.get_mut(&ino) {
+                known.node = Some(to.clone());
+            }
+            table.by_node.insert(to.clone(), ino);
+        }
+        replaced
+    }
+}
+
+impl Table {
+    /// A hash of the path, so that it is the same in every mount; the next free number where another file has it.
+    fn number(&self, node: &Node) -> (Ino, u64) {
+        if let Some(ino) = self.by_node.get(node) {
+            return (*ino, self.by_number.get(ino).map_or(self.generation, |known| known.generation));
         }
         let digest = Md5::digest(node.to_string().as_bytes());
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&digest[..8]);
         // 0 is no inode, 1 is the root.
         let mut ino = Ino((u64::from_le_bytes(bytes) >> 1).max(2));
-        let known = self.known.read();
-        while known.get(&ino).is_some_and(|other| other.node != *node) {
+        while self.by_number.contains_key(&ino) {
             ino = Ino(ino.0 + 1);
         }
-        ino
+        (ino, self.generation)
     }
 
-    /// The node of a number that the kernel has looked up.
-    pub(super) fn node(&self, ino: Ino) -> Result<Node> {
-        let known = self.known.read();
-        let missing = || Error::new(ErrorKind::SourceChanged, format!("inode {} is not known", ino.0));
-        known.get(&ino).map(|k| k.node.clone()).ok_or_else(missing)
-    }
-
-    /// Counts a lookup of the kernel; it will forget as many.
-    pub(super) fn remember(&self, ino: Ino, node: Node) {
-        let mut known = self.known.write();
-        known.entry(ino).or_insert(Known { node, lookups: 0 }).lookups += 1;
-    }
-
-    /// Takes back `lookups`; a node without any is dropped.
-    pub(super) fn forget(&self, ino: Ino, lookups: u64) {
-        let mut known = self.known.write();
-        if let Some(entry) = known.get_mut(&ino) {
-            entry.lookups = entry.lookups.saturating_sub(lookups);
-            if entry.lookups == 0 && ino != ROOT_INO {
-                known.remove(&ino);
-            }
+    fn unlink(&mut self, node: &Node) -> Option<Ino> {
+        self.generation += 1;
+        let ino = self.by_node.remove(node)?;
+        if let Some(known) = self.by_number.get_mut(&ino) {
+            known.node = None;
         }
-    }
-
-    /// The kernel keeps its number when a file is renamed: the numbers that stood for a node stand for another now.
-    pub(super) fn rename(&self, from: &Node, to: &Node) {
-        for entry in self.known.write().values_mut().filter(|entry| entry.node == *from) {
-            entry.node = to.clone();
-        }
+        Some(ino)
     }
 }
 
@@ -162,16 +216,18 @@ impl InodeTable {
 mod tests {
     use super::*;
 
+    fn node(id: &str) -> Node {
+        Node::Image { id: id.into() }
+    }
+
     #[test]
     fn numbers_are_stable_and_forgotten() {
-        let node = Node::Image { id: "web".into() };
         let (a, b) = (InodeTable::new(), InodeTable::new());
-        let ino = a.number(&node);
-        assert_eq!(ino, b.number(&node));
-        a.remember(ino, node.clone());
-        a.remember(ino, node.clone());
+        let (ino, _) = a.remember(node("web"));
+        assert_eq!(ino, b.number(&node("web")).0);
+        a.remember(node("web"));
         a.forget(ino, 1);
-        assert_eq!(a.node(ino).unwrap(), node);
+        assert_eq!(a.node(ino).unwrap(), node("web"));
         a.forget(ino, 1);
         assert!(a.node(ino).is_err());
         a.forget(ROOT_INO, 100);
@@ -181,21 +237,37 @@ mod tests {
     #[test]
     fn a_number_follows_its_file_through_renames() {
         let table = InodeTable::new();
-        let node = |id: &str| Node::Image { id: id.into() };
-        let ino = table.number(&node("a"));
-        table.remember(ino, node("a"));
+        let (ino, _) = table.remember(node("a"));
         table.rename(&node("a"), &node("b"));
         table.rename(&node("b"), &node("c"));
         assert_eq!(table.node(ino).unwrap(), node("c"));
-        assert_ne!(table.number(&node("a")), ino, "a new file under the old name is another file");
+        assert_eq!(table.number(&node("c")).0, ino, "the name leads to the file that has it");
+        assert_ne!(table.number(&node("a")).0, ino, "a new file under the old name is another file");
     }
 
     #[test]
-    fn a_taken_number_is_passed_over() {
+    fn no_number_is_given_twice_with_one_generation() {
         let table = InodeTable::new();
-        let node = Node::Image { id: "web".into() };
-        let ino = table.number(&node);
-        table.remember(ino, Node::Jobs);
-        assert_eq!(table.number(&node), Ino(ino.0 + 1));
+        let mut given = std::collections::HashSet::new();
+        let first = table.remember(node("a"));
+        assert!(given.insert(first));
+        // Removed and still open: the new file has another number.
+        assert_eq!(table.unlink(&node("a")), Some(first.0));
+        assert_eq!(table.find(first.0).unwrap(), None);
+        let second = table.remember(node("a"));
+        assert!(given.insert(second) && second.0 != first.0);
+        // Forgotten by the kernel: the number comes again, in another generation.
+        table.forget(first.0, 1);
+        table.unlink(&node("a"));
+        table.forget(second.0, 1);
+        let third = table.remember(node("a"));
+        assert!(given.insert(third) && third.0 == first.0);
+        // Replaced by a rename, and the renamed file's own old name taken again.
+        table.remember(node("b"));
+        assert_eq!(table.rename(&node("b"), &node("a")), Some(third.0));
+        assert!(given.insert(table.remember(node("b"))));
+        table.forget(third.0, 1);
+        table.unlink(&node("a"));
+        assert!(given.insert(table.remember(node("a"))));
     }
 }

@@ -27,8 +27,6 @@ pub(super) enum Lane {
     Catalog,
     /// An image, by its id.
     Image(String),
-    /// Objects of a bucket.
-    Bucket(String),
     /// Local files of drafts.
     Staging,
 }
@@ -90,7 +88,12 @@ mod tests {
             let (lanes, hold) = (Arc::clone(&lanes), Arc::clone(&hold));
             tokio::spawn(async move {
                 let lane = Lane::Image("slow".to_owned());
-                lanes.run(lane, move || Ok(drop(hold.lock().recv()))).await
+                lanes
+                    .run(lane, move || {
+                        let _ = hold.lock().recv();
+                        Ok(())
+                    })
+                    .await
             })
         };
         let waiting: Vec<_> = (0..4 * LANE).map(slow).collect();

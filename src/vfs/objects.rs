@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::attr::{Attr, AttrChange, NodeKind};
 use super::draft::Draft;
+use super::drafts::{Detached, Opening, object_node};
 use super::inode::{Ino, Node};
 use super::tree::{no_entry, read_only, status_time};
 use super::{ObjectName, Vfs};
@@ -54,7 +55,8 @@ impl Vfs {
         let name = (bucket, key);
         let node = Node::Object { bucket: name.0.clone(), key: name.1.clone() };
         if let Some(draft) = self.draft(&name) {
-            let attr = self.file_attr(&node, draft.file_size(), 0o644, draft.modified());
+            let modified = draft.modified().unwrap_or(self.mounted);
+            let attr = self.file_attr(&node, draft.file_size(), 0o644, modified);
             return Ok((node, self.overridden(&name, Attr { ttl: Duration::ZERO, ..attr }).await));
         }
         if let Some(job) = self.status_job(&name.0, &name.1) {
@@ -108,8 +110,7 @@ impl Vfs {
                 entries.insert(status.file_name().to_owned(), object(status));
             }
         }
-        let drafts: Vec<_> =
-            self.drafts.lock().values().filter(|d| !d.is_published()).map(|d| d.object().clone()).collect();
+        let drafts = self.drafts.unpublished_names();
         for (_, key) in drafts.into_iter().filter(|(b, key): &ObjectName| b == bucket && here(key)) {
             entries.insert(key.file_name().to_owned(), object(key));
         }
@@ -141,32 +142,36 @@ impl Vfs {
     /// The draft of a key that has bytes which are not published: its content is what the file is. A draft that is
     /// published may linger, because the kernel does not wait for the last close.
     pub(super) fn draft(&self, object: &ObjectName) -> Option<Arc<Draft>> {
-        self.drafts.lock().get(object).filter(|draft| !draft.is_published()).cloned()
+        self.drafts.named(object).filter(|draft| !draft.is_published())
     }
 
-    /// Changes an object's attributes; a size cuts or extends its draft.
+    /// Changes an object's attributes; a size cuts or extends the file, which is the one of `handle` where a program gave
+    /// one.
     pub(super) async fn set_object_attr(
         self: &Arc<Self>,
         object: &ObjectName,
+        handle: Option<Arc<Draft>>,
         change: &AttrChange,
     ) -> Result<()> {
         if let Some(file_size) = change.file_size {
-            match self.draft(object) {
-                Some(draft) => draft.truncate(self, file_size).await?,
+            self.attributes.written_after(object);
+            match handle.or_else(|| self.draft(object)) {
+                Some(draft) => draft.truncate(&self.publisher, file_size).await?,
                 None => self.truncate_closed(object, file_size).await?,
             }
         }
         self.remember(object, false, change).await
     }
 
-    /// truncate(2) of an object that nobody has open: opened, cut, and published again.
+    /// truncate(2) of an object that nobody writes: opened, cut, and published again.
     async fn truncate_closed(self: &Arc<Self>, object: &ObjectName, file_size: u64) -> Result<()> {
-        let draft = self.open_draft(object, file_size == 0).await?;
-        let result = match draft.truncate(self, file_size).await {
-            Ok(()) => draft.flush(self).await,
+        let how = Opening { write: true, truncate: file_size == 0, create: false };
+        let draft = self.open_draft(object, how).await?;
+        let result = match draft.truncate(&self.publisher, file_size).await {
+            Ok(()) => draft.flush(&self.publisher).await,
             Err(error) => Err(error),
         };
-        self.close_draft(&draft).await;
+        self.drafts.close(&draft, true, &self.publisher).await;
         result
     }
 
@@ -198,6 +203,8 @@ impl Vfs {
         let directory = (bucket, key);
         self.forget_attributes(&directory, true).await;
         self.made_directories.lock().remove(&directory);
+        let (bucket, key) = directory;
+        self.inodes.unlink(&Node::Directory { bucket, prefix: Some(key) });
         Ok(())
     }
 
@@ -213,12 +220,27 @@ impl Vfs {
             let what = "the job is running; remove the object itself to cancel it";
             return Err(Error::new(ErrorKind::Busy, what).in_file(key.as_str()));
         }
-        let draft = self.drafts.lock().remove(&object);
-        if let Some(draft) = &draft {
-            draft.discard().await;
+        let detached = self.detach(&object).await?;
+        let is_known = detached.is_open() || held.is_some();
+        match self.remove_object(&object, is_known).await {
+            Err(error) => {
+                self.reattach(detached).await;
+                Err(error)
+            }
+            Ok(()) => {
+                let ino = self.inodes.unlink(&object_node(&object));
+                self.forget_name(detached, ino);
+                Ok(())
+            }
         }
+    }
+
+    /// Removes what the bucket has under a name, and all that is known of it. `is_known` says that there is something
+    /// besides.
+    async fn remove_object(self: &Arc<Self>, object: &ObjectName, is_known: bool) -> Result<()> {
+        let (bucket, key) = object;
         // What a program wrote is a file like any other; an export is cancelled.
-        self.settle(&object).await;
+        self.publisher.wait_for_previous(object, CANCEL_LIMIT).await;
         if let Some(job) = self.jobs.active(bucket, key) {
             job.cancel();
             match job.ended(CANCEL_LIMIT).await {
@@ -231,12 +253,11 @@ impl Vfs {
         let store = self.bucket(bucket)?;
         match store.head(key).await? {
             Some(_) => store.delete(key).await?,
-            None if draft.is_some() || held.is_some() => {}
+            None if is_known => {}
             None => return Err(no_entry(key.as_str())),
         }
-        self.forget_attributes(&object, false).await;
-        self.tokens.lock().remove(&object);
-        self.tags.lock().remove(&object);
+        self.forget_attributes(object, false).await;
+        self.requests.forget(object);
         if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
             && let Ok(base) = ObjectKey::parse(base)
         {
@@ -268,58 +289,73 @@ impl Vfs {
         }
     }
 
-    /// What is being written under a name that a rename takes over is published no more.
-    async fn make_way(self: &Arc<Self>, to: &ObjectName) -> Result<()> {
-        self.check_settled(to).await?;
-        let replaced = self.drafts.lock().remove(to);
-        if let Some(replaced) = replaced {
-            replaced.discard().await;
-            // Its last close may have been publishing it.
-            self.check_settled(to).await?;
-        }
-        Ok(())
-    }
-
-    /// Renames what is being written. A file under rsync's temporary name gets its own and is published: the upload
-    /// is one for that name, and done when this returns. With the modification time 0 it is what rsync keeps of a
-    /// transfer that was interrupted (`--partial`): it gets its name and waits for the rest.
-    async fn rename_draft(
+    /// Gives a file under rsync's temporary name its own, and publishes it: the upload is one for that name, and done
+    /// when this returns. With the modification time 0 it is what rsync keeps of a transfer that was interrupted
+    /// (`--partial`): it gets its name and waits for the rest.
+    async fn rename_parked(
         self: &Arc<Self>,
         draft: &Arc<Draft>,
         from: &ObjectName,
         to: &ObjectName,
-    ) -> Result<bool> {
-        self.make_way(to).await?;
-        if !draft.rename(to).await {
-            return Ok(false);
-        }
-        {
-            let mut drafts = self.drafts.lock();
-            drafts.remove(from);
-            drafts.insert(to.clone(), Arc::clone(draft));
-        }
-        self.move_attributes(from, to).await?;
-        let node = |(bucket, key): &ObjectName| Node::Object { bucket: bucket.clone(), key: key.clone() };
-        self.inodes.rename(&node(from), &node(to));
-        if !draft.is_parked() {
-            // What the store has under the old name is not there any more.
-            self.bucket(&from.0)?.delete(&from.1).await?;
-            return Ok(true);
-        }
+    ) -> Result<()> {
+        let replaced = self.detach(to).await?;
+        self.drafts.rename(draft, to, async { Ok(()) }).await?;
+        self.renamed(from, to, replaced).await?;
         if self.is_marked_partial(to).await? {
             draft.give_up_early_upload().await;
-            return Ok(true);
+            return Ok(());
         }
         draft.unpark();
-        let published = draft.publish_now(self).await;
-        let mut drafts = self.drafts.lock();
-        if draft.is_closed() && drafts.get(to).is_some_and(|known| Arc::ptr_eq(known, draft)) {
-            drafts.remove(to);
-        }
-        published.map(|()| true)
+        let published = draft.publish_now(&self.publisher).await;
+        self.drafts.remove_closed(draft);
+        published
     }
 
-    /// Renames an object: a copy within the store, then a delete.
+    /// Renames an object, open or not. The bucket has it under the new name before it is removed under the old one; what
+    /// was written to it and is not published yet is published under the new name.
+    async fn rename_object(self: &Arc<Self>, from: &ObjectName, to: &ObjectName) -> Result<()> {
+        self.check_settled(from).await?;
+        self.check_settled(to).await?;
+        let replaced = self.detach(to).await?;
+        let draft = self.drafts.named(from);
+        let moving = async {
+            // A last close may have begun to publish them; nothing is published from here on.
+            self.check_settled(from).await?;
+            self.check_settled(to).await?;
+            let is_new = draft.as_ref().is_some_and(|draft| !draft.is_published());
+            let store = self.bucket(&from.0)?;
+            match store.head(&from.1).await? {
+                Some(_) => {
+                    self.jobs.copy(store, &from.1, &to.1).await?;
+                    store.delete(&from.1).await
+                }
+                // Nothing of it was published yet.
+                None if is_new => Ok(()),
+                None => Err(no_entry(from.1.as_str())),
+            }
+        };
+        let moved = match &draft {
+            Some(draft) => self.drafts.rename(draft, to, moving).await,
+            None => moving.await,
+        };
+        if let Err(error) = moved {
+            self.reattach(replaced).await;
+            return Err(error);
+        }
+        self.renamed(from, to, replaced).await
+    }
+
+    /// What is known of a file goes with it to its new name.
+    async fn renamed(&self, from: &ObjectName, to: &ObjectName, replaced: Detached) -> Result<()> {
+        let ino = self.inodes.rename(&object_node(from), &object_node(to));
+        self.forget_name(replaced, ino);
+        self.recent.forget(from);
+        self.requests.rename(from, to);
+        self.move_attributes(from, to).await
+    }
+
+    /// Renames an object: a copy within the store, then a delete. It stays the same file for those who have it open, and
+    /// so does one that had the new name before, for those who have that open.
     pub async fn rename(
         self: &Arc<Self>,
         parent: Ino,
@@ -352,19 +388,12 @@ impl Vfs {
             }
             _ => {}
         }
-        if let Some(draft) = self.draft(&from)
-            && self.rename_draft(&draft, &from, &to).await?
-        {
-            return Ok(());
+        match self.drafts.named(&from).filter(|draft| draft.is_parked()) {
+            Some(draft) => {
+                self.check_settled(&to).await?;
+                self.rename_parked(&draft, &from, &to).await
+            }
+            None => self.rename_object(&from, &to).await,
         }
-        self.check_settled(&from).await?;
-        self.make_way(&to).await?;
-        let store = self.bucket(&from.0)?;
-        self.jobs.copy(store, &from.1, &to.1).await?;
-        store.delete(&from.1).await?;
-        self.move_attributes(&from, &to).await?;
-        let node = |(bucket, key): ObjectName| Node::Object { bucket, key };
-        self.inodes.rename(&node(from), &node(to));
-        Ok(())
     }
 }

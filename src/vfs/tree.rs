@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use super::attr::{Attr, NodeKind};
 use super::inode::{ControlFile, Ino, Node};
 use super::lanes::Lane;
-use super::{AttrChange, Vfs};
+use super::{AttrChange, HandleId, Vfs};
 use crate::catalog::CatalogImage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Job, RecordedFile, StatusImage};
@@ -41,8 +41,8 @@ impl Vfs {
     /// Finds `name` in a directory and counts it as known to the kernel until it is forgotten.
     pub async fn lookup(self: &Arc<Self>, parent: Ino, name: &str) -> Result<Attr> {
         let node = self.child(&self.inodes.node(parent)?, name)?;
-        let (node, attr) = self.resolve(node).await?;
-        self.inodes.remember(attr.ino, node);
+        let (node, mut attr) = self.resolve(node).await?;
+        (attr.ino, attr.generation) = self.inodes.remember(node);
         Ok(attr)
     }
 
@@ -51,19 +51,32 @@ impl Vfs {
         self.inodes.forget(ino, lookups);
     }
 
-    /// Attributes of an inode.
+    /// Attributes of an inode: of the file that has this number, whatever its name is now, and if it has none.
     pub async fn getattr(self: &Arc<Self>, ino: Ino) -> Result<Attr> {
-        let node = self.inodes.node(ino)?;
+        let Some(node) = self.inodes.find(ino)? else { return self.unlinked_attr(ino) };
         let (_, mut attr) = self.resolve(node).await?;
         // An object may have become a directory, or a name may be another file now: the number stays.
         attr.ino = ino;
         Ok(attr)
     }
 
-    /// Changes attributes. Only objects have any that can be changed.
-    pub async fn setattr(self: &Arc<Self>, ino: Ino, change: &AttrChange) -> Result<Attr> {
-        match self.inodes.node(ino)? {
-            Node::Object { bucket, key } => self.set_object_attr(&(bucket, key), change).await?,
+    /// Changes attributes. Only objects have any that can be changed. A size is that of the file that `handle` has
+    /// open, where a program gives one.
+    pub async fn setattr(
+        self: &Arc<Self>,
+        ino: Ino,
+        handle: Option<HandleId>,
+        change: &AttrChange,
+    ) -> Result<Attr> {
+        let Some(node) = self.inodes.find(ino)? else {
+            self.set_unlinked_attr(ino, change).await?;
+            return self.unlinked_attr(ino);
+        };
+        match node {
+            Node::Object { bucket, key } => {
+                let draft = handle.and_then(|id| self.writer(id).ok());
+                self.set_object_attr(&(bucket, key), draft, change).await?;
+            }
             Node::Directory { bucket, prefix: Some(prefix) } if change.file_size.is_none() => {
                 self.remember(&(bucket, prefix), true, change).await?;
             }

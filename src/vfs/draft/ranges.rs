@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::RangeSource;
+use super::source::RangeSource;
 use crate::error::Result;
 use crate::units::FileOffset;
+use crate::vfile::{VirtualFile, readable};
 
 /// Disjoint, merged ranges of bytes.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +32,23 @@ impl Ranges {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.by_start.iter().map(|(&s, &e)| (s, e))
+    }
+
+    /// Reads what was copied, of a file of `file_size` bytes; zeros where nothing was.
+    pub(super) fn read(
+        &self,
+        source: &dyn VirtualFile,
+        file_size: u64,
+        at: FileOffset,
+        length: usize,
+    ) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; readable(file_size, at, length)];
+        let (first, last) = (at.bytes(), at.bytes() + bytes.len() as u64);
+        for (start, end) in self.iter().map(|(s, e)| (s.max(first), e.min(last))).filter(|(s, e)| s < e) {
+            let piece = &mut bytes[(start - first) as usize..(end - first) as usize];
+            source.read_at(FileOffset(start), piece)?;
+        }
+        Ok(bytes)
     }
 
     /// Whether the ranges, in a file of `file_size` bytes, are the whole of `source`: what they leave out must

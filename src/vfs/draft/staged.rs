@@ -5,8 +5,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::RangeSource;
 use super::ranges::Ranges;
+use super::source::RangeSource;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::EarlyUpload;
 use crate::units::{FileOffset, MIB, SECTOR};
@@ -51,7 +51,8 @@ impl Staged {
         Error::from_io(what, e).in_file(self.path.display().to_string())
     }
 
-    fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
+    /// Writes bytes and notes them.
+    pub(super) fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
         let file = self.reserve(at, bytes.len() as u64)?;
         write_all(&file, at, bytes)?;
         self.wrote(at, bytes.len() as u64);
