@@ -27,6 +27,9 @@ use crate::vfile::VirtualFile;
 /// Bytes of an object that are fetched at once when it is staged.
 const FETCH: usize = MIB as usize;
 
+/// How often a job may begin just after the one before was waited for.
+const ATTEMPTS: usize = 5;
+
 /// How publishing is done.
 #[derive(Clone, Debug)]
 pub(in super::super) struct PublishOptions {
@@ -184,7 +187,7 @@ impl Publisher {
         let mut begun = begun.filter(|begun| *begun.tags() == tags);
         let (bucket, key) = object.clone();
         let request = JobRequest { bucket, key, source, client_token, tags };
-        loop {
+        for attempt in 1.. {
             // What was written before is published before.
             self.wait_for_previous(object, self.options.wait_limit).await;
             let (request, file, jobs) = (request.clone(), Arc::clone(&file), self.jobs.clone());
@@ -195,15 +198,20 @@ impl Publisher {
             let (submitted, left) = self.lanes.run(Lane::Staging, submit).await?;
             begun = left;
             match submitted {
-                Err(error) if error.kind() == ErrorKind::Busy && self.is_free_soon(object) => {}
-                submitted => {
-                    if submitted.is_ok() {
-                        self.requests.token_used(object);
-                    }
-                    return submitted;
+                Ok(job) => {
+                    self.requests.token_used(object);
+                    return Ok(job);
                 }
+                // Somebody else may have been faster. A policy says busy too.
+                Err(error) if error.kind() == ErrorKind::Busy && attempt < ATTEMPTS => {
+                    if !self.is_free_soon(object) {
+                        return Err(error);
+                    }
+                }
+                Err(error) => return Err(error),
             }
         }
+        Err(Error::new(ErrorKind::Internal, "no job was submitted"))
     }
 
     /// Whether no image is exported to the key: what a program wrote can be waited for, and may have ended by now.
