@@ -53,7 +53,7 @@ pub use store::{Listing, ObjectMeta, Tags};
 pub use upload::MAX_PARTS;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::settings::{CACHE, REQUEST_TIMEOUT, Secret};
+use crate::settings::{MountSettings, Secret};
 use connect::Place;
 use limits::LimitedStore;
 use local::LocalStore;
@@ -74,10 +74,11 @@ pub struct RequestLimits {
 
 impl Default for RequestLimits {
     fn default() -> Self {
+        let settings = MountSettings::default();
         Self {
-            timeout: Duration::from_secs(REQUEST_TIMEOUT.into()),
+            timeout: Duration::from_secs(settings.timeout.into()),
             rate: None,
-            blocks: Arc::new(BlockCache::new(CACHE)),
+            blocks: Arc::new(BlockCache::new(settings.cache)),
         }
     }
 }

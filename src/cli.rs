@@ -10,6 +10,7 @@ mod mount;
 mod mount_table;
 mod mountpoint;
 mod progress;
+mod silence;
 mod source;
 mod wait;
 
@@ -142,10 +143,8 @@ impl OptionFlags {
 impl Args for OptionFlags {
     fn augment_args(command: clap::Command) -> clap::Command {
         OPTIONS.iter().fold(command, |command, option| {
-            let argument = Arg::new(option.word)
-                .long(option.flag())
-                .help(option.summary)
-                .long_help(format!("{}. {}", option.summary, option.details));
+            let argument =
+                Arg::new(option.word).long(option.flag()).help(option.summary).long_help(option.text());
             command.arg(match option.value {
                 Some(value) if option.is_repeated => argument.value_name(value).action(ArgAction::Append),
                 Some(value) => argument.value_name(value),

@@ -16,6 +16,8 @@ pub enum ErrorKind {
     NotFound,
     /// A name, option, URL or document that is not well-formed.
     Malformed,
+    /// A name of more bytes than a filesystem's names have, or a key of more bytes than a store's.
+    NameTooLong,
     /// Refused by the policy in force.
     PolicyRefused,
     /// An image refers to a file that the catalog does not allow it to use.
@@ -76,6 +78,7 @@ impl ErrorKind {
         match self {
             Self::NotFound => libc::ENOENT,
             Self::Malformed => libc::EINVAL,
+            Self::NameTooLong => libc::ENAMETOOLONG,
             Self::PolicyRefused | Self::ReferenceDenied => libc::EPERM,
             Self::PermissionDenied => libc::EACCES,
             Self::TooLarge => libc::EFBIG,
@@ -108,6 +111,7 @@ impl ErrorKind {
         match self {
             Self::NotFound => "not_found",
             Self::Malformed => "malformed",
+            Self::NameTooLong => "name_too_long",
             Self::PolicyRefused => "policy_refused",
             Self::ReferenceDenied => "reference_denied",
             Self::PermissionDenied => "permission_denied",
@@ -141,6 +145,7 @@ impl ErrorKind {
     pub const ALL: [Self; 28] = [
         Self::NotFound,
         Self::Malformed,
+        Self::NameTooLong,
         Self::PolicyRefused,
         Self::ReferenceDenied,
         Self::PermissionDenied,
@@ -222,7 +227,8 @@ impl Error {
             Some(libc::ENOTEMPTY) => ErrorKind::NotEmpty,
             Some(libc::EISDIR) => ErrorKind::IsDirectory,
             Some(libc::ENOTDIR) => ErrorKind::NotDirectory,
-            Some(libc::ENAMETOOLONG | libc::EINVAL | libc::ELOOP) => ErrorKind::Malformed,
+            Some(libc::ENAMETOOLONG) => ErrorKind::NameTooLong,
+            Some(libc::EINVAL | libc::ELOOP) => ErrorKind::Malformed,
             _ => ErrorKind::Io,
         };
         Self::new(kind, what).because(source)

@@ -167,6 +167,26 @@ impl OutputFormat {
         }
     }
 
+    /// The plain format that such an image has.
+    pub fn of_image(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
+            ImageFormat::Vhd => Self::Vhd,
+            ImageFormat::Vhdx => Self::Vhdx,
+            ImageFormat::Vmdk => Self::Vmdk,
+            ImageFormat::Vdi => Self::Vdi,
+            ImageFormat::Zvhd => Self::Zvhd,
+            ImageFormat::Zvhd2 => Self::Zvhd2,
+        }
+    }
+
+    /// The format of a disk image that a file's name tells: by its suffix, or as that of an image in a catalog.
+    pub fn of_file_name(name: &str) -> Option<Self> {
+        let suffix = Self::split_file_name(name).map(|(_, format)| format);
+        suffix.or_else(|| ImageFormat::from_file_name(name).map(Self::of_image))
+    }
+
     /// The format whose name this is.
     pub fn from_suffix(suffix: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|f| f.suffix() == suffix).ok_or_else(|| {
@@ -202,6 +222,12 @@ mod tests {
         assert_eq!(OutputFormat::split_file_name("web"), None);
         for format in OutputFormat::ALL {
             assert_eq!(OutputFormat::from_suffix(format.suffix()).unwrap(), format);
+            let plain = OutputFormat::of_image(format.image_format());
+            assert_eq!(plain.image_format(), format.image_format());
+            assert_eq!(OutputFormat::of_file_name(&format!("a.{}", format.suffix())), Some(format));
         }
+        assert_eq!(OutputFormat::of_file_name("WEB.VHD"), Some(OutputFormat::Vhd));
+        assert_eq!(OutputFormat::of_file_name("web.img"), Some(OutputFormat::Raw));
+        assert_eq!(OutputFormat::of_file_name("web.txt"), None);
     }
 }

@@ -174,7 +174,15 @@ fn handle(fh: FileHandle) -> HandleId {
     HandleId(fh.0)
 }
 
+/// Longest name, in bytes (NAME_MAX in linux/limits.h). The kernel lets FUSE have longer ones.
+const MAX_NAME: usize = 255;
+
+/// A name as text.
 fn utf8(name: &OsStr) -> Result<String> {
+    if name.len() > MAX_NAME {
+        let what = format!("the name {name:?} has {} bytes; a name has at most {MAX_NAME}", name.len());
+        return Err(Error::new(ErrorKind::NameTooLong, what));
+    }
     let wrong = || Error::new(ErrorKind::Malformed, format!("the name {name:?} is not UTF-8"));
     name.to_str().map(str::to_owned).ok_or_else(wrong)
 }
@@ -375,14 +383,21 @@ impl Filesystem for FuseAdapter {
     fn mknod(
         &self,
         _req: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
         _umask: u32,
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EPERM);
+        if ![0, libc::S_IFREG].contains(&(mode & libc::S_IFMT)) {
+            return reply.error(Errno::EPERM);
+        }
+        let name = utf8(name);
+        self.work(Op::Create, async move |vfs| {
+            let made = async { vfs.make_file(ino(parent), &name?).await };
+            reply_entry("mknod", made.await, reply);
+        });
     }
 
     fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
@@ -562,7 +577,7 @@ impl Filesystem for FuseAdapter {
         self.vfs.metrics().count(Op::Statfs);
         // A bucket has no size. Programs that look for room find plenty: 2^50 bytes, all free.
         let blocks = 1 << 30;
-        reply.statfs(blocks, blocks, blocks, 0, 0, MAX_REQUEST, 255, MAX_REQUEST);
+        reply.statfs(blocks, blocks, blocks, 0, 0, MAX_REQUEST, MAX_NAME as u32, MAX_REQUEST);
     }
 
     fn access(&self, _req: &Request, _node: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {

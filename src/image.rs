@@ -6,6 +6,7 @@
 mod blocks;
 pub mod qcow2;
 pub mod raw;
+mod signature;
 pub mod steps;
 mod table;
 pub mod vdi;
@@ -17,6 +18,8 @@ pub mod zvhd;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use signature::{RecognizedImage, SIGNATURE_RANGE, format_of_content, recognize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{AllocationMap, Extent, ExtentKind};

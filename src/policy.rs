@@ -157,12 +157,36 @@ impl Policy {
     /// Decides about what is known of a request. More may be known, and refused, later.
     ///
     /// # Errors
-    /// The refusal of the first rule that applies, with the cloud's code.
+    /// The refusal of the first rule that applies, with the cloud's code; [`PolicyRefused`](ErrorKind::PolicyRefused) for
+    /// a format that the policy does not offer.
     pub fn check(&self, request: &PolicyRequest<'_>) -> Result<()> {
-        match self.rules.iter().find(|rule| rule.applies(request)) {
-            Some(rule) => Err(rule.refusal(&self.name)),
+        if let Some(rule) = self.rules.iter().find(|rule| rule.applies(request)) {
+            return Err(rule.refusal(&self.name));
+        }
+        match request.format.filter(|&format| !self.offers(format)) {
+            Some(format) => Err(self.refusal(format!("the format {} is not exported", format.suffix()))),
             None => Ok(()),
         }
+    }
+
+    /// Decides about a disk image that a program writes: of the image that its bytes come from nothing is known.
+    ///
+    /// # Errors
+    /// [`PolicyRefused`](ErrorKind::PolicyRefused) when a rule asks for an image's facts.
+    pub fn check_unknown_image(&self) -> Result<()> {
+        if !self.rules.iter().any(Rule::judges_images) {
+            return Ok(());
+        }
+        Err(self.refusal(
+            "disk images that programs write are refused, because nothing is known of the image that their bytes come \
+             from: copy the image's own file with cp, or mount with plain_images"
+                .to_owned(),
+        ))
+    }
+
+    fn refusal(&self, what: String) -> Error {
+        let error = Error::new(ErrorKind::PolicyRefused, format!("{what} (policy {})", self.name));
+        self.with_cloud_code(error)
     }
 
     /// A failure with the code that the cloud has for it, where it has one and no rule named another.
@@ -232,7 +256,13 @@ mod tests {
         let mine = load("extends = 'alibaba-ecs'\nformats = ['raw']\n[limits]\njobs = 2\n").unwrap();
         assert!(mine.offers(OutputFormat::Raw) && !mine.offers(OutputFormat::Qcow2));
         assert_eq!((mine.limits.jobs, mine.limits.jobs_of_image), (Some(2), Some(1)));
-        assert!(!mine.rules.is_empty());
+        assert!(!mine.rules.is_empty() && mine.check_unknown_image().is_err());
+        let check = |format| mine.check(&PolicyRequest { format: Some(format), ..PolicyRequest::default() });
+        assert!(check(OutputFormat::Raw).is_ok());
+        assert_eq!(check(OutputFormat::Qcow2).unwrap_err().kind(), ErrorKind::PolicyRefused);
+        let names =
+            "[[rule]]\nwhen = { name_above = 9, format = ['raw'] }\nrefuse = 'malformed'\nmessage = 'x'";
+        load(names).unwrap().check_unknown_image().unwrap();
         for (text, part) in [
             ("formats = ['zip']", "zip"),
             ("\nformat = []", "line 2"),

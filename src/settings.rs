@@ -8,6 +8,8 @@ mod secret;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use toml::Value;
+
 pub use option::{MountOption, OPTIONS};
 pub use paths::{default_state, home_directory};
 pub use secret::Secret;
@@ -15,7 +17,6 @@ pub use secret::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
 use crate::policy::{BucketFacts, OnLimit, Policy};
-use crate::units::MIB;
 
 /// A bucket to mount: the name of its directory, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,38 +69,42 @@ impl CatalogSetting {
 }
 
 /// Everything that can be said of a mount besides catalog and mount point.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountSettings {
     /// `bucket=NAME=URL`, any number.
     pub buckets: Vec<BucketSetting>,
-    /// `formats=A:B:…`; all but `zstd.qcow2` when it is not given.
-    pub formats: Option<Vec<OutputFormat>>,
+    /// `formats=A:B:…`: those that directories list.
+    pub formats: Vec<OutputFormat>,
     /// `stage_limit=SIZE`; no limit but the filesystem's when it is not given.
     pub stage_limit: Option<u64>,
-    /// `read_to_end=A:B:…`, names of programs; [`READ_TO_END`] when it is not given.
-    pub read_to_end: Option<Vec<String>>,
-    /// `policy=PROFILE|FILE`; `none` when it is not given.
-    pub policy: Option<String>,
+    /// `read_to_end=A:B:…`, names of programs that do not trust the size that stat shows.
+    pub read_to_end: Vec<String>,
+    /// `policy=PROFILE|FILE`.
+    pub policy: String,
+    /// `plain_images`: programs may write disk images that the policy cannot judge.
+    pub plain_images: bool,
+    /// `sidecars`: every file has status and checksums beside it.
+    pub sidecars: bool,
     /// `storage_class=NAME=CLASS`, what the owner says of a bucket; any number.
     pub storage_classes: BTreeMap<String, String>,
     /// `region=NAME=REGION`, the same of where it is.
     pub regions: BTreeMap<String, String>,
-    /// `jobs=N`: exports that run at once; [`JOBS`] when it is not given.
-    pub jobs: Option<usize>,
+    /// `jobs=N`: exports into a bucket that run at once.
+    pub jobs: usize,
     /// `on_limit=queue|fail`, for the limits of the policy; its own word when it is not given.
     pub on_limit: Option<OnLimit>,
-    /// `retries=N`; [`RETRIES`] when it is not given.
-    pub retries: Option<u32>,
+    /// `retries=N` of an export after transient errors.
+    pub retries: u32,
     /// `shared`: other hosts mount the same buckets and do the same exports.
     pub shared: bool,
-    /// `lease=SECONDS`: how long a host may be silent; [`LEASE`] when it is not given.
-    pub lease: Option<u32>,
-    /// `timeout=SECONDS` of one request to a store; [`REQUEST_TIMEOUT`] when it is not given.
-    pub timeout: Option<u32>,
+    /// `lease=SECONDS`: how long a host may be silent.
+    pub lease: u32,
+    /// `timeout=SECONDS` of one request to a store.
+    pub timeout: u32,
     /// `rate=SIZE`: bytes to upload in a second, over all buckets; no limit when it is not given.
     pub rate: Option<u64>,
-    /// `cache=SIZE`: memory for blocks of objects; [`CACHE`] when it is not given.
-    pub cache: Option<u64>,
+    /// `cache=SIZE`: bytes of memory for blocks of objects.
+    pub cache: u64,
     /// `wait`: closing a copy waits for its export.
     pub wait: bool,
     /// `state=DIR`.
@@ -110,8 +115,8 @@ pub struct MountSettings {
     pub uid: Option<u32>,
     /// `gid=N`.
     pub gid: Option<u32>,
-    /// `umask=OCTAL`.
-    pub umask: Option<u16>,
+    /// `umask=OCTAL`: permission bits that nobody has.
+    pub umask: u16,
     /// `nonempty`: what is in the mount point may be hidden.
     pub nonempty: bool,
     /// `ro`: nothing can be written, so that no export can be asked for.
@@ -161,25 +166,50 @@ fn is_ignored(word: &str) -> bool {
     word.is_empty() || IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-")
 }
 
-/// Exports that run at once.
-pub const JOBS: usize = 4;
-
-/// How often an image's export goes on where it was when its store is not reached or is broken.
-pub const RETRIES: u32 = 5;
-
-/// Seconds that one request to a store may take: the largest common part, 64 MiB, at 2 Mbit/s.
-pub const REQUEST_TIMEOUT: u32 = 300;
-
-/// Bytes of memory for blocks of objects that were read or are read ahead.
-pub const CACHE: u64 = 256 * MIB;
-
-/// Seconds for which a host that shares buckets may be silent.
-pub const LEASE: u32 = 30;
-
-/// Programs that read on to the end of a file and do not trust the size that stat shows, as the kernel names them.
-pub const READ_TO_END: [&str; 7] = ["cp", "install", "cat", "dd", "sha256sum", "md5sum", "cmp"];
+impl Default for MountSettings {
+    /// What [`OPTIONS`] say.
+    fn default() -> Self {
+        let mut settings = Self::without_defaults();
+        for option in &OPTIONS {
+            if let Some(default) = option.default {
+                (option.take)(&mut settings, default).expect("defaults are valid, as a test of theirs shows");
+            }
+        }
+        settings
+    }
+}
 
 impl MountSettings {
+    fn without_defaults() -> Self {
+        Self {
+            buckets: Vec::new(),
+            formats: Vec::new(),
+            stage_limit: None,
+            read_to_end: Vec::new(),
+            policy: String::new(),
+            plain_images: false,
+            sidecars: false,
+            storage_classes: BTreeMap::new(),
+            regions: BTreeMap::new(),
+            jobs: 0,
+            on_limit: None,
+            retries: 0,
+            shared: false,
+            lease: 0,
+            timeout: 0,
+            rate: None,
+            cache: 0,
+            wait: false,
+            state: None,
+            allow_other: false,
+            uid: None,
+            gid: None,
+            umask: 0,
+            nonempty: false,
+            read_only: false,
+        }
+    }
+
     /// Takes the options of one `-o`: words separated by commas; `\,` is a comma within a word.
     pub fn apply_options(&mut self, options: &str) -> Result<()> {
         split_options(options).iter().try_for_each(|option| match option.split_once('=') {
@@ -243,7 +273,7 @@ impl MountSettings {
 
     /// The policy, with what was said of its limits.
     pub fn policy(&self) -> Result<Policy> {
-        let mut policy = Policy::load(self.policy.as_deref().unwrap_or("none"))?;
+        let mut policy = Policy::load(&self.policy)?;
         policy.limits.on_limit = self.on_limit.or(policy.limits.on_limit);
         for name in self.storage_classes.keys().chain(self.regions.keys()) {
             if !self.buckets.iter().any(|bucket| bucket.name == *name) {
@@ -262,17 +292,6 @@ impl MountSettings {
         }
     }
 
-    /// The formats that directories list.
-    pub fn formats(&self) -> Vec<OutputFormat> {
-        let usual = || OutputFormat::ALL.into_iter().filter(|&f| f != OutputFormat::ZstdQcow2).collect();
-        self.formats.clone().unwrap_or_else(usual)
-    }
-
-    /// The programs that read a file to its end, whatever size it has.
-    pub fn read_to_end(&self) -> Vec<String> {
-        self.read_to_end.clone().unwrap_or_else(|| READ_TO_END.map(str::to_owned).to_vec())
-    }
-
     /// The settings in force as a configuration file, but for what only stores are told. URLs hold no secrets: those
     /// that do are refused.
     pub fn shown(&self, catalog: &str, mountpoint: &Path, state: &Path) -> String {
@@ -280,37 +299,19 @@ impl MountSettings {
             format!("# mounted on {}", mountpoint.display().to_string().escape_debug()),
             format!("catalog = {catalog:?}"),
             format!("state = {:?}", state.display().to_string()),
-            format!("policy = {:?}", self.policy.as_deref().unwrap_or("none")),
-            format!("jobs = {}", self.jobs.unwrap_or(JOBS)),
-            format!("shared = {}", self.shared),
-            format!("lease = {}", self.lease.unwrap_or(LEASE)),
-            format!("retries = {}", self.retries.unwrap_or(RETRIES)),
-            format!("timeout = {}", self.timeout.unwrap_or(REQUEST_TIMEOUT)),
-            format!("cache = {}", self.cache.unwrap_or(CACHE)),
-            format!("wait = {}", self.wait),
-            format!("allow_other = {}", self.allow_other),
-            format!("nonempty = {}", self.nonempty),
         ];
-        lines.extend(self.uid.map(|uid| format!("uid = {uid}")));
-        lines.extend(self.gid.map(|gid| format!("gid = {gid}")));
-        lines.extend(self.umask.map(|umask| format!("umask = \"{umask:03o}\"")));
-        lines.extend(self.stage_limit.map(|limit| format!("stage_limit = {limit}")));
-        lines.extend(self.rate.map(|rate| format!("rate = {rate}")));
-        let programs: Vec<_> = self.read_to_end().iter().map(|p| format!("{p:?}")).collect();
-        lines.push(format!("read_to_end = [{}]", programs.join(", ")));
-        let formats: Vec<_> = self.formats().iter().map(|f| format!("{:?}", f.suffix())).collect();
-        lines.push(format!("formats = [{}]", formats.join(", ")));
-        if let Some(on_limit) = self.on_limit {
-            lines.push(format!("on_limit = {:?}", if on_limit == OnLimit::Fail { "fail" } else { "queue" }));
-        }
-        lines.push("\n[bucket]".to_owned());
-        lines.extend(self.buckets.iter().map(|b| format!("{:?} = {:?}", b.name, b.url)));
-        for (word, facts) in [("storage_class", &self.storage_classes), ("region", &self.regions)] {
-            if !facts.is_empty() {
-                lines.push(format!("\n[{word}]"));
-                lines.extend(facts.iter().map(|(name, fact)| format!("{name:?} = {fact:?}")));
+        let mut tables = Vec::new();
+        for option in OPTIONS.iter().filter(|option| option.word != "state") {
+            match (option.show)(self) {
+                Some(Value::Table(table)) => {
+                    tables.push(format!("\n[{}]", option.word));
+                    tables.extend(table.iter().map(|(name, value)| format!("{name:?} = {value}")));
+                }
+                Some(value) => lines.push(format!("{} = {value}", option.word)),
+                None => {}
             }
         }
+        lines.extend(tables);
         lines.join("\n") + "\n"
     }
 }
@@ -336,30 +337,6 @@ fn split_options(options: &str) -> Vec<String> {
     words
 }
 
-/// `NAME=VALUE`, what is said of a bucket.
-fn add_fact(facts: &mut BTreeMap<String, String>, word: &str, value: &str) -> Result<()> {
-    let (name, fact) = value.split_once('=').filter(|(_, fact)| !fact.is_empty()).ok_or_else(|| {
-        Error::new(ErrorKind::Malformed, format!("option {word}={value}: give it as {word}=BUCKET=VALUE"))
-    })?;
-    facts.insert(name.to_owned(), fact.to_owned());
-    Ok(())
-}
-
-fn parse_formats(value: &str) -> Result<Vec<OutputFormat>> {
-    let mut formats = value.split(':').map(OutputFormat::from_suffix).collect::<Result<Vec<_>>>()?;
-    formats.sort();
-    formats.dedup();
-    Ok(formats)
-}
-
-fn number(word: &str, value: &str, radix: u32) -> Result<u32> {
-    u32::from_str_radix(value, radix).map_err(|_| wrong(word, value))
-}
-
-fn wrong(word: &str, value: &str) -> Error {
-    Error::new(ErrorKind::Malformed, format!("option {word}={value}: not a valid value"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -371,8 +348,8 @@ mod tests {
             r"bucket=b=s3://x/y\,z,wait,formats=raw:qcow2,uid=7,umask=022,_netdev,x-systemd.automount,nofail";
         settings.apply_options(options).unwrap();
         assert_eq!(settings.buckets[0].url, "s3://x/y,z");
-        assert_eq!(settings.formats(), [OutputFormat::Raw, OutputFormat::Qcow2]);
-        assert_eq!((settings.uid, settings.umask, settings.wait), (Some(7), Some(0o22), true));
+        assert_eq!(settings.formats, [OutputFormat::Raw, OutputFormat::Qcow2]);
+        assert_eq!((settings.uid, settings.umask, settings.wait), (Some(7), 0o22, true));
         for (option, named) in [
             ("waits", "waits"),
             ("wait=1", "wait"),

@@ -127,7 +127,7 @@ fn generated(name: &str) -> String {
         };
         page.control("TP", []);
         page.text(head);
-        page.text([roff::roman(format!("{}. {}", option.summary, option.details))]);
+        page.text([roff::roman(option.text())]);
     }
     page.to_roff()
 }

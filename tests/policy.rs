@@ -9,7 +9,7 @@ mod support;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use libc::{EACCES, EBUSY, EEXIST, EFBIG, EINVAL, EIO, ENOENT, ENOKEY, EPERM, ERANGE};
+use libc::{EACCES, EBUSY, EEXIST, EFBIG, EINVAL, EIO, ENAMETOOLONG, ENOENT, ENOKEY, EPERM, ERANGE};
 use support::mount::{Mount, World};
 use support::proxied::Setup;
 use support::proxy::{Fate, Request};
@@ -295,7 +295,7 @@ fn huawei() -> Vec<(&'static str, Do)> {
         ("image_id", export("plain", "qcow2")),
         ("image_id: not there, 404", NotOffered { image: "nobody", format: "qcow2" }),
         ("bucket_url: the bucket is not there, 404", no_key("nobody/k", ENOENT)),
-        ("bucket_url: the file's name is too long, IMG.0074", NoKey { path: long, errno: EINVAL }),
+        ("bucket_url: the file's name is too long, IMG.0074", NoKey { path: long, errno: ENAMETOOLONG }),
         ("bucket_url: the file's name has a wrong character, IMG.0075, 400", no_key("b/a:b.qcow2", EINVAL)),
         ("bucket_url: the storage class has to be Standard", no_key("cold/k", EPERM)),
         (

@@ -24,19 +24,20 @@ impl ObjectKey {
     /// Checks a key.
     ///
     /// # Errors
-    /// [`Malformed`](ErrorKind::Malformed) for an empty segment, `.`, `..`, a control character, more than 1024
-    /// bytes, or a key among our own files.
+    /// [`Malformed`](ErrorKind::Malformed) for an empty segment, `.`, `..`, a control character, or a key among our own
+    /// files; [`NameTooLong`](ErrorKind::NameTooLong) for more than 1024 bytes, or 255 in a segment.
     pub fn parse(key: &str) -> Result<Self> {
-        let malformed = |what: &str| Err(Error::new(ErrorKind::Malformed, format!("the key {key:?} {what}")));
+        let refused = |kind, what: &str| Err(Error::new(kind, format!("the key {key:?} {what}")));
+        let malformed = |what| refused(ErrorKind::Malformed, what);
         if key.len() > MAX_KEY {
-            return malformed("has more than 1024 bytes");
+            return refused(ErrorKind::NameTooLong, "has more than 1024 bytes");
         }
         for segment in key.split('/') {
             if segment.is_empty() || segment == "." || segment == ".." {
                 return malformed("has an empty segment, \".\" or \"..\"");
             }
             if segment.len() > MAX_SEGMENT {
-                return malformed("has a segment of more than 255 bytes");
+                return refused(ErrorKind::NameTooLong, "has a segment of more than 255 bytes");
             }
             if segment.chars().any(char::is_control) {
                 return malformed("has a control character");
@@ -117,11 +118,13 @@ mod tests {
         assert_eq!(key.parent().unwrap().as_str(), "a/b c~#%");
         assert_eq!(ObjectKey::parse("a").unwrap().parent(), None);
         assert_eq!(key.with_suffix(".md5").unwrap().file_name(), "ü.raw.md5");
-        let long = "x".repeat(256);
-        for bad in ["", "/a", "a/", "a//b", ".", "a/../b", "a\nb", "a\0", ".freightfs", ".freightfs/x", &long]
-        {
+        for bad in ["", "/a", "a/", "a//b", ".", "a/../b", "a\nb", "a\0", ".freightfs", ".freightfs/x"] {
             assert_eq!(ObjectKey::parse(bad).unwrap_err().kind(), ErrorKind::Malformed, "{bad:?}");
         }
+        for long in ["x".repeat(256), format!("a/{}/b", "x".repeat(256)), "x/".repeat(512) + "x"] {
+            assert_eq!(ObjectKey::parse(&long).unwrap_err().kind(), ErrorKind::NameTooLong);
+        }
+        ObjectKey::parse(&"x".repeat(255)).unwrap();
         ObjectKey::parse("x/.freightfs").unwrap();
     }
 }

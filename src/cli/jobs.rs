@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::mount_table::mount_table;
+use super::silence::{self, silent_since};
 use super::{CancelArguments, FAILED, JobsArguments, OK, StatusArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
@@ -30,9 +31,9 @@ pub(super) fn status(arguments: &StatusArguments) -> Result<u8> {
         }
     }
     show(&found, arguments.json);
-    if found.iter().any(|s| matches!(s.status, JobState::Fail | JobState::Cancelled))
-        && !arguments.files.is_empty()
-    {
+    let is_lost =
+        |s: &Status| matches!(s.status, JobState::Fail | JobState::Cancelled) || silent_since(s).is_some();
+    if !arguments.files.is_empty() && found.iter().any(is_lost) {
         code = FAILED;
     }
     Ok(code)
@@ -85,8 +86,27 @@ fn cancel_one(file: &Path) -> Result<()> {
     })
 }
 
-/// Reads the status file that is, or stands beside, `file`.
+/// Reads the status file that is, or stands beside, `file`. A file of a mount that has none, because its name is no disk
+/// image's, has its state in jobs/.
 pub(super) fn read_status(file: &Path) -> Result<Status> {
+    match status_beside(file) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NameTooLong) => {
+            newest_job(file).ok_or(error)
+        }
+        read => read,
+    }
+}
+
+/// The newest job that a file's mount knows for it.
+fn newest_job(file: &Path) -> Option<Status> {
+    let root = root_of(file).ok()?;
+    let absolute = std::path::absolute(file).ok()?;
+    let object = absolute.strip_prefix(&root).ok()?.strip_prefix("buckets").ok()?.to_str()?.to_owned();
+    let mut jobs = jobs_of(&root).ok()?.into_iter().rev();
+    jobs.find(|status| object == format!("{}/{}", status.bucket, status.key))
+}
+
+fn status_beside(file: &Path) -> Result<Status> {
     let path = if file.extension().is_some_and(|e| e == "status") {
         file.to_owned()
     } else {
@@ -97,7 +117,7 @@ pub(super) fn read_status(file: &Path) -> Result<Status> {
     let place = path.display().to_string();
     let json = std::fs::read(&path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => {
-            Error::new(ErrorKind::NotFound, "there is no status file: nothing was exported to this name")
+            Error::new(ErrorKind::NotFound, "there is no status: nothing was written to this name")
                 .in_file(&place)
         }
         _ => Error::from_io("cannot read the status file", e).in_file(&place),
@@ -163,6 +183,11 @@ fn show(found: &[Status], json: bool) {
         let size = status.size.map_or("-".to_owned(), human_bytes);
         let left = status.eta_seconds.map_or("-".to_owned(), |seconds| format!("{seconds} s"));
         println!("{object:width$}  {:9}  {:>3}%  {size:>9}  {left:>7}", word(status.status), status.progress);
+        if let Some(since) = silent_since(status) {
+            println!("  {}", silence::sentence(status, since));
+        }
+        status.waiting.iter().for_each(|waiting| println!("  waits: {waiting}"));
+        status.notes.iter().for_each(|note| println!("  {note}"));
         if let Some(error) = &status.error {
             let code = error.cloud_code.as_ref().map(|code| format!(", {code}")).unwrap_or_default();
             println!("  {}{code}: {}", error.code, error.details);

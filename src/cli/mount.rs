@@ -21,9 +21,7 @@ use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Unmounter};
 use crate::metrics::Metrics;
 use crate::policy::Policy;
-use crate::settings::{
-    CACHE, CatalogSetting, JOBS, LEASE, MountSettings, REQUEST_TIMEOUT, RETRIES, default_state,
-};
+use crate::settings::{CatalogSetting, MountSettings, default_state};
 use crate::vfs::{Vfs, VfsSettings};
 
 /// The name of the bucket that the catalog is, where it is one.
@@ -209,9 +207,9 @@ fn open_catalog(
 
 fn limits(settings: &MountSettings) -> RequestLimits {
     RequestLimits {
-        timeout: Duration::from_secs(settings.timeout.unwrap_or(REQUEST_TIMEOUT).into()),
+        timeout: Duration::from_secs(settings.timeout.into()),
         rate: settings.rate.map(|rate| Arc::new(RateLimit::new(rate))),
-        blocks: Arc::new(BlockCache::new(settings.cache.unwrap_or(CACHE))),
+        blocks: Arc::new(BlockCache::new(settings.cache)),
     }
 }
 
@@ -264,12 +262,11 @@ fn job_queue(
     metrics: &Arc<Metrics>,
     runtime: &Handle,
 ) -> JobQueue {
-    let seconds = settings.lease.unwrap_or(LEASE);
     let queue_settings = QueueSettings {
-        running: settings.jobs.unwrap_or(JOBS),
-        lease: settings.shared.then(|| Duration::from_secs(seconds.into())),
+        running: settings.jobs,
+        lease: settings.shared.then(|| Duration::from_secs(settings.lease.into())),
         policy: Arc::clone(policy),
-        retries: Retries { count: settings.retries.unwrap_or(RETRIES), ..Retries::default() },
+        retries: Retries { count: settings.retries, ..Retries::default() },
     };
     JobQueue::new(buckets.clone(), state.journal(), Arc::clone(metrics), queue_settings, runtime.clone())
 }
@@ -281,7 +278,7 @@ fn vfs_settings(
     state: &StateDir,
     shown_config: String,
 ) -> Result<VfsSettings> {
-    let formats: Vec<_> = settings.formats().into_iter().filter(|&f| policy.offers(f)).collect();
+    let formats: Vec<_> = settings.formats.iter().copied().filter(|&f| policy.offers(f)).collect();
     if formats.is_empty() {
         let what = format!("policy {:?} offers none of the formats that were chosen", policy.name);
         return Err(Error::new(ErrorKind::Malformed, what));
@@ -290,12 +287,12 @@ fn vfs_settings(
         formats,
         policy: Arc::clone(policy),
         bucket_facts: buckets.keys().map(|name| (name.clone(), settings.bucket_facts(name))).collect(),
-        read_to_end: settings.read_to_end(),
+        read_to_end: settings.read_to_end.clone(),
         wait: settings.wait,
         wait_limit: WAIT_LIMIT,
         uid: settings.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),
         gid: settings.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
-        umask: settings.umask.unwrap_or(0),
+        umask: settings.umask,
         staging: state.staging(),
         stage_limit: settings.stage_limit,
         shown_config,

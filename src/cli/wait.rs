@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::jobs::read_status;
 use super::progress::{Board, Progress};
+use super::silence::{self, Watch};
 use super::{FAILED, OK, WaitArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
@@ -21,11 +22,11 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
     let started = Instant::now();
     let deadline = arguments.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let board = Board::new(arguments.quiet);
-    let mut waiting: Vec<_> =
-        arguments.files.iter().map(|file| (file.as_path(), board.add(&name(file), 0))).collect();
+    let waited = |file: &Path| (file.to_owned(), board.add(&name(file), 0), Watch::default());
+    let mut waiting: Vec<_> = arguments.files.iter().map(|file| waited(file)).collect();
     let mut code = OK;
     while !waiting.is_empty() {
-        waiting.retain(|(file, progress)| match look(file, progress) {
+        waiting.retain_mut(|(file, progress, watch)| match look(file, progress, watch) {
             Ok(None) => true,
             Err(error)
                 if error.kind() == ErrorKind::NotFound && file.exists() && started.elapsed() < GRACE =>
@@ -61,8 +62,15 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
 }
 
 /// The status when it is final.
-fn look(file: &Path, progress: &Progress) -> Result<Option<Status>> {
+///
+/// # Errors
+/// [`TimedOut`](ErrorKind::TimedOut) when the host of the job is silent.
+fn look(file: &Path, progress: &Progress, watch: &mut Watch) -> Result<Option<Status>> {
     let status = read_status(file)?;
+    if let Some(since) = watch.look(&status) {
+        let what = silence::sentence(&status, since);
+        return Err(Error::new(ErrorKind::TimedOut, what).in_file(file.display().to_string()));
+    }
     match status.size {
         Some(size) => progress.set(status.bytes_uploaded, size),
         None => progress.set_percent(status.progress, status.eta_seconds),

@@ -10,7 +10,8 @@ use std::collections::{HashMap, HashSet};
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use self::descriptor::{DESCRIPTOR_START, Descriptor, ExtentLine};
+pub(super) use self::descriptor::DESCRIPTOR_START;
+use self::descriptor::{Descriptor, ExtentLine};
 use self::sparse::SparseExtent;
 use super::blocks::BlockMap;
 use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, ReferenceKind};

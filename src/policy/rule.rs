@@ -51,6 +51,8 @@ pub struct PolicyRequest<'a> {
     pub bucket: Option<&'a BucketFacts>,
     /// The object's key.
     pub key: Option<&'a str>,
+    /// Bytes of the disk, where that is known and the image is not.
+    pub disk_size: Option<u64>,
 }
 
 /// A refusal and when it is made.
@@ -149,6 +151,34 @@ impl Rule {
         if empty { Err(Error::new(ErrorKind::Malformed, "a rule has no condition")) } else { Ok(()) }
     }
 
+    /// Whether the rule asks for something that only an image has.
+    pub(super) fn judges_images(&self) -> bool {
+        // Every condition is named, so that a new one is not forgotten here.
+        let Conditions {
+            status,
+            status_not,
+            origin,
+            made_from,
+            kind,
+            os,
+            encrypted,
+            size_from: _,
+            size_above: _,
+            data_disk_above,
+            data_disks_above,
+            format: _,
+            format_not: _,
+            storage_class_not: _,
+            other_region,
+            prefix_not: _,
+            name_above: _,
+            name_has: _,
+        } = &self.when;
+        let words = [status, status_not, origin, made_from, kind, os].into_iter().any(Option::is_some);
+        let has = encrypted.is_some() || data_disk_above.is_some() || data_disks_above.is_some();
+        words || has || other_region.is_some()
+    }
+
     pub(super) fn applies(&self, request: &PolicyRequest<'_>) -> bool {
         self.when.are_met_by_image(request) && self.when.are_met_by_target(request)
     }
@@ -167,7 +197,10 @@ impl Conditions {
         let image = request.image;
         let status = image.and_then(|i| i.status.as_deref());
         let os = image.and_then(|i| i.os.as_deref()).map(str::to_ascii_lowercase);
-        let size = image.and_then(|i| i.disks.get(i.disk).copied().flatten());
+        let size = match image {
+            Some(image) => image.disks.get(image.disk).copied().flatten(),
+            None => request.disk_size,
+        };
         let data = image.map(|i| i.disks.get(1..).unwrap_or_default());
         met(self.status.as_deref(), status, is_among)
             && met(self.status_not.as_deref(), status, |words, status| !is_among(words, status))

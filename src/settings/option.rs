@@ -1,10 +1,14 @@
 //! The options of a mount, each defined once: flags, `-o` words, keys of the configuration file, and the manual's
 //! lists are made of this table.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::{MountSettings, add_fact, number, parse_formats, wrong};
-use crate::error::Result;
+use toml::Value;
+
+use super::{BucketSetting, MountSettings};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::OutputFormat;
 use crate::policy::OnLimit;
 use crate::units::{MIB, parse_bytes};
 
@@ -21,6 +25,8 @@ pub struct MountOption {
     pub word: &'static str,
     /// What its value is, in the manual's words; `None` for one that is given or not.
     pub value: Option<&'static str>,
+    /// The value where none is given, as it would be given; `None` where there is none, or where it depends on the machine.
+    pub default: Option<&'static str>,
     /// Whether it may be given for several buckets: a table in the configuration file.
     pub is_repeated: bool,
     /// What it does, in one line without a full stop.
@@ -29,6 +35,8 @@ pub struct MountOption {
     pub details: &'static str,
     /// Takes the value, which is empty for an option without one.
     pub(super) take: fn(&mut MountSettings, &str) -> Result<()>,
+    /// Its value in force as a configuration file has it: a table where it is repeated, `None` where it is not given.
+    pub(super) show: fn(&MountSettings) -> Option<Value>,
 }
 
 impl MountOption {
@@ -36,76 +44,128 @@ impl MountOption {
     pub fn flag(&self) -> String {
         self.word.replace('_', "-")
     }
+
+    /// All that there is to say of it, in whole sentences.
+    pub fn text(&self) -> String {
+        let default = self.default.map(|default| format!("Default: {}.", default.replace(':', ", ")));
+        let details = Some(self.details.to_owned()).filter(|details| !details.is_empty());
+        let sentences = [Some(format!("{}.", self.summary)), details, default];
+        sentences.into_iter().flatten().collect::<Vec<_>>().join(" ")
+    }
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 22] = [
+pub static OPTIONS: [MountOption; 24] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
+        default: None,
         is_repeated: true,
         summary: "Mount a bucket as buckets/NAME",
         details: "The URL is file:///DIRECTORY, s3://BUCKET/PREFIX, az://CONTAINER/PREFIX or gs://BUCKET/PREFIX. May \
                   be repeated. Credentials and endpoints come from the environment or the configuration file, never \
                   from the command line.",
         take: MountSettings::add_bucket,
+        show: |settings| {
+            let url = |bucket: &BucketSetting| (bucket.name.clone(), Value::from(&*bucket.url));
+            Some(Value::Table(settings.buckets.iter().map(url).collect()))
+        },
     },
     MountOption {
         word: "formats",
         value: Some("FORMAT:…"),
+        default: Some("raw:qcow2:vhd:fixed.vhd:vmdk:vhdx:vdi:zlib.qcow2:stream.vmdk:zvhd:zvhd2"),
         is_repeated: false,
         summary: "Formats that image directories list, separated by colons",
-        details: "raw, qcow2, vhd, fixed.vhd, vmdk, vhdx, vdi, zlib.qcow2, zstd.qcow2, stream.vmdk, zvhd, zvhd2. All \
-                  but zstd.qcow2 by default.",
+        details: "zstd.qcow2 can be given besides the default ones.",
         take: |settings, value| {
-            settings.formats = Some(parse_formats(value)?);
+            settings.formats = parse_formats(value)?;
             Ok(())
         },
+        show: |settings| Some(words(settings.formats.iter().map(|format| format.suffix()))),
     },
     MountOption {
         word: "policy",
         value: Some("PROFILE|FILE"),
+        default: Some("none"),
         is_repeated: false,
         summary: "What may be exported",
-        details: "none (the default), huawei-ims, otc-ims, alibaba-ecs, tencent-cvm, zstack, or a file; see \
+        details: "none, huawei-ims, otc-ims, alibaba-ecs, tencent-cvm, zstack, or a file; see \
                   freightfs-policy(5).",
         take: |settings, value| {
-            settings.policy = Some(value.to_owned());
+            value.clone_into(&mut settings.policy);
             Ok(())
         },
+        show: |settings| Some(Value::from(&*settings.policy)),
+    },
+    MountOption {
+        word: "plain_images",
+        value: None,
+        default: None,
+        is_repeated: false,
+        summary: "Let programs write disk images whose origin the policy asks for and does not know",
+        details: "Without it a mount whose policy has rules about images refuses a disk image that a program writes, \
+                  whatever its name, with EPERM: its bytes may be those of an image that must not leave. See \
+                  freightfs-policy(5).",
+        take: |settings, _| {
+            settings.plain_images = true;
+            Ok(())
+        },
+        show: |settings| Some(settings.plain_images.into()),
     },
     MountOption {
         word: "storage_class",
         value: Some("NAME=CLASS"),
+        default: None,
         is_repeated: true,
         summary: "Storage class of a bucket, for the policy",
         details: "May be repeated.",
         take: |settings, value| add_fact(&mut settings.storage_classes, "storage_class", value),
+        show: |settings| facts(&settings.storage_classes),
     },
     MountOption {
         word: "region",
         value: Some("NAME=REGION"),
+        default: None,
         is_repeated: true,
         summary: "Region of a bucket, for the policy",
         details: "May be repeated.",
         take: |settings, value| add_fact(&mut settings.regions, "region", value),
+        show: |settings| facts(&settings.regions),
+    },
+    MountOption {
+        word: "sidecars",
+        value: None,
+        default: None,
+        is_repeated: false,
+        summary: "Write status and checksums beside every file",
+        details: "Without it only files whose names end like a disk format have them: the exports. The state of the others \
+                  is in jobs/ and in the extended attribute user.freightfs.status.",
+        take: |settings, _| {
+            settings.sidecars = true;
+            Ok(())
+        },
+        show: |settings| Some(settings.sidecars.into()),
     },
     MountOption {
         word: "jobs",
         value: Some("N"),
+        default: Some("4"),
         is_repeated: false,
         summary: "Exports into each bucket that run at once",
-        details: "1 to 64, 4 by default. The others wait, in the order in which they came. A bucket that does not \
+        details: "1 to 64. The others wait, in the order in which they came. A bucket that does not \
                   answer slows no other.",
         take: |settings, value| {
             let jobs = Some(number("jobs", value, 10)?).filter(|n| (1..=MAX_JOBS).contains(n));
-            settings.jobs = Some(jobs.ok_or_else(|| wrong("jobs", value))? as usize);
+            settings.jobs = jobs.ok_or_else(|| wrong("jobs", value))? as usize;
             Ok(())
         },
+        show: |settings| Some(number_value(settings.jobs as u64)),
     },
     MountOption {
         word: "on_limit",
         value: Some("queue|fail"),
+        default: None,
         is_repeated: false,
         summary: "What an export beyond the policy's limits does",
         details: "It waits, or fails with EAGAIN. The policy's own word by default.",
@@ -117,10 +177,15 @@ pub static OPTIONS: [MountOption; 22] = [
             });
             Ok(())
         },
+        show: |settings| {
+            let word = |on_limit| if on_limit == OnLimit::Fail { "fail" } else { "queue" };
+            settings.on_limit.map(word).map(Value::from)
+        },
     },
     MountOption {
         word: "rate",
         value: Some("SIZE"),
+        default: None,
         is_repeated: false,
         summary: "Bytes to upload in a second, over all buckets",
         details: "As 20M; no limit by default. It holds on average: a part that has begun is sent as fast as it goes.",
@@ -129,35 +194,41 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.rate = Some(rate.ok_or_else(|| wrong("rate", value))?);
             Ok(())
         },
+        show: |settings| settings.rate.map(number_value),
     },
     MountOption {
         word: "timeout",
         value: Some("SECONDS"),
+        default: Some("60"),
         is_repeated: false,
         summary: "How long one request to a store may take before it is tried again",
-        details: "1 to 3600, 300 by default. A request is tried for up to three minutes, or once when it takes longer.",
+        details: "1 to 3600. A request is retried for up to three minutes, or made once when it takes longer.",
         take: |settings, value| {
-            settings.timeout = Some(seconds("timeout", value)?);
+            settings.timeout = seconds("timeout", value)?;
             Ok(())
         },
+        show: |settings| Some(number_value(settings.timeout)),
     },
     MountOption {
         word: "retries",
         value: Some("N"),
+        default: Some("5"),
         is_repeated: false,
-        summary: "How often an image's export goes on where it was after its store was not reached or was broken",
-        details: "0 to 1000, 5 by default; besides what is tried again of single requests. The pauses are random, of \
-                  about 1, 2, 4 … seconds, up to a minute. What a store refuses is not tried again, and \
-                  nor is what programs write: close(2) tells them.",
+        summary: "How many times an export is resumed after a transient store error",
+        details: "0 to 1000, besides the retries of single requests. Exponential back-off with jitter: about 1, 2, 4 … \
+                  seconds, up to a minute. What a store refuses is not retried, and nor is what programs write: \
+                  close(2) reports it.",
         take: |settings, value| {
             let retries = Some(number("retries", value, 10)?).filter(|&n| n <= 1000);
-            settings.retries = Some(retries.ok_or_else(|| wrong("retries", value))?);
+            settings.retries = retries.ok_or_else(|| wrong("retries", value))?;
             Ok(())
         },
+        show: |settings| Some(number_value(settings.retries)),
     },
     MountOption {
         word: "shared",
         value: None,
+        default: None,
         is_repeated: false,
         summary: "Other hosts mount the same buckets and may do the same exports",
         details: "Each is done by one of them, and taken over by another when that one is gone; see \
@@ -166,21 +237,25 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.shared = true;
             Ok(())
         },
+        show: |settings| Some(settings.shared.into()),
     },
     MountOption {
         word: "lease",
         value: Some("SECONDS"),
+        default: Some("30"),
         is_repeated: false,
         summary: "How long a host that shares buckets may be silent before others take its jobs over",
-        details: "1 to 3600, 30 by default. The same on all hosts.",
+        details: "1 to 3600. The same on all hosts.",
         take: |settings, value| {
-            settings.lease = Some(seconds("lease", value)?);
+            settings.lease = seconds("lease", value)?;
             Ok(())
         },
+        show: |settings| Some(number_value(settings.lease)),
     },
     MountOption {
         word: "wait",
         value: None,
+        default: None,
         is_repeated: false,
         summary: "Closing a copy waits until its export has ended, and fails if it failed",
         details: "For at most three hours.",
@@ -188,35 +263,41 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.wait = true;
             Ok(())
         },
+        show: |settings| Some(settings.wait.into()),
     },
     MountOption {
         word: "cache",
         value: Some("SIZE"),
+        default: Some("256M"),
         is_repeated: false,
         summary: "Memory for blocks of objects that were read or are read ahead",
-        details: "As 1G; 256M by default, 32M at least. For the catalog where it is a bucket, and for all buckets \
+        details: "As 1G; 32M at least. For the catalog where it is a bucket, and for all buckets \
                   together. Blocks that nobody has read yet take half of it at most.",
         take: |settings, value| {
             let cache = parse_bytes(value).ok().filter(|&cache| cache >= SMALLEST_CACHE);
-            settings.cache = Some(cache.ok_or_else(|| wrong("cache", value))?);
+            settings.cache = cache.ok_or_else(|| wrong("cache", value))?;
             Ok(())
         },
+        show: |settings| Some(number_value(settings.cache)),
     },
     MountOption {
         word: "read_to_end",
         value: Some("PROGRAM:…"),
+        default: Some("cp:install:cat:dd:sha256sum:md5sum:cmp"),
         is_repeated: false,
         summary: "Programs that read a file to its end, whatever size stat shows",
         details: "By the names that the kernel has for them. For these a compressed file opens at once, before its \
-                  size is known; others wait until it is. Default: cp:install:cat:dd:sha256sum:md5sum:cmp.",
+                  size is known; others wait until it is.",
         take: |settings, value| {
-            settings.read_to_end = Some(value.split(':').map(str::to_owned).collect());
+            settings.read_to_end = value.split(':').map(str::to_owned).collect();
             Ok(())
         },
+        show: |settings| Some(words(settings.read_to_end.iter().map(String::as_str))),
     },
     MountOption {
         word: "stage_limit",
         value: Some("SIZE"),
+        default: None,
         is_repeated: false,
         summary: "Bytes that programs may write before they are uploaded, over all files",
         details: "As 10G. Writing more fails with ENOSPC, and nothing of that file is published. Default: what the \
@@ -225,10 +306,12 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.stage_limit = Some(parse_bytes(value).map_err(|_| wrong("stage_limit", value))?);
             Ok(())
         },
+        show: |settings| settings.stage_limit.map(number_value),
     },
     MountOption {
         word: "state",
         value: Some("DIR"),
+        default: None,
         is_repeated: false,
         summary: "Directory for the journal of jobs, the log and staged writes",
         details: "Default: $XDG_STATE_HOME, or /var/lib for root, or ~/.local/state, then freightfs/ and the mount \
@@ -237,10 +320,12 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.state = Some(PathBuf::from(value));
             Ok(())
         },
+        show: |settings| settings.state.as_ref().map(|path| Value::from(path.display().to_string())),
     },
     MountOption {
         word: "allow_other",
         value: None,
+        default: None,
         is_repeated: false,
         summary: "Let other users enter the mount",
         details: "Permissions are checked by the kernel. For ordinary users /etc/fuse.conf must say user_allow_other.",
@@ -248,10 +333,12 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.allow_other = true;
             Ok(())
         },
+        show: |settings| Some(settings.allow_other.into()),
     },
     MountOption {
         word: "uid",
         value: Some("UID"),
+        default: None,
         is_repeated: false,
         summary: "Owner of all files",
         details: "Default: who mounts.",
@@ -259,10 +346,12 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.uid = Some(number("uid", value, 10)?);
             Ok(())
         },
+        show: |settings| settings.uid.map(number_value),
     },
     MountOption {
         word: "gid",
         value: Some("GID"),
+        default: None,
         is_repeated: false,
         summary: "Group of all files",
         details: "Default: that of who mounts.",
@@ -270,22 +359,26 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.gid = Some(number("gid", value, 10)?);
             Ok(())
         },
+        show: |settings| settings.gid.map(number_value),
     },
     MountOption {
         word: "umask",
         value: Some("OCTAL"),
+        default: Some("000"),
         is_repeated: false,
-        summary: "Permission bits to take away from 0644 and 0755",
-        details: "Default: 0.",
+        summary: "Permission bits to take away from those of every file and directory",
+        details: "",
         take: |settings, value| {
             let mask = u16::try_from(number("umask", value, 8)?).ok().filter(|m| *m <= 0o777);
-            settings.umask = Some(mask.ok_or_else(|| wrong("umask", value))?);
+            settings.umask = mask.ok_or_else(|| wrong("umask", value))?;
             Ok(())
         },
+        show: |settings| Some(Value::from(format!("{:03o}", settings.umask))),
     },
     MountOption {
         word: "nonempty",
         value: None,
+        default: None,
         is_repeated: false,
         summary: "Mount over a directory that is not empty",
         details: "What is in it is hidden until umount(8).",
@@ -293,9 +386,65 @@ pub static OPTIONS: [MountOption; 22] = [
             settings.nonempty = true;
             Ok(())
         },
+        show: |settings| Some(settings.nonempty.into()),
     },
 ];
 
 fn seconds(word: &str, value: &str) -> Result<u32> {
     Some(number(word, value, 10)?).filter(|s| (1..=3600).contains(s)).ok_or_else(|| wrong(word, value))
+}
+
+/// `NAME=VALUE`, what is said of a bucket.
+fn add_fact(facts: &mut BTreeMap<String, String>, word: &str, value: &str) -> Result<()> {
+    let (name, fact) = value.split_once('=').filter(|(_, fact)| !fact.is_empty()).ok_or_else(|| {
+        Error::new(ErrorKind::Malformed, format!("option {word}={value}: give it as {word}=BUCKET=VALUE"))
+    })?;
+    facts.insert(name.to_owned(), fact.to_owned());
+    Ok(())
+}
+
+fn parse_formats(value: &str) -> Result<Vec<OutputFormat>> {
+    let mut formats = value.split(':').map(OutputFormat::from_suffix).collect::<Result<Vec<_>>>()?;
+    formats.sort();
+    formats.dedup();
+    Ok(formats)
+}
+
+fn number(word: &str, value: &str, radix: u32) -> Result<u32> {
+    u32::from_str_radix(value, radix).map_err(|_| wrong(word, value))
+}
+
+fn wrong(word: &str, value: &str) -> Error {
+    Error::new(ErrorKind::Malformed, format!("option {word}={value}: not a valid value"))
+}
+
+fn words<'a>(words: impl Iterator<Item = &'a str>) -> Value {
+    Value::Array(words.map(Value::from).collect())
+}
+
+/// A table of what is said of buckets; none where nothing is.
+fn facts(facts: &BTreeMap<String, String>) -> Option<Value> {
+    let row = |(name, fact): (&String, &String)| (name.clone(), Value::from(&**fact));
+    (!facts.is_empty()).then(|| Value::Table(facts.iter().map(row).collect()))
+}
+
+/// TOML has no numbers above i64's: nobody has as many bytes.
+fn number_value(number: impl Into<u64>) -> Value {
+    Value::Integer(i64::try_from(number.into()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_default_is_what_giving_it_means() {
+        for option in &OPTIONS {
+            let Some(default) = option.default else { continue };
+            let mut given = MountSettings::default();
+            (option.take)(&mut given, default).unwrap();
+            assert_eq!(given, MountSettings::default(), "{}", option.word);
+            assert!((option.show)(&given).is_some(), "{}", option.word);
+        }
+    }
 }

@@ -186,6 +186,14 @@ impl Vfs {
         Ok((self.lookup(parent, name).await?, id))
     }
 
+    /// Makes an empty file that nobody has open, as mknod(2) does.
+    pub async fn make_file(self: &Arc<Self>, parent: Ino, name: &str) -> Result<Attr> {
+        let options = OpenOptions { write: true, exclusive: true, ..OpenOptions::default() };
+        let (attr, handle) = self.create(parent, name, options).await?;
+        self.release(handle).await;
+        Ok(attr)
+    }
+
     /// Reads from an open file. Only the end of the file gives fewer than `length` bytes.
     pub async fn read(self: &Arc<Self>, id: HandleId, at: FileOffset, length: usize) -> Result<Vec<u8>> {
         let handle = self.handles.get(id)?;

@@ -63,6 +63,7 @@ impl Vfs {
             format: Some(format),
             bucket: self.settings.bucket_facts.get(bucket),
             key: Some(key.as_str()),
+            ..PolicyRequest::default()
         };
         self.settings.policy.check(&request).map_err(|e| e.in_file(format!("{bucket}/{key}")))
     }

@@ -124,10 +124,14 @@ impl Mount {
         self.status(key)
     }
 
-    /// The status file of a key.
+    /// The status of a key: that of its status file, or what the mount knows of a file without one.
     pub fn status(&self, key: &str) -> serde_json::Value {
-        let text = std::fs::read(self.key(&format!("{key}.status"))).unwrap();
-        serde_json::from_slice(&text).unwrap()
+        if let Ok(text) = std::fs::read(self.key(&format!("{key}.status"))) {
+            return serde_json::from_slice(&text).unwrap();
+        }
+        let output = run(freightfs().args(["status", "--json"]).arg(self.key(key)));
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        found.get(0).cloned().unwrap_or_else(|| panic!("{key} has no status: {}", text(&output)))
     }
 
     /// Copies a file of the mount or from outside to a key.

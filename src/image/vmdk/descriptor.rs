@@ -7,7 +7,7 @@ use crate::storage::Storage;
 use crate::units::{FileOffset, MIB};
 
 /// First bytes of a descriptor that is a file of its own.
-pub(super) const DESCRIPTOR_START: &[u8] = b"# Disk DescriptorFile";
+pub(in crate::image) const DESCRIPTOR_START: &[u8] = b"# Disk DescriptorFile";
 
 /// Largest descriptor that is read, in bytes.
 const MAX_DESCRIPTOR: u64 = MIB;
