@@ -142,7 +142,7 @@ impl ErrorKind {
     }
 
     /// Every kind, for the tests that compare lists in the manual with the code.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::NotFound,
         Self::Malformed,
         Self::NameTooLong,

@@ -28,6 +28,9 @@ tokio::task_local! {
     /// What the store's requests of this task are to have.
     static HEADERS: Vec<Header>;
 
+    /// Whether the request is about a directory's marker, whose key ends with a slash: object_store's paths have none.
+    static OF_DIRECTORY: bool;
+
     /// How long each try of these requests may take, where that is less than others may.
     static TRY_LIMIT: Duration;
 }
@@ -35,6 +38,12 @@ tokio::task_local! {
 /// Makes a request to a store that has these headers besides those of object_store.
 pub(super) async fn with_headers<T>(headers: Vec<Header>, request: impl Future<Output = T>) -> T {
     HEADERS.scope(headers, request).await
+}
+
+/// Makes a removal at S3 that is about the object `KEY/` instead of `KEY`. Where it cannot be signed again nothing is asked,
+/// and nothing found.
+pub(super) async fn of_directory<T>(request: impl Future<Output = T>) -> T {
+    OF_DIRECTORY.scope(true, request).await
 }
 
 /// Makes requests to a store each try of which takes no longer than this.
@@ -113,15 +122,22 @@ impl HttpService for StoreClient {
 impl StoreClient {
     async fn answered(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let headers = HEADERS.try_with(Clone::clone).unwrap_or_default();
-        if !headers.is_empty()
-            && let Some(signer) = self.signer.get()
-            && signer.has_made(&request)
-        {
-            for (name, value) in headers {
-                let value = value.parse().map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
-                request.headers_mut().insert(name, value);
+        let of_directory = OF_DIRECTORY.try_with(|&is_set| is_set).unwrap_or(false);
+        match self.signer.get().filter(|signer| signer.has_made(&request)) {
+            Some(signer) if of_directory || !headers.is_empty() => {
+                if of_directory {
+                    let marker = format!("{}/", request.uri()).parse();
+                    *request.uri_mut() = marker.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+                }
+                for (name, value) in headers {
+                    let value = value.parse().map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+                    request.headers_mut().insert(name, value);
+                }
+                signer.sign(&mut request).await.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
             }
-            signer.sign(&mut request).await.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+            // It would be about the object without the slash.
+            None if of_directory && request.method() == "DELETE" => return not_found(),
+            _ => {}
         }
         let is_listing = request.uri().query().is_some_and(listing::is_listing);
         let answer = self.client.execute(request).await?;
@@ -139,6 +155,13 @@ impl StoreClient {
         }
         Ok(HttpResponse::from_parts(parts, shown.into()))
     }
+}
+
+/// The answer that there is no such object.
+fn not_found() -> Result<HttpResponse, HttpError> {
+    let mut answer = HttpResponse::new(String::new().into());
+    *answer.status_mut() = 404.try_into().map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+    Ok(answer)
 }
 
 impl Signer {

@@ -30,6 +30,9 @@ use crate::units::GIB;
 /// Largest object that a store copies with one request (S3 API Reference, "CopyObject").
 const MAX_COPY: u64 = 5 * GIB;
 
+/// Keys that are asked for to find out whether there are any.
+const FIRST_KEYS: usize = 8;
+
 /// A store behind object_store's traits.
 pub(super) struct RemoteStore {
     store: Arc<dyn ObjectStore>,
@@ -40,6 +43,9 @@ pub(super) struct RemoteStore {
     prefix: Option<String>,
     /// Whether conditions are about versions instead of entity tags.
     versions: bool,
+    /// Whether an object `KEY/` can stand for a directory: consoles make such markers, and some stores list every directory
+    /// that ever was by one.
+    has_markers: bool,
     abilities: Abilities,
     unshown: Unshown,
 }
@@ -48,13 +54,15 @@ impl RemoteStore {
     pub(super) fn new(store: Arc<dyn ObjectStore>, uploads: Arc<dyn MultipartStore>) -> Self {
         let abilities = Abilities { is_remote: true, largest_copy: MAX_COPY, ..Abilities::default() };
         let unshown = Unshown::default();
-        Self { store, uploads, pages: None, prefix: None, versions: false, abilities, unshown }
+        let (pages, prefix, versions, has_markers) = (None, None, false, false);
+        Self { store, uploads, pages, prefix, versions, has_markers, abilities, unshown }
     }
 
     /// S3, and what speaks its language.
     pub(super) fn s3(store: AmazonS3, prefix: Option<String>) -> Self {
         let mut made = Self::paged(Arc::new(store), prefix);
         made.abilities.has_tags = true;
+        made.has_markers = true;
         made.abilities.checksums = &[Checksum::Crc64, Checksum::Md5];
         made
     }
@@ -144,12 +152,36 @@ impl Store for RemoteStore {
         }
     }
 
+    /// Decided by what a listing shows, so that both agree: some stores list directories that have been emptied.
     async fn has_prefix(&self, key: &ObjectKey) -> Result<bool> {
+        let failed = |e| translated("cannot list", ErrorKind::Io, e);
+        if let Some(store) = &self.pages {
+            let prefix = format!("{}/", self.path(key)?);
+            let mut page_token = None;
+            loop {
+                let delimiter = Some("/".into());
+                let options = PaginatedListOptions {
+                    delimiter,
+                    max_keys: Some(FIRST_KEYS),
+                    page_token,
+                    ..PaginatedListOptions::default()
+                };
+                let page = store.list_paginated(Some(&prefix), options).await.map_err(failed)?;
+                // A page may be empty because nothing on it can be shown.
+                if !page.result.objects.is_empty() || !page.result.common_prefixes.is_empty() {
+                    return Ok(true);
+                }
+                page_token = page.page_token;
+                if page_token.is_none() {
+                    return Ok(false);
+                }
+            }
+        }
         let mut found = self.store.list(Some(&self.path(key)?));
         match found.next().await {
             None => Ok(false),
             Some(Ok(_)) => Ok(true),
-            Some(Err(error)) => Err(translated("cannot list", ErrorKind::Io, error)),
+            Some(Err(error)) => Err(failed(error)),
         }
     }
 
@@ -278,8 +310,16 @@ impl Store for RemoteStore {
         Ok(())
     }
 
-    async fn remove_directory(&self, _: &ObjectKey) -> Result<()> {
-        Ok(())
+    /// The marker that may stand for it goes; there is nothing else.
+    async fn remove_directory(&self, key: &ObjectKey) -> Result<()> {
+        if !self.has_markers {
+            return Ok(());
+        }
+        let path = self.path(key)?;
+        match client::of_directory(self.store.delete(&path)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(translated("cannot remove the directory", ErrorKind::Io, error)),
+        }
     }
 
     async fn start_upload(

@@ -202,7 +202,7 @@ pub static OPTIONS: [MountOption; 24] = [
         default: Some("60"),
         is_repeated: false,
         summary: "How long one request to a store may take before it is tried again",
-        details: "1 to 3600. A request is retried for up to three minutes, or made once when it takes longer.",
+        details: "1 to 3600. A request is retried for up to three minutes; look-ups, listings and removals fail after 30 seconds.",
         take: |settings, value| {
             settings.timeout = seconds("timeout", value)?;
             Ok(())
