@@ -82,6 +82,13 @@ async fn replacements(bucket: &Bucket) {
     conflicts(upload("x", &tagged(&first)).await.unwrap_err());
     let third = upload("third", &Replaces::Tag(second.unwrap())).await.unwrap();
     assert_eq!(bucket.read(&k, 0..5, third.etag.as_deref()).await.unwrap(), "third");
+    let source = key("source");
+    bucket.put(&source, text("source"), &Replaces::Anything).await.unwrap();
+    let source = bucket.head(&source).await.unwrap().unwrap();
+    let error = bucket.copy(&source, &k, &tagged(&first)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.report());
+    assert_eq!(bucket.read(&k, 0..5, third.etag.as_deref()).await.unwrap(), "third");
+    bucket.delete(&source.key).await.unwrap();
     conflicts(bucket.delete_if(&k, &tagged(&first)).await.unwrap_err());
     bucket.delete_if(&k, &tagged(&third)).await.unwrap();
     assert_eq!(bucket.head(&k).await.unwrap(), None);
@@ -103,7 +110,16 @@ async fn objects(bucket: &Bucket) {
     let error = bucket.read(&a, 2..5, meta.etag.as_deref()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::SourceChanged, "{}", error.report());
     assert!(error.to_string().starts_with(&bucket.url_of(&a)), "{error}");
-    bucket.copy(&a, &key("deep/copy")).await.unwrap();
+    let copy = async |from, replaces| bucket.copy(from, &key("deep/copy"), replaces).await;
+    let error = copy(&meta, &Replaces::Anything).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SourceChanged, "{}", error.report());
+    assert_eq!(bucket.head(&key("deep/copy")).await.unwrap(), None);
+    let other = bucket.head(&a).await.unwrap().unwrap();
+    let copied = copy(&other, &Replaces::Nothing).await.unwrap();
+    assert_eq!((copied.object_size, copied.key.as_str()), (13, "deep/copy"));
+    let copied = Replaces::Tag(copied.etag.unwrap());
+    copy(&other, &copied).await.unwrap();
+    copy(&other, &Replaces::Anything).await.unwrap();
     assert_eq!(bucket.read(&key("deep/copy"), 0..13, None).await.unwrap(), "other content");
     bucket.put(&key("empty"), Bytes::new(), &Replaces::Anything).await.unwrap();
     assert_eq!(bucket.head(&key("empty")).await.unwrap().unwrap().object_size, 0);
@@ -546,9 +562,9 @@ fn credentials_that_may_only_read_make_a_bucket_read_only() {
             assert_eq!(behind.bucket.list(None).await.unwrap().objects.len(), 1);
             let put = behind.bucket.put(&k, Bytes::new(), &Replaces::Anything).await.map(drop);
             let start = behind.bucket.start_upload(&k, 5 << 20, &Tags::new()).await.map(drop);
-            for refused in
-                [put, start, behind.bucket.delete(&k).await, behind.bucket.copy(&k, &key("l")).await]
-            {
+            let meta = behind.bucket.head(&k).await.unwrap().unwrap();
+            let copy = behind.bucket.copy(&meta, &key("l"), &Replaces::Anything).await.map(drop);
+            for refused in [put, start, copy, behind.bucket.delete(&k).await] {
                 assert_eq!(refused.unwrap_err().kind(), ErrorKind::ReadOnly);
             }
         });

@@ -234,7 +234,7 @@ fn objects_that_a_store_does_not_copy_are_copied_in_parts() {
             if bucket.put(&from, content.clone(), &Replaces::Anything).await.is_err() {
                 bucket.put(&from, content.clone(), &Replaces::Anything).await.unwrap();
             }
-            let copied = queue.copy(&bucket, &from, &to).await;
+            let copied = queue.copy(&bucket, &from, &to, &Replaces::Anything).await;
             let meta = bucket.head(&to).await.unwrap();
             // The put, the start, three parts and the completion.
             assert_eq!(copied.is_err(), (2..=6).contains(&failing), "request {failing}");

@@ -243,3 +243,36 @@ fn tags_of_a_key_become_tags_of_its_object() {
     assert!(refused.contains("not supported"), "{refused}");
     mount.unmount();
 }
+
+#[test]
+fn a_bucket_that_may_only_be_read_is_mounted_and_refuses_to_be_written() {
+    let read_only = |request: &support::proxy::Request| match request.method.as_str() {
+        "PUT" | "POST" | "DELETE" => Fate::Answer(403),
+        _ => Fate::Forward,
+    };
+    let Some(setup) = support::proxied::Setup::new("read-only", read_only) else { return };
+    let object = setup.world.out("object");
+    std::fs::write(&object, "theirs").unwrap();
+    let to = format!("s3://{}/dir/object", setup.bucket);
+    succeed(aws(&setup.endpoint, &["s3", "cp", "--quiet"]).arg(&object).arg(&to));
+    images::noise(&setup.world.catalog(), 1 << 20);
+    let mut command = setup.world.mount_command(&["--bucket", &format!("b=s3://{}", setup.bucket)]);
+    let said = run(&mut command);
+    assert!(said.status.success() && support::text(&said).contains("read-only"), "{}", support::text(&said));
+    let mount = setup.world.at();
+    assert_eq!(std::fs::read_to_string(mount.key("dir/object")).unwrap(), "theirs");
+    let erofs = |result: std::io::Result<()>, what: &str| {
+        let error = result.expect_err(what);
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EROFS), "{what}: {error}");
+    };
+    erofs(std::fs::write(mount.key("new"), "x"), "create");
+    erofs(std::fs::write(mount.key("dir/object"), "x"), "overwrite");
+    erofs(std::fs::remove_file(mount.key("dir/object")), "unlink");
+    erofs(std::fs::rename(mount.key("dir/object"), mount.key("moved")), "rename");
+    erofs(std::fs::create_dir(mount.key("made")), "mkdir");
+    let copied =
+        run(support::command("cp").arg(mount.path("images/noise/noise.raw")).arg(mount.key("k.raw")));
+    assert!(!copied.status.success());
+    assert_eq!(std::fs::read_to_string(mount.key("dir/object")).unwrap(), "theirs");
+    mount.unmount();
+}

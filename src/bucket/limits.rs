@@ -134,8 +134,14 @@ impl<S: Store> Store for LimitedStore<S> {
         self.promptly(self.store.delete(key, replaces)).await
     }
 
-    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
-        in_lane(&self.writes, self.store.copy(from, to)).await
+    async fn copy(
+        &self,
+        from: &ObjectKey,
+        etag: Option<&str>,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<()> {
+        in_lane(&self.writes, self.store.copy(from, etag, to, replaces)).await
     }
 
     async fn make_directory(&self, key: &ObjectKey) -> Result<()> {

@@ -356,24 +356,36 @@ impl Store for LocalStore {
         .await
     }
 
-    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+    async fn copy(
+        &self,
+        from: &ObjectKey,
+        etag: Option<&str>,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<()> {
         let (from, to) = (from.clone(), to.clone());
+        let (etag, replaces) = (etag.map(str::to_owned), replaces.clone());
         self.blocking(move |store| {
             let opened = store
                 .open_at(from.as_str(), OFlag::O_RDONLY)
                 .map_err(|e| failed("cannot open the object", e))?;
+            let stat = fstat(&opened).map_err(|e| failed("cannot stat the object", e))?;
+            if etag.is_some_and(|etag| etag != tag(&stat)) {
+                return Err(Error::new(
+                    ErrorKind::SourceChanged,
+                    "the object changed since it was looked up",
+                ));
+            }
             let mut source = File::from(opened);
-            let size = source.metadata().map_err(|e| failed("cannot stat the object", e))?.len();
+            let size = u64::try_from(stat.st_size).unwrap_or(0);
             let upload = store.create_upload(size)?;
             let copied = store.open_upload(&upload).and_then(|(mut file, _)| {
                 // The standard library copies within the kernel where that is possible.
                 std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
             });
-            copied.and_then(|_| store.publish(&upload, &to, size, &Replaces::Anything).map(drop)).inspect_err(
-                |_| {
-                    let _ = store.remove_upload(&upload);
-                },
-            )
+            copied.and_then(|_| store.publish(&upload, &to, size, &replaces).map(drop)).inspect_err(|_| {
+                let _ = store.remove_upload(&upload);
+            })
         })
         .await
     }

@@ -206,9 +206,42 @@ impl Bucket {
     }
 
     /// Copies an object within the bucket, by one request to the store.
-    pub async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`SourceChanged`](ErrorKind::SourceChanged) when it has another tag than `from` says,
+    /// [`Conflict`](ErrorKind::Conflict) when there is something else than what is to be replaced.
+    pub async fn copy(&self, from: &ObjectMeta, to: &ObjectKey, replaces: &Replaces) -> Result<ObjectMeta> {
         self.check_writable()?;
-        self.store().copy(from, to).await.map_err(|e| self.named(e, from))
+        let (size, etag) = (from.object_size, from.etag.as_deref());
+        let looks = self.abilities().conditions.copies;
+        if !looks {
+            self.check_source(from).await?;
+        }
+        let replaces = self.looked_for(to, replaces, looks).await?;
+        if let Err(error) = self.store().copy(&from.key, etag, to, &replaces).await {
+            if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::SourceChanged) {
+                self.check_source(from).await?;
+                // The answer to an earlier try of the same copy may have been lost.
+                let is_same = |meta: &ObjectMeta| meta.object_size == size && meta.etag.as_deref() == etag;
+                if let Some(meta) = self.head(to).await?.filter(|meta| etag.is_some() && is_same(meta)) {
+                    return Ok(meta);
+                }
+            }
+            return Err(self.named(error, &from.key));
+        }
+        self.verify(to, size, None).await
+    }
+
+    /// Fails unless an object is still what it was.
+    async fn check_source(&self, source: &ObjectMeta) -> Result<()> {
+        match self.head(&source.key).await? {
+            Some(meta) if meta.etag == source.etag => Ok(()),
+            Some(_) => {
+                let what = "the object changed since it was looked up";
+                Err(self.named(Error::new(ErrorKind::SourceChanged, what), &source.key))
+            }
+            None => Err(self.named(Error::new(ErrorKind::NotFound, "the object is gone"), &source.key)),
+        }
     }
 
     /// Makes an empty directory where the store has directories; elsewhere there is nothing to do.

@@ -143,7 +143,23 @@ impl Bucket {
         let right = put(PROBE, &Replaces::Anything).await?.map_or(Replaces::Nothing, Replaces::Tag);
         let creations = is_conflict(&put(OTHER, &Replaces::Nothing).await);
         let updates = is_conflict(&put(OTHER, &wrong).await) && put(OTHER, &right).await.is_ok();
-        Ok(Conditions { creations, updates, completions, removals })
+        let copies = self.probe_copies(key).await?;
+        Ok(Conditions { creations, updates, completions, removals, copies })
+    }
+
+    /// Whether an object is copied only where it is what it was, and replaces what it is to replace.
+    async fn probe_copies(&self, key: &ObjectKey) -> Result<bool> {
+        let to = probe_key();
+        let etag = self.head(key).await?.and_then(|meta| meta.etag);
+        let copy = async |etag, replaces| self.store().copy(key, etag, &to, replaces).await;
+        let refuses = copy(Some(OTHER_TAG), &Replaces::Anything)
+            .await
+            .is_err_and(|error| error.kind() == ErrorKind::SourceChanged)
+            && copy(etag.as_deref(), &Replaces::Nothing).await.is_ok()
+            && is_conflict(&copy(etag.as_deref(), &Replaces::Nothing).await)
+            && is_conflict(&copy(etag.as_deref(), &Replaces::Tag(OTHER_TAG.to_owned())).await);
+        self.delete(&to).await?;
+        Ok(refuses)
     }
 
     /// Whether an upload is completed only where it replaces what it is to replace.

@@ -64,6 +64,7 @@ impl RemoteStore {
         made.abilities.has_tags = true;
         made.has_markers = true;
         made.abilities.checksums = &[Checksum::Crc64, Checksum::Md5];
+        made.abilities.copies_if = Some("x-amz-copy-source-if-match");
         made
     }
 
@@ -72,6 +73,7 @@ impl RemoteStore {
         let mut made = Self::paged(Arc::new(store), prefix);
         made.abilities.lacks = Some("objects get no tags, and parts of failed uploads stay for a week");
         made.abilities.checksums = &[Checksum::AzureCrc64, Checksum::Md5];
+        made.abilities.copies_if = Some("x-ms-source-if-match");
         made
     }
 
@@ -301,9 +303,18 @@ impl Store for RemoteStore {
         }
     }
 
-    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
-        let copied = self.store.copy(&self.path(from)?, &self.path(to)?).await;
-        copied.map_err(|e| translated("cannot copy the object", ErrorKind::Io, e))
+    async fn copy(
+        &self,
+        from: &ObjectKey,
+        etag: Option<&str>,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<()> {
+        let mut headers = condition(replaces);
+        headers.extend(self.abilities.copies_if.zip(etag).map(|(header, etag)| (header, etag.to_owned())));
+        let (from, to) = (self.path(from)?, self.path(to)?);
+        let copied = client::with_headers(headers, self.store.copy(&from, &to)).await;
+        copied.map_err(|e| write_error("cannot copy the object", replaces, e))
     }
 
     async fn make_directory(&self, _: &ObjectKey) -> Result<()> {

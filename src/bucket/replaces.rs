@@ -21,11 +21,14 @@ pub(super) struct Conditions {
     pub(super) updates: bool,
     pub(super) completions: bool,
     pub(super) removals: bool,
+    /// Of a copy, about its source too.
+    pub(super) copies: bool,
 }
 
 impl Conditions {
     /// Every one.
-    pub(super) const ALL: Self = Self { creations: true, updates: true, completions: true, removals: true };
+    pub(super) const ALL: Self =
+        Self { creations: true, updates: true, completions: true, removals: true, copies: true };
 
     /// Whether the store looks itself what a put replaces.
     pub(super) fn of_put(self, replaces: &Replaces) -> bool {

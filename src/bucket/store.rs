@@ -39,6 +39,8 @@ pub struct Listing {
 /// What a store can do.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Abilities {
+    /// The header by which it copies only one content of an object.
+    pub(super) copies_if: Option<&'static str>,
     /// Whether it is somewhere else, and requests to it can fail.
     pub(super) is_remote: bool,
     /// Whether objects can have tags.
@@ -142,8 +144,14 @@ pub(super) trait Store: Send + Sync {
     /// Removes an object; one that is not there is no failure.
     async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()>;
 
-    /// Copies an object to another key.
-    async fn copy(&self, from: &ObjectKey, to: &ObjectKey) -> Result<()>;
+    /// Copies an object, which must still have the tag `etag` when one is given, to another key.
+    async fn copy(
+        &self,
+        from: &ObjectKey,
+        etag: Option<&str>,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<()>;
 
     /// Makes an empty directory, where the store has directories.
     async fn make_directory(&self, key: &ObjectKey) -> Result<()>;

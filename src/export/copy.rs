@@ -13,27 +13,40 @@ use crate::error::{Error, ErrorKind, Result};
 impl JobQueue {
     /// Copies an object to another key of its bucket: within the store where it does that, else in parts that this
     /// process reads and sends. What such a copy leaves in a crash is given up by the next mount.
-    pub async fn copy(&self, bucket: &Bucket, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
+    /// Returns what was copied.
+    pub async fn copy(
+        &self,
+        bucket: &Bucket,
+        from: &ObjectKey,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<ObjectMeta> {
         let gone = || Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(from));
         let source = bucket.head(from).await?.ok_or_else(gone)?;
         if bucket.can_copy(source.object_size) {
-            return bucket.copy(from, to).await;
+            bucket.copy(&source, to, replaces).await?;
+            return Ok(source);
         }
         let part_size = bucket.part_size_for(source.object_size)?;
         let log_id = format!("copy-{}", super::job::new_job_id());
         let log = self.inner().begin_upload(bucket, to, &Tags::new(), part_size, &log_id).await?;
-        match copy_parts(bucket, &source, &log).await {
+        match copy_parts(bucket, &source, &log, replaces).await {
             Ok(()) => log.remove(),
             Err(error) => {
                 self.inner().abort(&log).await;
                 return Err(error);
             }
         }
-        Ok(())
+        Ok(source)
     }
 }
 
-async fn copy_parts(bucket: &Bucket, source: &ObjectMeta, log: &Arc<PartLog>) -> Result<()> {
+async fn copy_parts(
+    bucket: &Bucket,
+    source: &ObjectMeta,
+    log: &Arc<PartLog>,
+    replaces: &Replaces,
+) -> Result<()> {
     let (part_size, to) = (log.name().part_size, &log.name().key);
     let parts = source.object_size.div_ceil(part_size) as usize;
     stream::iter((0..parts).map(|index| async move {
@@ -47,8 +60,5 @@ async fn copy_parts(bucket: &Bucket, source: &ObjectMeta, log: &Arc<PartLog>) ->
     .buffer_unordered(MAX_PARTS_IN_FLIGHT)
     .try_collect::<()>()
     .await?;
-    bucket
-        .complete_upload(to, &log.name().id, log.ids(parts)?, source.object_size, &Replaces::Anything)
-        .await
-        .map(drop)
+    bucket.complete_upload(to, &log.name().id, log.ids(parts)?, source.object_size, replaces).await.map(drop)
 }

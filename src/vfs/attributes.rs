@@ -132,6 +132,7 @@ impl Vfs {
         is_directory: bool,
         change: impl FnOnce(&mut FileAttributes),
     ) -> Result<()> {
+        self.bucket(&object.0)?.check_writable()?;
         let (directory, name) = place(object, is_directory);
         self.load(&directory).await?;
         let mut directories = self.attributes.directories.lock();

@@ -142,6 +142,7 @@ impl Vfs {
 
     async fn open_object(self: &Arc<Self>, object: &ObjectName, how: Opening) -> Result<Handle> {
         if how.write {
+            self.bucket(&object.0)?.check_writable()?;
             self.permit_target(object)?;
         } else if let Some(job) = self.status_job(&object.0, &object.1) {
             return Ok(Handle::Document(job.status().to_json()));

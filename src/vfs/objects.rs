@@ -9,7 +9,7 @@ use super::drafts::{Detached, Opening, object_node};
 use super::inode::{Ino, Node};
 use super::tree::{no_entry, read_only, status_time};
 use super::{ObjectName, Vfs};
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Job;
 use std::sync::Arc;
@@ -129,7 +129,7 @@ impl Vfs {
     pub(super) fn writable_child(&self, parent: Ino, name: &str) -> Result<ObjectName> {
         match self.inodes.node(parent)? {
             Node::Directory { bucket, prefix } => {
-                self.bucket(&bucket)?;
+                self.bucket(&bucket)?.check_writable()?;
                 let object = (bucket, self.child_key(prefix.as_ref(), name)?);
                 // Whoever asks is about to change it.
                 self.recent.forget(&object);
@@ -326,8 +326,9 @@ impl Vfs {
             let store = self.bucket(&from.0)?;
             match store.head(&from.1).await? {
                 Some(_) => {
-                    self.jobs.copy(store, &from.1, &to.1).await?;
-                    store.delete(&from.1).await
+                    let copied = self.jobs.copy(store, &from.1, &to.1, &Replaces::Anything).await?;
+                    // What somebody else has written there meanwhile stays.
+                    store.delete_if(&from.1, &Replaces::found(Some(copied.etag.as_deref()))).await
                 }
                 // Nothing of it was published yet.
                 None if is_new => Ok(()),
