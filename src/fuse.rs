@@ -4,302 +4,56 @@
 //! and writes into a staged file that nobody else changes. Everything else is a task of the runtime that replies when it
 //! is done, so that however many requests wait for a store, no thread does.
 
-use std::cell::RefCell;
+mod reply;
+mod session;
+
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle as Runtime;
-use tracing::{debug, warn};
+use tracing::debug;
 
-use crate::error::{Error, ErrorKind, Result};
+use self::reply::{
+    copy_errno, errno, file_attr, handle, ino, open_options, read_now, reply_attr, reply_directory,
+    reply_empty, reply_entry, reply_write, reply_xattr, reply_xattr_change, time, utf8,
+};
+pub use self::session::{FuseOptions, MountedSession, Requests, Unmounter};
 use crate::metrics::Op;
-use crate::units::{FileOffset, MIB, SECTOR};
-use crate::vfs::{Attr, AttrChange, HandleId, Ino, NodeKind, OpenOptions, Vfs, Whence};
+use crate::units::{FileOffset, MIB};
+use crate::vfs::{AttrChange, OpenOptions, Vfs, Whence};
 
 /// Largest read and write request, in bytes: what the kernel allows (FUSE_MAX_MAX_PAGES, 256 pages).
 const MAX_REQUEST: u32 = MIB as u32;
 
+/// Longest name, in bytes (NAME_MAX in linux/limits.h). The kernel lets FUSE have longer ones.
+const MAX_NAME: usize = 255;
+
 /// The attribute that tells why a file cannot be opened or its export failed.
 const ERROR_XATTR: &str = "user.freightfs.error";
-
-/// What the kernel is told of a mount.
-#[derive(Clone, Debug)]
-pub struct FuseOptions {
-    /// What /proc/mounts names as the source.
-    pub source: String,
-    /// Whether other users may enter the mount.
-    pub allow_other: bool,
-    /// Whether the kernel refuses every change.
-    pub read_only: bool,
-    /// Dispatcher threads.
-    pub threads: usize,
-}
-
-/// A mounted session: the kernel has answered and requests wait to be served.
-pub struct MountedSession {
-    session: Session<FuseAdapter>,
-}
-
-/// Unmounts from another thread.
-pub struct Unmounter {
-    inner: fuser::SessionUnmounter,
-}
-
-impl MountedSession {
-    /// Mounts. When this returns the mount answers as soon as [`run`](Self::run) is called; the kernel holds
-    /// requests until then.
-    pub fn new(vfs: Arc<Vfs>, runtime: Runtime, mountpoint: &Path, options: &FuseOptions) -> Result<Self> {
-        let mut config = Config::default();
-        config.mount_options = vec![
-            MountOption::FSName(options.source.replace(',', "_")),
-            // As a plain option it reaches the kernel on both ways of mounting; MountOption::Subtype does not.
-            MountOption::CUSTOM("subtype=freightfs".to_owned()),
-            MountOption::DefaultPermissions,
-            MountOption::NoAtime,
-            // Modes and owners of objects come from the bucket: nobody there shall make a root shell here.
-            MountOption::NoSuid,
-            MountOption::NoDev,
-        ];
-        if options.read_only {
-            config.mount_options.push(MountOption::RO);
-        }
-        config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
-        config.n_threads = Some(options.threads.max(2));
-        config.clone_fd = true;
-        let session = Session::new(FuseAdapter { vfs, runtime }, mountpoint, &config)
-            .map_err(|e| mount_error(e).in_file(mountpoint.display().to_string()))?;
-        Ok(Self { session })
-    }
-
-    /// Something to unmount with.
-    pub fn unmounter(&mut self) -> Unmounter {
-        Unmounter { inner: self.session.unmount_callable() }
-    }
-
-    /// Serves requests until the filesystem is unmounted.
-    pub fn run(self) -> Result<()> {
-        self.session.run().map_err(|e| Error::from_io("the connection to the kernel broke", e))
-    }
-}
-
-impl Unmounter {
-    /// Unmounts.
-    pub fn unmount(&mut self) -> Result<()> {
-        self.inner.unmount().map_err(|e| Error::from_io("cannot unmount", e))
-    }
-}
-
-/// Says what to do about the usual reasons.
-fn mount_error(error: std::io::Error) -> Error {
-    let text = error.to_string();
-    let what = match error.kind() {
-        std::io::ErrorKind::NotFound if !Path::new("/dev/fuse").exists() => {
-            "cannot mount: /dev/fuse is missing; load the kernel module with `modprobe fuse`"
-        }
-        std::io::ErrorKind::NotFound => "cannot mount: fusermount3 is missing; install the package fuse3",
-        std::io::ErrorKind::NotConnected => {
-            "cannot mount: an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`"
-        }
-        std::io::ErrorKind::PermissionDenied if std::fs::File::open("/dev/fuse").is_err() => {
-            "cannot mount: this user may not open /dev/fuse; its mode is usually 0666"
-        }
-        _ if text.contains("user_allow_other") => {
-            "cannot mount: allow_other needs the line user_allow_other in /etc/fuse.conf"
-        }
-        _ => "cannot mount",
-    };
-    Error::from_io(what, error)
-}
 
 struct FuseAdapter {
     vfs: Arc<Vfs>,
     runtime: Runtime,
+    requests: Requests,
 }
 
 impl FuseAdapter {
     /// Runs `work`, which may wait, as a task.
     fn work<F: Future<Output = ()> + Send + 'static>(&self, op: Op, work: impl FnOnce(Arc<Vfs>) -> F) {
         self.vfs.metrics().count(op);
-        self.runtime.spawn(work(Arc::clone(&self.vfs)));
-    }
-}
-
-thread_local! {
-    /// The dispatcher thread's buffer for reads, grown once.
-    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Answers a read that has nothing to wait for; gives the reply back otherwise.
-fn read_now(vfs: &Vfs, fh: FileHandle, offset: u64, size: usize, reply: ReplyData) -> Option<ReplyData> {
-    READ_BUFFER.with_borrow_mut(|buffer| {
-        if buffer.len() < size {
-            buffer.resize(size, 0);
-        }
-        match vfs.read_now(handle(fh), FileOffset(offset), &mut buffer[..size]) {
-            Some(Ok(read)) => reply.data(&buffer[..read]),
-            Some(Err(e)) => reply.error(errno("read", &e)),
-            None => return Some(reply),
-        }
-        None
-    })
-}
-
-/// `.` and `..` come before the directory's own names.
-async fn reply_directory(vfs: Arc<Vfs>, node: INodeNo, fh: HandleId, offset: u64, mut reply: ReplyDirectory) {
-    for (number, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
-        let _ = reply.add(node, number as u64 + 1, FileType::Directory, name);
-    }
-    let read = vfs.read_directory(fh, offset.saturating_sub(2), |number, entry| {
-        reply.add(INodeNo(entry.ino.0), number + 3, file_type(entry.kind), &entry.name)
-    });
-    match read.await {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno("readdir", &e)),
-    }
-}
-
-fn ino(ino: INodeNo) -> Ino {
-    Ino(ino.0)
-}
-
-fn handle(fh: FileHandle) -> HandleId {
-    HandleId(fh.0)
-}
-
-/// Longest name, in bytes (NAME_MAX in linux/limits.h). The kernel lets FUSE have longer ones.
-const MAX_NAME: usize = 255;
-
-/// A name as text.
-fn utf8(name: &OsStr) -> Result<String> {
-    if name.len() > MAX_NAME {
-        let what = format!("the name {name:?} has {} bytes; a name has at most {MAX_NAME}", name.len());
-        return Err(Error::new(ErrorKind::NameTooLong, what));
-    }
-    let wrong = || Error::new(ErrorKind::Malformed, format!("the name {name:?} is not UTF-8"));
-    name.to_str().map(str::to_owned).ok_or_else(wrong)
-}
-
-fn errno(op: &str, error: &Error) -> Errno {
-    // Names that are not there are everyday life; the rest helps to find out why a program failed.
-    if error.kind() == ErrorKind::NotFound {
-        debug!(op, "{}", error.report());
-    } else {
-        warn!(op, "{}", error.report());
-    }
-    Errno::from_i32(error.errno())
-}
-
-/// The errno of a refused copy_file_range. Others would make cp fall back to read and write silently; the true
-/// one comes from the next write or close.
-fn copy_errno(error: &Error) -> Errno {
-    match error.errno() {
-        safe @ (libc::EDQUOT | libc::ENOSPC | libc::EIO | libc::EROFS | libc::EBUSY | libc::EAGAIN) => {
-            errno("copy_file_range", error);
-            Errno::from_i32(safe)
-        }
-        libc::EXDEV => Errno::EXDEV,
-        _ => {
-            errno("copy_file_range", error);
-            Errno::EIO
-        }
-    }
-}
-
-fn file_type(kind: NodeKind) -> FileType {
-    match kind {
-        NodeKind::Directory => FileType::Directory,
-        NodeKind::File => FileType::RegularFile,
-    }
-}
-
-fn file_attr(attr: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(attr.ino.0),
-        size: attr.file_size,
-        // Full, whatever holes there are: coreutils stops using copy_file_range when it sees fewer.
-        blocks: attr.file_size.div_ceil(SECTOR),
-        atime: attr.modified,
-        mtime: attr.modified,
-        ctime: attr.modified,
-        crtime: attr.modified,
-        kind: file_type(attr.kind),
-        perm: attr.mode,
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: 0,
-        // cp, cat and others size their buffers by this: one request for each of their reads.
-        blksize: MAX_REQUEST,
-        flags: 0,
-    }
-}
-
-fn time(time: TimeOrNow) -> SystemTime {
-    match time {
-        TimeOrNow::SpecificTime(time) => time,
-        TimeOrNow::Now => SystemTime::now(),
-    }
-}
-
-fn open_options(flags: i32) -> OpenOptions {
-    OpenOptions {
-        write: flags & libc::O_ACCMODE != libc::O_RDONLY,
-        truncate: flags & libc::O_TRUNC != 0,
-        exclusive: flags & libc::O_EXCL != 0,
-        opener: None,
-    }
-}
-
-fn reply_write(written: Result<()>, length: u32, reply: ReplyWrite) {
-    match written {
-        Ok(()) => reply.written(length),
-        Err(e) => reply.error(errno("write", &e)),
-    }
-}
-
-fn reply_empty(op: &str, result: Result<()>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno(op, &e)),
-    }
-}
-
-/// A value or list of extended attributes; with a size of 0 only its length is asked for.
-fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
-    match size {
-        0 => reply.size(value.len() as u32),
-        _ if value.len() > size as usize => reply.error(Errno::ERANGE),
-        _ => reply.data(value),
-    }
-}
-
-fn reply_xattr_change(op: &str, changed: Result<bool>, reply: ReplyEmpty) {
-    match changed {
-        Ok(true) => reply.ok(),
-        Ok(false) => reply.error(Errno::ENODATA),
-        Err(e) => reply.error(errno(op, &e)),
-    }
-}
-
-fn reply_entry(op: &str, result: Result<Attr>, reply: ReplyEntry) {
-    match result {
-        Ok(attr) => reply.entry(&attr.ttl, &file_attr(&attr), Generation(attr.generation)),
-        Err(e) => reply.error(errno(op, &e)),
-    }
-}
-
-fn reply_attr(op: &str, result: Result<Attr>, reply: ReplyAttr) {
-    match result {
-        Ok(attr) => reply.attr(&attr.ttl, &file_attr(&attr)),
-        Err(e) => reply.error(errno(op, &e)),
+        let (unanswered, work) = (self.requests.begin(), work(Arc::clone(&self.vfs)));
+        self.runtime.spawn(async move {
+            work.await;
+            drop(unanswered);
+        });
     }
 }
 

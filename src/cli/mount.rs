@@ -18,7 +18,7 @@ use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobQueue, QueueSettings, RecordedFile, Retries, StateDir, StatusImage};
 use crate::format::OutputFormat;
-use crate::fuse::{FuseOptions, MountedSession, Unmounter};
+use crate::fuse::{FuseOptions, MountedSession, Requests, Unmounter};
 use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::settings::{CatalogSetting, MountSettings, default_state};
@@ -130,13 +130,13 @@ impl Mounted {
         let signalled = self.runtime.spawn(signalled());
         let saver = Arc::clone(&vfs);
         let saving = self.runtime.spawn(async move { saver.keep_saving_attributes().await });
+        let requests = self.session.requests();
         let mut ended = serve_session(self.session)?;
         let (result, by_signal) = self.runtime.block_on(async {
             tokio::pin!(signalled);
             tokio::select! {
                 result = &mut ended => {
-                    vfs.end_drafts().await;
-                    (result, drain(&self.jobs, signalled).await)
+                    (result, finish(&vfs, &requests, &self.jobs, signalled).await)
                 }
                 _ = &mut signalled => (unmount(unmounter, &self.mountpoint, ended).await, true),
             }
@@ -171,14 +171,22 @@ fn serve_session(session: MountedSession) -> Result<oneshot::Receiver<Result<()>
     Ok(ended)
 }
 
-/// Finishes the jobs of a mount that is gone. Returns whether a signal came first.
-async fn drain(jobs: &JobQueue, signalled: impl Future) -> bool {
-    let left = jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
-    if left > 0 {
-        info!("unmounted; finishing {left} jobs");
-    }
+/// Finishes what a mount that is gone has begun: requests that the kernel does not wait for, files that were closed, and
+/// jobs. Returns whether a signal came first.
+async fn finish(vfs: &Arc<Vfs>, requests: &Requests, jobs: &JobQueue, signalled: impl Future) -> bool {
+    let ending = Arc::clone(vfs);
+    let finished = async {
+        requests.answered().await;
+        // Not cut off by a signal.
+        let _ = tokio::spawn(async move { ending.end_drafts().await }).await;
+        let left = jobs.jobs().iter().filter(|job| !job.status().status.is_final()).count();
+        if left > 0 {
+            info!("unmounted; finishing {left} jobs");
+        }
+        jobs.drain().await;
+    };
     tokio::select! {
-        () = jobs.drain() => false,
+        () = finished => false,
         _ = signalled => true,
     }
 }

@@ -205,9 +205,9 @@ impl Draft {
     fn set_object(&self, state: &mut State, object: &ObjectName) {
         *self.object.lock() = object.clone();
         if let Content::Published(published) = &mut state.content
-            && matches!(published.place, Some(Place::Object(_)))
+            && !matches!(published.place, Some(Place::File(..)))
         {
-            // What it was read from has another key, and may have another tag.
+            // What the bucket has of it has another key, and may have another tag.
             (published.place, published.etag) = (None, None);
         }
     }

@@ -136,7 +136,7 @@ impl Vfs {
             }
             draft.give_up_early_upload().await;
         };
-        futures::future::join_all(self.drafts.take_all().into_iter().map(end)).await;
+        futures::future::join_all(self.drafts.all_named().into_iter().map(end)).await;
     }
 
     /// Takes the name away from the draft that has it open, whose handles keep it.

@@ -199,7 +199,9 @@ impl Publisher {
             begun = left;
             match submitted {
                 Ok(job) => {
-                    self.requests.token_used(object);
+                    if job.request().source.image().is_some() {
+                        self.requests.token_used(object);
+                    }
                     return Ok(job);
                 }
                 // Somebody else may have been faster. A policy says busy too.
@@ -478,10 +480,11 @@ async fn submit_staged(publisher: &Publisher, state: &mut State, object: &Object
     };
     let synced = publisher.lanes.run(Lane::Staging, sync).await;
     let (file, path) = synced.map_err(|e| e.in_file(&place))?;
-    let job = publisher.submit(object, JobSource::Staged(path), file, begun).await?;
-    if let Content::Staged(staged) = std::mem::replace(&mut state.content, Content::Empty) {
-        let kept = staged.path.keep();
-        kept.map_err(|e| Error::from_io("cannot keep the staged bytes", e.error).in_file(place))?;
+    // The job has them from the moment in which it is recorded, whatever becomes of this task.
+    state.staged()?.path.disable_cleanup(true);
+    let submitted = publisher.submit(object, JobSource::Staged(path), file, begun).await;
+    if submitted.is_err() {
+        state.staged()?.path.disable_cleanup(false);
     }
-    Ok(job)
+    submitted
 }

@@ -183,9 +183,9 @@ impl Drafts {
         }
     }
 
-    /// Everything that a name leads to, at the end of the mount.
-    pub(in super::super) fn take_all(&self) -> Vec<Arc<Draft>> {
-        self.table.lock().named.drain().map(|(_, draft)| draft).collect()
+    /// Everything that a name leads to.
+    pub(in super::super) fn all_named(&self) -> Vec<Arc<Draft>> {
+        self.table.lock().named.values().cloned().collect()
     }
 }
 

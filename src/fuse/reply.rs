@@ -1,0 +1,197 @@
+//! Between the kernel's words and the vfs's: what requests ask, and what replies say.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, Generation, INodeNo, ReplyAttr, ReplyData, ReplyDirectory,
+    ReplyEmpty, ReplyEntry, ReplyWrite, ReplyXattr, TimeOrNow,
+};
+use tracing::{debug, warn};
+
+use super::{MAX_NAME, MAX_REQUEST};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{FileOffset, SECTOR};
+use crate::vfs::{Attr, HandleId, Ino, NodeKind, OpenOptions, Vfs};
+
+thread_local! {
+    /// The dispatcher thread's buffer for reads, grown once.
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Answers a read that has nothing to wait for; gives the reply back otherwise.
+pub(super) fn read_now(
+    vfs: &Vfs,
+    fh: FileHandle,
+    offset: u64,
+    size: usize,
+    reply: ReplyData,
+) -> Option<ReplyData> {
+    READ_BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < size {
+            buffer.resize(size, 0);
+        }
+        match vfs.read_now(handle(fh), FileOffset(offset), &mut buffer[..size]) {
+            Some(Ok(read)) => reply.data(&buffer[..read]),
+            Some(Err(e)) => reply.error(errno("read", &e)),
+            None => return Some(reply),
+        }
+        None
+    })
+}
+
+/// `.` and `..` come before the directory's own names.
+pub(super) async fn reply_directory(
+    vfs: Arc<Vfs>,
+    node: INodeNo,
+    fh: HandleId,
+    offset: u64,
+    mut reply: ReplyDirectory,
+) {
+    for (number, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+        let _ = reply.add(node, number as u64 + 1, FileType::Directory, name);
+    }
+    let read = vfs.read_directory(fh, offset.saturating_sub(2), |number, entry| {
+        reply.add(INodeNo(entry.ino.0), number + 3, file_type(entry.kind), &entry.name)
+    });
+    match read.await {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno("readdir", &e)),
+    }
+}
+
+pub(super) fn ino(ino: INodeNo) -> Ino {
+    Ino(ino.0)
+}
+
+pub(super) fn handle(fh: FileHandle) -> HandleId {
+    HandleId(fh.0)
+}
+
+/// A name as text.
+pub(super) fn utf8(name: &OsStr) -> Result<String> {
+    if name.len() > MAX_NAME {
+        let what = format!("the name {name:?} has {} bytes; a name has at most {MAX_NAME}", name.len());
+        return Err(Error::new(ErrorKind::NameTooLong, what));
+    }
+    let wrong = || Error::new(ErrorKind::Malformed, format!("the name {name:?} is not UTF-8"));
+    name.to_str().map(str::to_owned).ok_or_else(wrong)
+}
+
+pub(super) fn errno(op: &str, error: &Error) -> Errno {
+    // Names that are not there are everyday life; the rest helps to find out why a program failed.
+    if error.kind() == ErrorKind::NotFound {
+        debug!(op, "{}", error.report());
+    } else {
+        warn!(op, "{}", error.report());
+    }
+    Errno::from_i32(error.errno())
+}
+
+/// The errno of a refused copy_file_range. Others would make cp fall back to read and write silently; the true
+/// one comes from the next write or close.
+pub(super) fn copy_errno(error: &Error) -> Errno {
+    match error.errno() {
+        safe @ (libc::EDQUOT | libc::ENOSPC | libc::EIO | libc::EROFS | libc::EBUSY | libc::EAGAIN) => {
+            errno("copy_file_range", error);
+            Errno::from_i32(safe)
+        }
+        libc::EXDEV => Errno::EXDEV,
+        _ => {
+            errno("copy_file_range", error);
+            Errno::EIO
+        }
+    }
+}
+
+fn file_type(kind: NodeKind) -> FileType {
+    match kind {
+        NodeKind::Directory => FileType::Directory,
+        NodeKind::File => FileType::RegularFile,
+    }
+}
+
+pub(super) fn file_attr(attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attr.ino.0),
+        size: attr.file_size,
+        // Full, whatever holes there are: coreutils stops using copy_file_range when it sees fewer.
+        blocks: attr.file_size.div_ceil(SECTOR),
+        atime: attr.modified,
+        mtime: attr.modified,
+        ctime: attr.modified,
+        crtime: attr.modified,
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        // cp, cat and others size their buffers by this: one request for each of their reads.
+        blksize: MAX_REQUEST,
+        flags: 0,
+    }
+}
+
+pub(super) fn time(time: TimeOrNow) -> SystemTime {
+    match time {
+        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::Now => SystemTime::now(),
+    }
+}
+
+pub(super) fn open_options(flags: i32) -> OpenOptions {
+    OpenOptions {
+        write: flags & libc::O_ACCMODE != libc::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+        exclusive: flags & libc::O_EXCL != 0,
+        opener: None,
+    }
+}
+
+pub(super) fn reply_write(written: Result<()>, length: u32, reply: ReplyWrite) {
+    match written {
+        Ok(()) => reply.written(length),
+        Err(e) => reply.error(errno("write", &e)),
+    }
+}
+
+pub(super) fn reply_empty(op: &str, result: Result<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
+/// A value or list of extended attributes; with a size of 0 only its length is asked for.
+pub(super) fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    match size {
+        0 => reply.size(value.len() as u32),
+        _ if value.len() > size as usize => reply.error(Errno::ERANGE),
+        _ => reply.data(value),
+    }
+}
+
+pub(super) fn reply_xattr_change(op: &str, changed: Result<bool>, reply: ReplyEmpty) {
+    match changed {
+        Ok(true) => reply.ok(),
+        Ok(false) => reply.error(Errno::ENODATA),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
+pub(super) fn reply_entry(op: &str, result: Result<Attr>, reply: ReplyEntry) {
+    match result {
+        Ok(attr) => reply.entry(&attr.ttl, &file_attr(&attr), Generation(attr.generation)),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
+
+pub(super) fn reply_attr(op: &str, result: Result<Attr>, reply: ReplyAttr) {
+    match result {
+        Ok(attr) => reply.attr(&attr.ttl, &file_attr(&attr)),
+        Err(e) => reply.error(errno(op, &e)),
+    }
+}
