@@ -1,28 +1,33 @@
 //! Exports: a copy into a bucket as a job that outlives the program that asked for it.
 //!
-//! [`JobQueue::submit`] writes a durable record and returns; the job then reads its source part by part, hashes
-//! and uploads it, and leaves the object, its checksums and its status file in the bucket. A record that has not
-//! ended is taken up again by the next queue over the same state directory, at its last finished part.
+//! [`JobQueue::submit`] writes a durable record and returns. The job's run then reads its source part by part, hashes and
+//! uploads it, and leaves the object, its checksums and its status file in the bucket. A job is a value to display and to
+//! wait for; the run owns the work. A job that has not ended is resumed by the next queue over the same state directory;
+//! what it does there is a function of the job's state, see the table in the crate's documentation.
 
-mod copy;
-mod digests;
-mod early;
+mod context;
+mod deferred;
 mod job;
-mod journal;
 mod lease;
 mod limits;
-mod part_log;
+mod multipart;
+mod progress;
 mod queue;
+mod request;
 mod retry;
-mod shared;
+mod run;
+pub mod sidecars;
+pub mod stage;
 mod staged;
+mod state_dir;
 mod status;
-mod upload;
+mod table;
 
-pub use early::EarlyUpload;
-pub use job::{Job, JobRequest, JobSource, RecordedFile};
-pub use journal::{Journal, StateDir};
+pub use job::Job;
+pub use multipart::early::EarlyUpload;
 pub use queue::{JobQueue, QueueSettings};
+pub use request::{JobRequest, JobSource, RecordedFile};
 pub use retry::Retries;
 pub use staged::{StagedFile, staged_file};
+pub use state_dir::{DamagedRecord, Journal, Publishing, Record, StateDir};
 pub use status::{JobState, Status, StatusError, StatusImage};

@@ -57,7 +57,7 @@
 //! Everything that other programs make random, identifiers and times, is derived from the source, so two
 //! conversions of one source are byte-identical.
 //!
-//! # The way of an export
+//! # Export path
 //!
 //! `cp images/web01/web01.vhd buckets/b/` creates a draft ([`vfs`]) and sends `copy_file_range`. The draft only
 //! records that range. At close(2) the kernel sends a flush: when the recorded ranges cover the whole file,
@@ -69,24 +69,38 @@
 //! What may be exported is a [`policy::Policy`], data: the vfs asks it when an image's file is opened, when a name in a
 //! bucket is created, and when a copy brings both together.
 //!
-//! A job waits for a place among those of its bucket that run, opens a multipart upload, begins its log, and then reads
-//! the converted file part by part to its end, which of a compressed file is known only then; each part is uploaded
-//! while two threads hash it and the next one is read. At most 10 parts of one job are in memory. When the store has put
-//! the parts together, the object's size and entity tag are asked back and compared;
-//! then `KEY.sha256`, `KEY.md5` and at last `KEY.status` are written. Before that nothing is visible in the bucket
-//! but the status; in the mount the key already has its final size and reads through the converter. A job that
-//! fails or is cancelled aborts its upload and leaves a status that says why.
+//! The job is a value to display and to wait for; its run owns the work. It waits for a place among those of its bucket,
+//! opens a multipart upload, begins its log, and then reads the converted file part by part to its end, which of a
+//! compressed file is known only then; each part is uploaded while two threads hash it and the next one is read. What all
+//! parts of a mount take in memory, read ahead, in flight and waiting for their hashes, has one bound, of which each
+//! bucket has a share. The store checks each part when it arrives, so that an object is whole before it is completed; it
+//! is put in place over what it replaces and nothing else. Then `KEY.sha256`, `KEY.md5` and at last `KEY.status` are
+//! written ([`export::sidecars`]). Before that nothing is visible in the bucket but the status; in the mount the key
+//! already has its final size and reads through the converter. A job that fails or is cancelled aborts its upload and
+//! leaves a status that says why.
 //!
-//! A daemon that is killed leaves its records and, for each upload, a log of the parts that the store has and of the
-//! hashes' states; the next one over the same state directory goes on there, if the file still has the recorded
-//! identity. Compressed output goes on where its lengths end, which are logged too. What the entity tag will begin
-//! with is recorded before the object is put in place, so that a daemon that dies in that moment finds its object.
+//! A daemon that is killed leaves records, logs and staged files. What the next one over the same state directory makes
+//! of a job is a function of the state in which it finds it ([`export::stage`]):
+//!
+//! | state | what is durable | next step | the next mount |
+//! |---|---|---|---|
+//! | Recorded | the record: request, source, what the object replaces; staged bytes | start an upload, create its log | begins; waits while its bucket or image is not in this mount |
+//! | Sending | the log: the upload's id, parts that the store has, states of the hashes | send and hash the other parts; record what is about to be put in place | sends what the log does not have |
+//! | Publishing | the intent: the entity tag to come, or size and digests | put the object in place, over what it replaces only | asks the bucket: in place, or resumes; another object there stays |
+//! | Placed | the object; the log: its size, digests and entity tag | put the checksums, record the end | SUCCESS, whatever the source and the bucket are by now |
+//! | Ended | the record: the final status, and that the bucket lacks it | put the final status; end the lease; wake who waits | puts the final status, and tries again while mounted |
+//! | Told | the final status in the bucket; the record says so | none; the oldest records are removed | shown in jobs/ |
+//!
+//! Every step is intent, act, done, and each is a [`failpoint`]. A damaged record costs its own job, whose status ends with
+//! the reason; a damaged line of a log costs the parts before it. Jobs that wait for a bucket or an image of theirs stay,
+//! visibly, until it is there again or somebody cancels them.
 //!
 //! Hosts that share a bucket agree in it: an object for each epoch of a key's lease, created by a put that fails when it
-//! is there, and heartbeats that carry the upload's log. Who sees no heartbeat for a lease takes the job over.
+//! is there, and heartbeats that carry the upload's log. A host that sees no heartbeat for one lease period takes
+//! the job over; the epoch is the fencing token.
 //!
-//! What a store answers is told in one place (`bucket/remote.rs`): refused for good, changed, not there, or worth another
-//! try. Single requests are tried again by the store's client, whole jobs by the queue, where they were.
+//! Store errors are classified in one place (`bucket/remote.rs`): refused for good, changed, not there, or transient.
+//! Single requests are retried by the store's client, whole jobs are resumed with back-off and jitter.
 //!
 //! # Options
 //!

@@ -5,6 +5,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -82,6 +83,7 @@ fn request(key: &str) -> JobRequest {
         source: JobSource::Image(image),
         client_token: None,
         tags: Tags::new(),
+        replaces: None,
     }
 }
 
@@ -89,12 +91,12 @@ fn request(key: &str) -> JobRequest {
 fn export(setup: &Setup, failing: usize, retries: u32) -> (Status, Arc<FaultyStore>) {
     let store = FaultyStore::new(0);
     let bucket = setup.bucket(&store);
-    let key = ObjectKey::parse("k").unwrap();
+    let key = ObjectKey::parse("k.raw").unwrap();
     setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"), &Replaces::Anything)).unwrap();
     let store = store.refailing(failing);
     let state = setup.state();
     let queue = setup.retrying(&bucket, &state, retries);
-    let job = queue.submit(request("k"), setup.file(), &mut None).unwrap();
+    let job = queue.submit(request("k.raw"), setup.file(), &mut None).unwrap();
     let waited = job.wait(LIMIT);
     let status = job.status();
     assert_eq!(waited.is_ok(), status.status == JobState::Success, "{status:?}");
@@ -156,13 +158,13 @@ fn the_same_key_is_busy_and_other_buckets_are_unknown() {
     let state = setup.state();
     let queue = setup.queue(&bucket, &state);
     store.hold(true);
-    let first = queue.submit(request("k"), setup.file(), &mut None).unwrap();
-    let second = queue.submit(request("k"), setup.file(), &mut None);
+    let first = queue.submit(request("k.raw"), setup.file(), &mut None).unwrap();
+    let second = queue.submit(request("k.raw"), setup.file(), &mut None);
     assert_eq!(second.err().unwrap().kind(), ErrorKind::Busy);
     store.hold(false);
     first.wait(LIMIT).unwrap();
-    queue.submit(request("k"), setup.file(), &mut None).unwrap().wait(LIMIT).unwrap();
-    let unknown = JobRequest { bucket: "none".into(), ..request("k") };
+    queue.submit(request("k.raw"), setup.file(), &mut None).unwrap().wait(LIMIT).unwrap();
+    let unknown = JobRequest { bucket: "none".into(), ..request("k.raw") };
     assert_eq!(queue.submit(unknown, setup.file(), &mut None).err().unwrap().kind(), ErrorKind::NotFound);
 }
 
@@ -176,7 +178,7 @@ fn jobs_of_a_dead_daemon_are_taken_up_or_fail_with_the_reason() {
         let state = setup.state();
         let queue = setup.queue(&bucket, &state);
         store.hold(true);
-        for key in ["same", "changed"] {
+        for key in ["same.raw", "changed.raw"] {
             queue.submit(request(key), setup.file(), &mut None).unwrap();
         }
         setup.runtime.block_on(queue.stop());
@@ -184,18 +186,18 @@ fn jobs_of_a_dead_daemon_are_taken_up_or_fail_with_the_reason() {
     }
     let state = setup.state();
     let queue = setup.queue(&bucket, &state);
-    let resolved = std::cell::Cell::new(0);
+    let resolved = Arc::new(AtomicUsize::new(0));
+    let (asked, file) = (Arc::clone(&resolved), setup.file());
     queue
-        .resume(|image| {
-            resolved.set(resolved.get() + 1);
-            if resolved.get() == 1 {
-                return Ok(RecordedFile { file: setup.file(), image: image.clone(), continues: true });
+        .resume(move |image| {
+            if asked.fetch_add(1, Ordering::SeqCst) == 0 {
+                return Ok(RecordedFile { file: Arc::clone(&file), image: image.clone(), continues: true });
             }
             Err(freightfs::error::Error::new(ErrorKind::SourceChanged, "the source changed"))
         })
         .unwrap();
     let jobs = queue.jobs();
-    assert_eq!((jobs.len(), resolved.get()), (2, 2));
+    assert_eq!(jobs.len(), 2);
     let ended = jobs.iter().map(|job| {
         let _ = job.wait(LIMIT);
         job.status()
@@ -204,19 +206,22 @@ fn jobs_of_a_dead_daemon_are_taken_up_or_fail_with_the_reason() {
     ended.sort_by_key(|(state, _)| *state == JobState::Fail);
     let changed = Some("source_changed".to_owned());
     assert_eq!(ended, [(JobState::Success, None), (JobState::Fail, changed)]);
+    assert_eq!(resolved.load(Ordering::SeqCst), 2);
     assert_eq!(store.open_uploads(), 0);
 }
 
 #[test]
-fn records_of_another_version_are_refused_by_name_and_left_alone() {
+fn records_of_another_version_are_refused_by_name_and_set_aside() {
     let setup = Setup::new(1000);
     let state = setup.state();
     let path = setup.directory.path().join("state/jobs/x.json");
     std::fs::write(&path, "{\"version\": 99}").unwrap();
-    let (records, errors) = state.journal().load().unwrap();
+    let (records, damaged) = state.journal().load().unwrap();
     assert!(records.is_empty());
-    assert!(errors[0].to_string().contains("99"), "{}", errors[0]);
-    assert!(path.exists());
+    assert!(damaged[0].error.to_string().contains("99"), "{}", damaged[0].error);
+    assert!(!path.exists() && damaged[0].path.ends_with("damaged/x.json") && damaged[0].path.exists());
+    assert!(state.journal().load().unwrap().1.is_empty(), "what was set aside stays there");
+    assert!(damaged[0].path.exists());
 }
 
 #[test]

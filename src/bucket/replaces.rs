@@ -1,7 +1,10 @@
 //! What a request that writes replaces.
 
+use serde::{Deserialize, Serialize};
+
 /// What a put, a completion or a removal replaces: it fails when something else is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Replaces {
     /// Whatever is there.
     #[default]

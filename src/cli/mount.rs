@@ -125,7 +125,8 @@ impl Mounted {
     /// mount with this state directory resumes them.
     fn serve(mut self) -> Result<()> {
         let vfs = Arc::clone(&self.vfs);
-        self.jobs.resume(|image| resolve(&vfs, image))?;
+        let resolver = Arc::clone(&vfs);
+        self.jobs.resume(move |image| resolve(&resolver, image))?;
         let unmounter = self.session.unmounter();
         let signalled = self.runtime.spawn(signalled());
         let saver = Arc::clone(&vfs);
@@ -275,6 +276,8 @@ fn job_queue(
         lease: settings.shared.then(|| Duration::from_secs(settings.lease.into())),
         policy: Arc::clone(policy),
         retries: Retries { count: settings.retries, ..Retries::default() },
+        all_sidecars: true,
+        ..QueueSettings::default()
     };
     JobQueue::new(buckets.clone(), state.journal(), Arc::clone(metrics), queue_settings, runtime.clone())
 }

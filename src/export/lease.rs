@@ -2,8 +2,8 @@
 //!
 //! Below `.freightfs/leases/HASH/`, HASH being that of the key, stands one object for each epoch, created by a put that
 //! fails when it is there: who creates epoch n + 1 is the holder. Beside it the holder puts its heartbeat every third of
-//! the lease, with the log of its upload. A host that has seen the same heartbeat for a whole lease, by its own clock,
-//! creates the next epoch and goes on with that upload. Only the holder of the newest epoch completes; a holder that
+//! the lease, with the log of its upload. A host that sees no heartbeat for one lease period, by its own clock, creates
+//! the next epoch and resumes that upload; the epoch is the fencing token. Only the holder of the newest epoch completes; a holder that
 //! was asleep finds that it is not any more.
 
 use std::time::{Duration, Instant};
@@ -13,10 +13,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
-use super::job::Job;
+use super::sidecars::{Beside, Sidecar, look};
 use super::status::{Status, StatusImage};
 use crate::bucket::{Bucket, ObjectKey, Replaces};
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::{self, Step};
 
 /// Beats in the time of a lease.
 const BEATS: u32 = 3;
@@ -24,23 +25,26 @@ const BEATS: u32 = 3;
 /// Looks of a follower in the time of a lease.
 const LOOKS: u32 = 5;
 
-/// What the holder of an epoch makes.
-#[derive(Debug, Serialize, Deserialize)]
-struct Claim {
-    host: String,
-    job_id: String,
+/// Who wants to make an object, and what it is; of an epoch, its holder.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Claim {
+    pub(super) host: String,
+    pub(super) job_id: String,
     /// The image; `None` for what a program wrote, which is like nothing else.
-    image: Option<StatusImage>,
+    pub(super) image: Option<StatusImage>,
 }
 
 /// A sign of life.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Beat {
     number: u64,
     /// Whether the job has ended, however.
     ended: bool,
     /// The log of the upload under way.
     upload: Option<String>,
+    /// How it ended, for keys that have no status beside them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    status: Option<Box<Status>>,
 }
 
 /// The right to make an object.
@@ -68,12 +72,19 @@ pub(super) struct Inherited {
     pub(super) is_same: bool,
 }
 
-/// Gets the right to make the job's object, or waits until another host has made the same.
+/// Gets the right for `own` to make the object, or waits until another host has made the same; `follow` is called when
+/// that wait begins.
 ///
 /// # Errors
 /// [`Busy`](ErrorKind::Busy) while another host makes something else of the key.
-pub(super) async fn claim(bucket: &Bucket, job: &Job, lease: Duration) -> Result<Claimed> {
-    let key = &job.request().key;
+pub(super) async fn claim(
+    bucket: &Bucket,
+    key: &ObjectKey,
+    own: &Claim,
+    lease: Duration,
+    follow: impl Fn(),
+) -> Result<Claimed> {
+    let mut follows = false;
     let directory = format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32]);
     let held = |epoch| Lease { bucket: bucket.clone(), directory: directory.clone(), epoch, lease };
     let mut seen: Option<(u64, Beat, Instant)> = None;
@@ -82,28 +93,28 @@ pub(super) async fn claim(bucket: &Bucket, job: &Job, lease: Duration) -> Result
         let claim: Option<Claim> = read(bucket, &epoch_name(&directory, epoch)).await?;
         let beat: Beat = read(bucket, &beat_name(&directory, epoch)).await?.unwrap_or_default();
         let Some(claim) = claim.filter(|_| !beat.ended) else {
-            let done = same_before(bucket, key, job).await?;
+            let done = same_before(bucket, key, own, beat.status, follows).await?;
             if let Some(status) = done {
                 return Ok(Claimed::Done(Box::new(status)));
             }
-            if create(bucket, &directory, epoch + 1, job).await? {
+            if create(bucket, &directory, epoch + 1, own).await? {
                 return Ok(Claimed::Held(held(epoch + 1), None));
             }
             // Another host was faster.
             tokio::time::sleep(lease / LOOKS).await;
             continue;
         };
-        if claim.job_id == job.id() {
+        if claim.job_id == own.job_id {
             return Ok(Claimed::Held(held(epoch), None));
         }
-        let is_same = is_same(claim.image.as_ref(), job.request().source.image());
+        let is_same = is_same(claim.image.as_ref(), own.image.as_ref());
         let (is_alive, since) = match &seen {
             Some((known, last, since)) if (known, last) == (&epoch, &beat) => (false, *since),
             Some((known, ..)) => (*known == epoch, Instant::now()),
             None => (false, Instant::now()),
         };
-        if since.elapsed() > lease && create(bucket, &directory, epoch + 1, job).await? {
-            info!(job = job.id(), host = claim.host, "taking over the job of a host that is silent");
+        if since.elapsed() > lease && create(bucket, &directory, epoch + 1, own).await? {
+            info!(job = own.job_id, host = claim.host, "taking over the job of a host that is silent");
             let inherited = beat.upload.map(|upload| Inherited { upload, is_same });
             return Ok(Claimed::Held(held(epoch + 1), inherited));
         }
@@ -112,7 +123,8 @@ pub(super) async fn claim(bucket: &Bucket, job: &Job, lease: Duration) -> Result
             return Err(Error::new(ErrorKind::Busy, what).in_file(bucket.url_of(key)));
         }
         seen = Some((epoch, beat, since));
-        job.set_following(true);
+        follows = true;
+        follow();
         tokio::time::sleep(lease / LOOKS).await;
     }
 }
@@ -136,9 +148,11 @@ impl Lease {
         Ok(newest(&self.bucket, &self.directory).await? == self.epoch)
     }
 
-    /// The job has ended, and its status is in the bucket: who follows reads that. Older epochs are of no use.
-    pub(super) async fn end(&self) {
-        let beat = Beat { number: u64::MAX, ended: true, upload: None };
+    /// The job has ended, and its status is in the bucket, or is given here: who follows reads that. Older epochs are of
+    /// no use.
+    pub(super) async fn end(&self, status: Option<Status>) {
+        let beat = Beat { number: u64::MAX, ended: true, upload: None, status: status.map(Box::new) };
+        let _ = failpoint::pass(Step::LeaseEnd);
         if let Err(error) = self.put(&beat).await {
             warn!("the end of a lease could not be told: {}", error.report());
         }
@@ -155,34 +169,36 @@ impl Lease {
     }
 }
 
-/// Whether an export that ended before made what the job is to make, and the object is still that.
-async fn same_before(bucket: &Bucket, key: &ObjectKey, job: &Job) -> Result<Option<Status>> {
-    let status_key = key.with_suffix(".status")?;
-    let Some(meta) = bucket.head(&status_key).await?.filter(|meta| meta.object_size < MAX_STATUS) else {
-        return Ok(None);
+/// Whether an export that ended before made what `own` is to make, and the object is still that. `told` is how the newest
+/// one ended, where no status beside the key says it.
+async fn same_before(
+    bucket: &Bucket,
+    key: &ObjectKey,
+    own: &Claim,
+    told: Option<Box<Status>>,
+    follows: bool,
+) -> Result<Option<Status>> {
+    let status = match told {
+        Some(status) => *status,
+        None => match look(bucket, key, Sidecar::Status).await? {
+            Beside::Ours { bytes, .. } => match serde_json::from_slice::<Status>(&bytes) {
+                Ok(status) => status,
+                Err(_) => return Ok(None),
+            },
+            _ => return Ok(None),
+        },
     };
-    let json = match bucket.read(&status_key, 0..meta.object_size, meta.etag.as_deref()).await {
-        // It is being replaced: by whom, the next look tells.
-        Err(error) if matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::NotFound) => {
-            return Ok(None);
-        }
-        json => json?,
-    };
-    let Ok(status) = serde_json::from_slice::<Status>(&json) else { return Ok(None) };
-    if !status.status.is_final() || !is_same(status.image.as_ref(), job.request().source.image()) {
+    if !status.status.is_final() || !is_same(status.image.as_ref(), own.image.as_ref()) {
         return Ok(None);
     }
     if status.error.is_some() {
         // A failure that was followed is the follower's too; one from before it was asked is not.
-        return Ok(job.is_following().then_some(status));
+        return Ok(follows.then_some(status));
     }
     let object = bucket.head(key).await?;
     let unchanged = object.as_ref().is_some_and(|meta| status.etag.is_some() && meta.etag == status.etag);
     Ok(unchanged.then_some(status))
 }
-
-/// Largest status file that is read.
-const MAX_STATUS: u64 = 1 << 20;
 
 /// Whether two hosts mean the same bytes. What a program wrote is like nothing else.
 fn is_same(a: Option<&StatusImage>, b: Option<&StatusImage>) -> bool {
@@ -203,11 +219,9 @@ async fn newest(bucket: &Bucket, directory: &str) -> Result<u64> {
     Ok(names.iter().filter_map(|name| name.parse().ok()).max().unwrap_or(0))
 }
 
-async fn create(bucket: &Bucket, directory: &str, epoch: u64, job: &Job) -> Result<bool> {
-    let status = job.status();
-    let claim =
-        Claim { host: status.host, job_id: status.job_id, image: job.request().source.image().cloned() };
-    let json = serde_json::to_vec(&claim).expect("a claim has only string keys");
+async fn create(bucket: &Bucket, directory: &str, epoch: u64, own: &Claim) -> Result<bool> {
+    let json = serde_json::to_vec(own).expect("a claim has only string keys");
+    failpoint::pass(Step::LeaseClaim)?;
     bucket.create_control(&epoch_name(directory, epoch), Bytes::from(json)).await
 }
 

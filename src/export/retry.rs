@@ -1,16 +1,16 @@
-//! When a job begins again where it was.
+//! Exponential back-off with jitter.
 
 use std::time::Duration;
 
-/// Longest pause before a job goes on, but for its random part.
+/// Longest pause between two tries, but for its random part.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// How jobs go on whose store is not reached or is broken, besides what is tried again of single requests.
+/// How many times an export is resumed after a transient store error, besides the retries of single requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Retries {
-    /// How often.
+    /// Retries before the job fails.
     pub count: u32,
-    /// The pause before the first time.
+    /// The pause before the first retry.
     pub pause: Duration,
 }
 
@@ -25,8 +25,13 @@ impl Retries {
     /// The pause after so many failures before this one: twice as long each time, and between half and one and a half
     /// of that, so that jobs that failed together do not come back together. `None` when there were too many.
     pub(super) fn pause_after(&self, failures: u32) -> Option<Duration> {
+        (failures < self.count).then(|| self.pause(failures))
+    }
+
+    /// The same without an end.
+    pub(super) fn pause(&self, failures: u32) -> Duration {
         let doubled = self.pause.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_PAUSE);
-        (failures < self.count).then(|| doubled.mul_f64(0.5 + fastrand::f64()))
+        doubled.mul_f64(0.5 + fastrand::f64())
     }
 }
 

@@ -1,14 +1,18 @@
 //! The status file: one JSON object that says how far an export is, and how it ended.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::job::now;
 use crate::error::{Error, ErrorKind};
 use crate::storage::Identity;
 
 /// Version of the status file's fields.
 pub(super) const STATUS_VERSION: u32 = 1;
+
+/// For how long a status that is not final holds after it was written. One that runs writes it several times meanwhile.
+pub(super) const STATUS_VALID: Duration = Duration::from_secs(90);
 
 /// Where a job is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,6 +179,7 @@ impl Status {
 
     fn end(&mut self) {
         self.end_time = Some(now());
+        self.updated = self.end_time;
         self.eta_seconds = None;
         (self.valid_seconds, self.waiting) = (None, None);
     }
@@ -186,4 +191,10 @@ impl Status {
         json.push(b'\n');
         json
     }
+}
+
+/// Now, to the second's thousandth: what people and programs read.
+pub(super) fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
 }

@@ -9,10 +9,12 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use super::job::JobRequest;
-use super::part_log::PartLog;
+use super::multipart::uploads::Uploads;
+use super::request::{JobRequest, JobSource};
 use super::status::Status;
+use crate::bucket::{ObjectKey, Replaces};
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::{self, Step};
 
 /// Version of the record's fields. Version 1 kept the upload's id in the record, and is read too.
 const RECORD_VERSION: u32 = 2;
@@ -22,8 +24,11 @@ const OLDEST_VERSION: u32 = 1;
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
-/// Records of ended jobs that are kept; the oldest go first.
-const ENDED_KEPT: usize = 1000;
+/// Damaged records that are kept; further ones are removed.
+const DAMAGED_KEPT: usize = 100;
+
+/// The directory of records that cannot be used, beside the others.
+const DAMAGED: &str = "damaged";
 
 /// What is known of a job after a crash.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,9 +45,42 @@ pub struct Record {
     /// The name of the log of the job's upload, when it is not the job's id.
     #[serde(default)]
     pub upload_log: Option<String>,
-    /// Whether the final status could not be written into the bucket yet.
+    /// Whether the bucket lacks the final status.
     #[serde(default)]
     pub status_unwritten: bool,
+    /// What the object replaces, where the request does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Replaces>,
+    /// What is about to be put in place by one put, or is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publishing: Option<Publishing>,
+    /// Parts of an upload that began while its file was written, and that were written again after they were sent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stale: Vec<usize>,
+}
+
+/// A whole object that is about to be put in place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Publishing {
+    /// Its bytes.
+    pub size: u64,
+    /// Its SHA-256, hexadecimal.
+    pub sha256: String,
+    /// Its MD5, hexadecimal.
+    pub md5: String,
+}
+
+/// A record that cannot be used: damaged, half-written, or of another version.
+#[derive(Debug)]
+pub struct DamagedRecord {
+    /// The job, by the record's name.
+    pub job_id: String,
+    /// Where it is now.
+    pub path: PathBuf,
+    /// The object that the job was to make, where that can be known.
+    pub object: Option<(String, ObjectKey)>,
+    /// Why it cannot be used.
+    pub error: Error,
 }
 
 impl Record {
@@ -55,13 +93,16 @@ impl Record {
             upload: None,
             upload_log: None,
             status_unwritten: false,
+            replaces: None,
+            publishing: None,
+            stale: Vec::new(),
         }
     }
 }
 
 /// A state directory that this process holds.
 ///
-/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `uploads/ID.parts`, logs of uploads under way; `staging/`, files
+/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `jobs/damaged/`, records that cannot be used; `uploads/ID.parts`, logs of uploads under way; `staging/`, files
 /// that writers are filling; `lengths/`, what compressed files keep.
 #[derive(Debug)]
 pub struct StateDir {
@@ -119,7 +160,11 @@ impl StateDir {
 
     /// The journal in this directory.
     pub fn journal(&self) -> Journal {
-        Journal { directory: self.path.join("jobs"), uploads: self.path.join("uploads") }
+        Journal {
+            directory: self.path.join("jobs"),
+            uploads: self.path.join("uploads"),
+            staging: self.path.join("staging"),
+        }
     }
 }
 
@@ -140,6 +185,7 @@ fn lock_patiently(mut file: File) -> std::result::Result<Flock<File>, (File, nix
 pub struct Journal {
     directory: PathBuf,
     uploads: PathBuf,
+    staging: PathBuf,
 }
 
 impl Journal {
@@ -147,75 +193,104 @@ impl Journal {
         self.directory.join(format!("{job_id}.json"))
     }
 
-    /// Where the log of an upload is: that of a job by its id.
-    pub(super) fn upload_path(&self, id: &str) -> PathBuf {
-        self.uploads.join(format!("{id}.parts"))
-    }
-
-    /// The logs of all uploads that earlier processes left, by the ids of their jobs. What is no log is removed.
-    pub(super) fn load_uploads(&self) -> Result<Vec<(String, PartLog)>> {
-        let place = self.uploads.display().to_string();
-        let entries = fs::read_dir(&self.uploads)
-            .map_err(|e| Error::from_io("cannot list the journal's uploads", e).in_file(&place))?;
-        let mut logs = Vec::new();
-        for path in entries.flatten().map(|e| e.path()) {
-            match (path.file_stem().and_then(|stem| stem.to_str()), PartLog::open(&path)?) {
-                (Some(id), Some(log)) => logs.push((id.to_owned(), log)),
-                _ => drop(fs::remove_file(&path)),
-            }
-        }
-        Ok(logs)
+    /// The logs of the uploads under way.
+    pub(super) fn uploads(&self) -> Uploads {
+        Uploads::new(self.uploads.clone())
     }
 
     /// Writes a record so that it survives a crash from the return of this call on.
-    pub fn save(&self, record: &Record) -> Result<()> {
+    pub(super) fn save(&self, step: Step, record: &Record) -> Result<()> {
+        failpoint::pass(step)?;
         let path = self.path(&record.status.job_id);
         let failed =
             |e| Error::from_io("cannot write the job's record", e).in_file(path.display().to_string());
         let json =
             serde_json::to_vec_pretty(record).expect("a record has only string keys and finite numbers");
+        failpoint::pass(Step::RecordWrite)?;
         let mut file =
             tempfile::Builder::new().prefix(".new-").tempfile_in(&self.directory).map_err(failed)?;
         file.write_all(&json).map_err(failed)?;
         file.as_file().sync_all().map_err(failed)?;
+        failpoint::pass(Step::RecordRename)?;
         file.persist(&path).map_err(|e| failed(e.error))?;
         File::open(&self.directory).and_then(|d| d.sync_all()).map_err(failed)
     }
 
-    /// All records, oldest first. What cannot be read is left in place and reported in the second list.
-    pub fn load(&self) -> Result<(Vec<Record>, Vec<Error>)> {
+    /// Forgets a job that has ended.
+    pub(super) fn forget(&self, job_id: &str) {
+        if failpoint::pass(Step::RecordPrune).is_ok() {
+            let _ = fs::remove_file(self.path(job_id));
+        }
+    }
+
+    /// All records, oldest first, and what cannot be used, which is set aside.
+    pub fn load(&self) -> Result<(Vec<Record>, Vec<DamagedRecord>)> {
         let place = self.directory.display().to_string();
         let entries = fs::read_dir(&self.directory)
             .map_err(|e| Error::from_io("cannot list the journal", e).in_file(&place))?;
-        let (mut records, mut errors) = (Vec::new(), Vec::new());
+        let (mut records, mut damaged) = (Vec::new(), Vec::new());
         for path in entries.flatten().map(|e| e.path()) {
             if path.extension().is_none_or(|e| e != "json") {
-                // What a crash left between writing and renaming: never a record.
+                // What a crash left between writing and renaming: never a record. The directory of damaged ones stays.
                 let _ = fs::remove_file(&path);
                 continue;
             }
             match read_record(&path) {
                 Ok(record) => records.push(record),
-                Err(error) => errors.push(error),
+                Err(error) => damaged.push(self.set_aside(&path, error)),
             }
         }
-        records.sort_by(|a, b| a.status.job_id.cmp(&b.status.job_id));
-        self.forget_old(&mut records);
-        Ok((records, errors))
+        records.sort_by(|a: &Record, b| a.status.job_id.cmp(&b.status.job_id));
+        Ok((records, damaged))
     }
 
-    fn forget_old(&self, records: &mut Vec<Record>) {
-        let ended = records.iter().filter(|r| r.status.status.is_final()).count();
-        let mut surplus = ended.saturating_sub(ENDED_KEPT);
-        records.retain(|record| {
-            let forget = surplus > 0 && record.status.status.is_final();
-            if forget {
-                surplus -= 1;
-                let _ = fs::remove_file(self.path(&record.status.job_id));
+    /// Moves a record out of the way, where somebody can look at it.
+    fn set_aside(&self, path: &Path, error: Error) -> DamagedRecord {
+        let job_id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+        let object = text_field(&text, "bucket").zip(text_field(&text, "key"));
+        let object = object.and_then(|(bucket, key)| Some((bucket, ObjectKey::parse(&key).ok()?)));
+        let directory = self.directory.join(DAMAGED);
+        let kept = fs::create_dir_all(&directory).and_then(|()| {
+            let is_full = fs::read_dir(&directory)?.count() >= DAMAGED_KEPT;
+            let aside = directory.join(path.file_name().unwrap_or_default());
+            if is_full {
+                fs::remove_file(path).map(|()| aside)
+            } else {
+                fs::rename(path, &aside).map(|()| aside)
             }
-            !forget
         });
+        DamagedRecord { job_id, path: kept.unwrap_or_else(|_| path.to_owned()), object, error }
     }
+
+    /// Removes the staged files that no record needs: those of writers that died with their daemon. Nobody writes yet.
+    pub(super) fn sweep_staging(&self, records: &[Record], damaged: &[DamagedRecord]) {
+        let needed = |path: &Path| {
+            let is_named = |record: &Record| match &record.request.source {
+                JobSource::Staged(staged) => staged.file_name() == path.file_name(),
+                JobSource::Image(_) => false,
+            };
+            records.iter().any(|record| !record.status.status.is_final() && is_named(record))
+        };
+        // Somebody may want to look at these bytes as well as at the record.
+        let texts: Vec<_> = damaged.iter().filter_map(|record| fs::read(&record.path).ok()).collect();
+        let is_mentioned = |path: &Path| {
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            texts.iter().any(|text| text.windows(name.len().max(1)).any(|part| part == name))
+        };
+        for entry in fs::read_dir(&self.staging).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if !needed(&path) && !is_mentioned(&path) {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+/// The value of a text field that a damaged JSON document has first, if that much of it is whole.
+fn text_field(json: &str, name: &str) -> Option<String> {
+    let after = json.split_once(&format!("\"{name}\""))?.1.trim_start().strip_prefix(':')?.trim_start();
+    serde_json::Deserializer::from_str(after).into_iter::<String>().next()?.ok()
 }
 
 fn read_record(path: &Path) -> Result<Record> {

@@ -4,21 +4,25 @@
 //! takes the upload over; so a header that is rewritten all the time costs one part.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::debug;
 
-use super::digests::Digests;
-use super::part_log::{Part, PartLog};
-use super::queue::{Inner, JobQueue};
-use super::upload::joined;
+use super::digests::{Digests, joined};
+use super::log::{Part, UploadLog};
+use super::memory::PartMemory;
+use super::uploads::{Uploads, abort};
 use crate::bucket::{Bucket, MAX_PARTS, ObjectKey, Tags};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentKind};
+use crate::failpoint::{self, Step};
+use crate::units::FileOffset;
+use crate::vfile::VirtualFile;
 
 /// Parts of one file that are sent at once while it is written.
 const PARTS_IN_FLIGHT: usize = 2;
@@ -33,7 +37,7 @@ pub struct EarlyUpload {
     tags: Tags,
     part_size: u64,
     log_id: String,
-    task: Option<JoinHandle<Option<Arc<PartLog>>>>,
+    task: Option<JoinHandle<Option<Arc<UploadLog>>>>,
 }
 
 struct Shared {
@@ -67,20 +71,29 @@ struct PartState {
     rewritten: bool,
 }
 
-impl JobQueue {
-    /// Begins to send `file` as `key` while it is written, if there is room for one more such upload. `file_size`
-    /// bytes of it were written from its start to its end.
-    pub fn early_upload(
-        &self,
-        bucket: &str,
-        key: &ObjectKey,
-        tags: Tags,
-        file: File,
-        file_size: u64,
-    ) -> Option<EarlyUpload> {
-        let inner = Arc::clone(self.inner());
-        let permit = inner.early_permit()?;
-        let bucket = inner.bucket(bucket).ok()?.clone();
+/// A file that is sent while it is written.
+pub(in crate::export) struct EarlySource {
+    pub(in crate::export) bucket: Bucket,
+    pub(in crate::export) key: ObjectKey,
+    pub(in crate::export) tags: Tags,
+    pub(in crate::export) file: File,
+    /// Bytes that were written from its start to its end.
+    pub(in crate::export) file_size: u64,
+    /// The name of the upload's log.
+    pub(in crate::export) log_id: String,
+}
+
+impl EarlyUpload {
+    /// Begins to send a file, until `permit`, the right to do so, is dropped with the task. `None` for a file that is too
+    /// large.
+    pub(in crate::export) fn begin(
+        source: EarlySource,
+        uploads: Uploads,
+        memory: PartMemory,
+        permit: OwnedSemaphorePermit,
+        runtime: &Handle,
+    ) -> Option<Self> {
+        let EarlySource { bucket, key, tags, file, file_size, log_id } = source;
         let part_size = bucket.part_size_for(file_size.saturating_mul(GROWTH)).ok()?;
         let state = State {
             parts: Vec::new(),
@@ -90,25 +103,22 @@ impl JobQueue {
             ending: None,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Notify::new() });
-        let log_id = format!("early-{}", super::job::new_job_id());
-        let runtime = inner.runtime().clone();
         let sender = Sender {
-            inner,
+            uploads,
+            memory,
             log_id: log_id.clone(),
             bucket,
             key: key.clone(),
             tags: tags.clone(),
-            file: Arc::new(file),
+            file: Arc::new(Growing(file)),
             part_size,
             shared: Arc::clone(&shared),
             _permit: permit,
         };
         let task = Some(runtime.spawn(sender.run()));
-        Some(EarlyUpload { shared, key: key.clone(), tags, part_size, log_id, task })
+        Some(Self { shared, key, tags, part_size, log_id, task })
     }
-}
 
-impl EarlyUpload {
     /// Bytes of the file were written, and are there by now.
     pub fn wrote(&self, at: u64, length: u64) {
         let mut state = self.shared.state.lock();
@@ -142,7 +152,7 @@ impl EarlyUpload {
     }
 
     /// What the object will be.
-    pub(super) fn key(&self) -> &ObjectKey {
+    pub(in crate::export) fn key(&self) -> &ObjectKey {
         &self.key
     }
 
@@ -151,14 +161,22 @@ impl EarlyUpload {
         &self.tags
     }
 
+    /// The parts that were written again after they were sent, whether or not the log says so by now. Nobody writes any
+    /// more.
+    pub(in crate::export) fn rewritten(&self) -> Vec<usize> {
+        let state = self.shared.state.lock();
+        let rewritten = state.parts.iter().enumerate().filter(|(_, part)| part.rewritten);
+        rewritten.map(|(index, _)| index).collect()
+    }
+
     /// The name of the upload's log.
-    pub(super) fn log_id(&self) -> &str {
+    pub(in crate::export) fn log_id(&self) -> &str {
         &self.log_id
     }
 
     /// Stops sending, and hands what there is to the job that makes the object out of the whole file. `None` when
     /// sending has failed. Given up when this is dropped.
-    pub(super) async fn finish(mut self) -> Option<Arc<PartLog>> {
+    pub(in crate::export) async fn finish(mut self) -> Option<Arc<UploadLog>> {
         self.end(Ending::HandOver);
         let task = self.task.as_mut()?;
         joined(task.await).ok().flatten()
@@ -204,12 +222,13 @@ impl State {
 
 /// The task that sends.
 struct Sender {
-    inner: Arc<Inner>,
+    uploads: Uploads,
+    memory: PartMemory,
     tags: Tags,
     log_id: String,
     bucket: Bucket,
     key: ObjectKey,
-    file: Arc<File>,
+    file: Arc<dyn VirtualFile>,
     part_size: u64,
     shared: Arc<Shared>,
     _permit: OwnedSemaphorePermit,
@@ -217,16 +236,16 @@ struct Sender {
 
 /// What a sender has under way.
 struct Sent<'a> {
-    log: &'a PartLog,
+    log: &'a UploadLog,
     /// `None` when a part that was hashed has been written again.
     digests: Option<Digests>,
     hashed: usize,
 }
 
 impl Sender {
-    async fn run(self) -> Option<Arc<PartLog>> {
+    async fn run(self) -> Option<Arc<UploadLog>> {
         let begun =
-            self.inner.begin_upload(&self.bucket, &self.key, &self.tags, self.part_size, &self.log_id).await;
+            self.uploads.begin(&self.bucket, &self.key, &self.tags, self.part_size, &self.log_id).await;
         let log = match begun {
             Ok(log) => log,
             Err(error) => {
@@ -238,18 +257,18 @@ impl Sender {
         match self.send(&log).await {
             Ok(Ending::HandOver) => Some(log),
             Ok(Ending::GiveUp) => {
-                self.inner.abort(&log).await;
+                abort(&self.bucket, &log).await;
                 None
             }
             Err(error) => {
                 debug!(key = %self.key, "what was sent while it was written is given up: {}", error.report());
-                self.inner.abort(&log).await;
+                abort(&self.bucket, &log).await;
                 None
             }
         }
     }
 
-    async fn send(&self, log: &Arc<PartLog>) -> Result<Ending> {
+    async fn send(&self, log: &Arc<UploadLog>) -> Result<Ending> {
         let mut sent = Sent { log, digests: Some(Digests::start(Some(log))), hashed: 0 };
         let mut in_flight = JoinSet::new();
         let ending = loop {
@@ -289,19 +308,39 @@ impl Sender {
     }
 
     async fn read(&self, index: usize) -> Result<Bytes> {
-        let (file, part_size) = (Arc::clone(&self.file), self.part_size);
-        let reading = tokio::task::spawn_blocking(move || {
-            let mut part = vec![0; part_size as usize];
-            let read = file.read_exact_at(&mut part, index as u64 * part_size);
-            read.map_err(|e| Error::from_io("cannot read the staged bytes", e))?;
-            Ok(Bytes::from(part))
-        });
-        joined(reading.await)?
+        let part =
+            joined(self.memory.read(&self.file, index as u64 * self.part_size, self.part_size).await)??;
+        if (part.len() as u64) < self.part_size {
+            return Err(Error::new(
+                ErrorKind::SourceChanged,
+                "the staged bytes were cut while they were sent",
+            ));
+        }
+        Ok(part)
     }
 }
 
-async fn put(bucket: Bucket, log: Arc<PartLog>, index: usize, part: Bytes) -> Result<(usize, Part)> {
+/// A staged file that still grows: its parts that are passed are read in whole.
+struct Growing(File);
+
+impl VirtualFile for Growing {
+    fn file_size(&self) -> u64 {
+        self.0.metadata().map_or(0, |meta| meta.len())
+    }
+
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        use std::os::unix::fs::FileExt;
+        self.0.read_at(buf, at.bytes()).map_err(|e| Error::from_io("cannot read the staged bytes", e))
+    }
+
+    fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        Ok(Extent::new(ExtentKind::Data, self.file_size().saturating_sub(at.bytes())))
+    }
+}
+
+async fn put(bucket: Bucket, log: Arc<UploadLog>, index: usize, part: Bytes) -> Result<(usize, Part)> {
     let length = part.len() as u64;
+    failpoint::pass(Step::PartSend)?;
     let id = bucket.put_part(&log.name().key, &log.name().id, index, part).await?;
     Ok((index, Part { length, id }))
 }

@@ -1,0 +1,169 @@
+//! What the runs of a mount share: buckets, bounds, journal, and the table of jobs.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::multipart::digests::joined;
+use super::multipart::memory::PartMemory;
+use super::multipart::uploads::Uploads;
+use super::request::{JobRequest, JobSource, RecordedFile};
+use super::retry::Retries;
+use super::staged::staged_file;
+use super::state_dir::{Journal, Record};
+use super::status::StatusImage;
+use super::table::Table;
+use crate::bucket::Bucket;
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::Step;
+use crate::metrics::Metrics;
+use crate::policy::Policy;
+use crate::vfile::VirtualFile;
+
+/// Finds the bytes of a recorded image again.
+pub(super) type Resolver = Arc<dyn Fn(&StatusImage) -> Result<RecordedFile> + Send + Sync>;
+
+/// A bucket of the mount, with its bounds: one that does not answer slows no other.
+pub(super) struct MountedBucket {
+    pub(super) bucket: Bucket,
+    /// Rights to run.
+    running: Arc<Semaphore>,
+    pub(super) memory: PartMemory,
+}
+
+/// What the runs of a mount share.
+pub(super) struct Context {
+    pub(super) buckets: BTreeMap<String, MountedBucket>,
+    pub(super) journal: Journal,
+    pub(super) uploads: Uploads,
+    pub(super) metrics: Arc<Metrics>,
+    /// Rights to run over all buckets, where the policy limits them.
+    allowed: Arc<Semaphore>,
+    /// Rights to send a file while it is written.
+    pub(super) early: Arc<Semaphore>,
+    /// Held by every task: the end of the mount waits until nobody else does.
+    pub(super) tasks: Arc<()>,
+    /// Whether the mount ends.
+    pub(super) stopping: watch::Sender<bool>,
+    pub(super) policy: Arc<Policy>,
+    pub(super) lease: Option<Duration>,
+    pub(super) retries: Retries,
+    /// Whether every key has sidecars.
+    pub(super) all_sidecars: bool,
+    /// How often, at most, a running job's status is written.
+    pub(super) status_interval: Duration,
+    pub(super) runtime: Handle,
+    pub(super) table: Mutex<Table>,
+    /// Given up when the mount ends.
+    pub(super) resolver: Mutex<Option<Resolver>>,
+}
+
+/// The right of a job to run.
+pub(super) struct Permits {
+    _running: OwnedSemaphorePermit,
+    _allowed: Option<OwnedSemaphorePermit>,
+}
+
+impl MountedBucket {
+    /// One of `count` buckets, of whose jobs `running` run at once.
+    pub(super) fn new(bucket: Bucket, running: usize, count: usize) -> Self {
+        let running = Arc::new(Semaphore::new(running.max(1)));
+        Self { bucket, running, memory: PartMemory::share_of(count) }
+    }
+}
+
+impl Context {
+    /// Rights to run that the policy allows over all buckets.
+    pub(super) fn allowed(policy: &Policy) -> Arc<Semaphore> {
+        let allowed = policy.limits.jobs.unwrap_or(Semaphore::MAX_PERMITS);
+        Arc::new(Semaphore::new(allowed.clamp(1, Semaphore::MAX_PERMITS)))
+    }
+
+    /// A mount's context over an empty table.
+    #[allow(clippy::too_many_arguments, reason = "each is one setting of the mount, and there is one caller")]
+    pub(super) fn new(
+        buckets: BTreeMap<String, MountedBucket>,
+        journal: Journal,
+        metrics: Arc<Metrics>,
+        policy: Arc<Policy>,
+        lease: Option<Duration>,
+        retries: Retries,
+        (all_sidecars, status_interval): (bool, Duration),
+        (early, runtime): (usize, Handle),
+    ) -> Self {
+        Self {
+            buckets,
+            uploads: journal.uploads(),
+            journal,
+            metrics,
+            allowed: Self::allowed(&policy),
+            early: Arc::new(Semaphore::new(early)),
+            tasks: Arc::default(),
+            stopping: watch::Sender::new(false),
+            policy,
+            lease,
+            retries,
+            all_sidecars,
+            status_interval,
+            runtime,
+            table: Mutex::default(),
+            resolver: Mutex::default(),
+        }
+    }
+
+    /// A bucket by its name in the mount.
+    pub(super) fn mounted(&self, name: &str) -> Result<&MountedBucket> {
+        self.buckets
+            .get(name)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no bucket {name:?} is mounted here")))
+    }
+
+    /// Waits for a place among the jobs that run.
+    pub(super) async fn permits(&self, request: &JobRequest) -> Result<Permits> {
+        let closed = |e| Error::new(ErrorKind::Internal, "queue closed").because(e);
+        let running = Arc::clone(&self.mounted(&request.bucket)?.running);
+        let running = running.acquire_owned().await.map_err(closed)?;
+        let allowed = match request.source {
+            JobSource::Image(_) => Some(Arc::clone(&self.allowed).acquire_owned().await.map_err(closed)?),
+            JobSource::Staged(_) => None,
+        };
+        Ok(Permits { _running: running, _allowed: allowed })
+    }
+
+    /// Writes a record; durable when this returns.
+    pub(super) async fn save(&self, step: Step, record: Record) -> Result<()> {
+        let journal = self.journal.clone();
+        joined(tokio::task::spawn_blocking(move || journal.save(step, &record)).await)?
+    }
+
+    /// The bytes of a source as a later process, or a later moment of this one, finds them. Blocks.
+    pub(super) fn resolve(&self, source: &JobSource) -> Result<Resolved> {
+        match source {
+            JobSource::Staged(path) => Ok(Resolved::Staged(staged_file(path)?)),
+            JobSource::Image(image) => {
+                let unset = || Error::new(ErrorKind::Internal, "this queue cannot find images again");
+                let resolver = self.resolver.lock().clone().ok_or_else(unset)?;
+                resolver(image).map(Resolved::Image)
+            }
+        }
+    }
+}
+
+/// The bytes of a source, found again.
+pub(super) enum Resolved {
+    Image(RecordedFile),
+    Staged(Arc<dyn VirtualFile>),
+}
+
+impl Resolved {
+    pub(super) fn file(self) -> Arc<dyn VirtualFile> {
+        match self {
+            Self::Image(found) => found.file,
+            Self::Staged(file) => file,
+        }
+    }
+}

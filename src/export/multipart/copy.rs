@@ -1,0 +1,67 @@
+//! Copies within a bucket.
+
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt, stream};
+
+use super::log::{Part, UploadLog};
+use super::place::gone;
+use super::transfer::MAX_PARTS_IN_FLIGHT;
+use super::uploads::{Uploads, abort};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
+use crate::error::{Error, Result};
+use crate::failpoint::{self, Step};
+
+/// Copies an object to another key of its bucket: within the store where it does that, else in parts that this process
+/// reads and sends. What such a copy leaves in a crash, under the log `log_id`, is given up by the next mount. Returns
+/// what was copied.
+pub(in crate::export) async fn copy(
+    uploads: &Uploads,
+    bucket: &Bucket,
+    from: &ObjectKey,
+    to: &ObjectKey,
+    replaces: &Replaces,
+    log_id: &str,
+) -> Result<ObjectMeta> {
+    let source = bucket.head(from).await?.ok_or_else(|| gone(bucket, from))?;
+    if bucket.can_copy(source.object_size) {
+        failpoint::pass(Step::CopyPlace)?;
+        bucket.copy(&source, to, replaces).await?;
+        return Ok(source);
+    }
+    let part_size = bucket.part_size_for(source.object_size)?;
+    let log = uploads.begin(bucket, to, &Tags::new(), part_size, log_id).await?;
+    match copy_parts(bucket, &source, &log, replaces).await {
+        Ok(()) => log.remove(),
+        Err(error) => {
+            abort(bucket, &log).await;
+            return Err(error);
+        }
+    }
+    Ok(source)
+}
+
+async fn copy_parts(
+    bucket: &Bucket,
+    source: &ObjectMeta,
+    log: &Arc<UploadLog>,
+    replaces: &Replaces,
+) -> Result<()> {
+    let (part_size, to) = (log.name().part_size, &log.name().key);
+    let parts = source.object_size.div_ceil(part_size) as usize;
+    stream::iter((0..parts).map(|index| async move {
+        let start = index as u64 * part_size;
+        let end = (start + part_size).min(source.object_size);
+        let bytes = bucket.read(&source.key, start..end, source.etag.as_deref()).await?;
+        failpoint::pass(Step::PartSend)?;
+        let id = bucket.put_part(to, &log.name().id, index, bytes).await?;
+        log.finished(index, Part { length: end - start, id });
+        Ok::<_, Error>(())
+    }))
+    .buffer_unordered(MAX_PARTS_IN_FLIGHT)
+    .try_collect::<()>()
+    .await?;
+    failpoint::pass(Step::CopyPlace)?;
+    let (ids, size) = (log.ids(parts)?, source.object_size);
+    bucket.complete_upload(to, &log.name().id, ids, size, replaces).await.map(drop)
+}

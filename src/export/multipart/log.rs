@@ -1,0 +1,454 @@
+//! The log of an upload under way: what a later process needs to go on with it.
+//!
+//! One file of JSON lines, only ever appended to, each with its checksum. What a crash cuts off at its end is done again;
+//! only the lines without which an upload would be lost, or an object be made twice, are synced. A damaged line may have
+//! been one that takes parts back, so it costs all parts and hashes before it; what follows it counts.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tracing::{debug, warn};
+
+use crate::bucket::{MAX_PARTS, ObjectKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::{self, Step};
+
+/// Which upload it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::export) struct UploadName {
+    /// The bucket's name in the mount.
+    pub(in crate::export) bucket: String,
+    pub(in crate::export) key: ObjectKey,
+    /// The store's id of it.
+    pub(in crate::export) id: String,
+    /// Bytes of each part but the last.
+    pub(in crate::export) part_size: u64,
+}
+
+/// A part that the store has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::export) struct Part {
+    pub(in crate::export) length: u64,
+    /// The id by which the object is put together.
+    pub(in crate::export) id: String,
+}
+
+/// A hash over the first `bytes` of the object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::export) struct DigestState {
+    pub(in crate::export) bytes: u64,
+    /// The hash's own state, hexadecimal; empty at the beginning.
+    pub(in crate::export) state: String,
+}
+
+/// The hashes that are made of every object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::export) enum DigestName {
+    Sha256,
+    Md5,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Line {
+    Upload(UploadName),
+    Part {
+        index: usize,
+        #[serde(flatten)]
+        part: Part,
+    },
+    /// The part was written again after it had been sent.
+    Stale {
+        index: usize,
+    },
+    Digest {
+        name: DigestName,
+        #[serde(flatten)]
+        state: DigestState,
+    },
+    /// From here on the object may be in place, with an entity tag that begins like this.
+    Completing {
+        mark: String,
+    },
+    /// The object is in place.
+    Placed(Placed),
+}
+
+/// An object that is in place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::export) struct Placed {
+    /// Its bytes.
+    pub(in crate::export) size: u64,
+    /// Its entity tag.
+    pub(in crate::export) etag: Option<String>,
+    /// Of the whole object, hexadecimal.
+    pub(in crate::export) sha256: String,
+    /// Of the whole object, hexadecimal.
+    pub(in crate::export) md5: String,
+}
+
+/// What stands between a line's own text and its checksum, which are eight hexadecimal digits.
+const SUM: &str = ",\"sum\":\"";
+const SUM_END: &str = "\"}";
+
+impl Line {
+    /// The line with its checksum and its end.
+    fn encode(&self) -> serde_json::Result<String> {
+        let mut text = serde_json::to_string(self)?;
+        let sum = checksum(&text);
+        text.truncate(text.len() - 1);
+        Ok(format!("{text}{SUM}{sum:08x}{SUM_END}\n"))
+    }
+
+    /// The line of a log, if it is whole. Earlier versions wrote no checksums.
+    fn decode(line: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
+        let sum_at = text.len().checked_sub(SUM.len() + 8 + SUM_END.len())?;
+        let Some(sum) = text.get(sum_at..).and_then(|end| end.strip_prefix(SUM)) else {
+            return serde_json::from_str(text).ok();
+        };
+        let text = format!("{}}}", &text[..sum_at]);
+        let sum = u32::from_str_radix(sum.strip_suffix(SUM_END)?, 16).ok()?;
+        (sum == checksum(&text)).then(|| serde_json::from_str(&text).ok()).flatten()
+    }
+
+    /// The durable step that this line is.
+    fn step(&self) -> Option<Step> {
+        match self {
+            Self::Upload(_) => Some(Step::LogCreate),
+            Self::Part { .. } => Some(Step::PartLog),
+            Self::Stale { .. } => Some(Step::StaleMark),
+            Self::Completing { .. } => Some(Step::PublishRecord),
+            Self::Digest { .. } | Self::Placed(_) => None,
+        }
+    }
+}
+
+fn checksum(text: &str) -> u32 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32IsoHdlc, text.as_bytes()) as u32
+}
+
+/// An upload under way, with its log.
+#[derive(Debug)]
+pub(in crate::export) struct UploadLog {
+    name: UploadName,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    /// Open from the first line that this process appends.
+    file: Option<File>,
+    /// Bytes of whole lines.
+    length: u64,
+    parts: Vec<Option<Part>>,
+    sha256: DigestState,
+    md5: DigestState,
+    completing: Option<String>,
+    placed: Option<Placed>,
+}
+
+impl UploadLog {
+    /// Begins the log of an upload that was just started; durable when this returns.
+    pub(in crate::export) fn create(path: PathBuf, name: UploadName) -> Result<Self> {
+        let place = path.display().to_string();
+        let failed = |e| Error::from_io("cannot record the upload", e).in_file(&place);
+        File::options().append(true).create_new(true).open(&path).map_err(failed)?;
+        let directory = path.parent().unwrap_or(Path::new(".")).to_owned();
+        let log = Self { inner: Mutex::new(Inner::new(path, 0)), name: name.clone() };
+        log.inner.lock().append(&Line::Upload(name), true)?;
+        File::open(directory).and_then(|d| d.sync_all()).map_err(failed)?;
+        Ok(log)
+    }
+
+    /// Reads the log of an earlier process; `None` when it holds no upload. No file stays open.
+    pub(in crate::export) fn open(path: &Path) -> Result<Option<Self>> {
+        let failed =
+            |e| Error::from_io("cannot read the record of an upload", e).in_file(path.display().to_string());
+        let text = match fs::read(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.map_err(failed)?,
+        };
+        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let mut inner = Inner::new(path.to_owned(), whole as u64);
+        let mut name = None;
+        for line in text[..whole].split_inclusive(|&byte| byte == b'\n') {
+            match Line::decode(line) {
+                Some(Line::Upload(upload)) => name = Some(upload),
+                Some(line) => inner.apply(line),
+                None => {
+                    warn!(path = %path.display(), "a line of an upload's log is damaged; its parts are sent again");
+                    inner.forget_parts();
+                }
+            }
+        }
+        Ok(name.map(|name| Self { name, inner: Mutex::new(inner) }))
+    }
+
+    pub(in crate::export) fn name(&self) -> &UploadName {
+        &self.name
+    }
+
+    /// The part, when the store has it.
+    pub(in crate::export) fn part(&self, index: usize) -> Option<Part> {
+        self.inner.lock().parts.get(index).cloned().flatten()
+    }
+
+    /// The ids of the first `count` parts, which the store all has.
+    pub(in crate::export) fn ids(&self, count: usize) -> Result<Vec<String>> {
+        let missing = || Error::new(ErrorKind::Internal, "a part of the upload was not sent");
+        (0..count).map(|index| self.part(index).map(|part| part.id).ok_or_else(missing)).collect()
+    }
+
+    /// The store has this part.
+    pub(in crate::export) fn finished(&self, index: usize, part: Part) {
+        self.note(Line::Part { index, part });
+    }
+
+    /// This part and the hashes over it are to be made again.
+    pub(in crate::export) fn stale(&self, index: usize) {
+        self.note(Line::Stale { index });
+    }
+
+    /// How many bytes the parts have together, if none before the last one is missing.
+    pub(in crate::export) fn sent_bytes(&self) -> Option<u64> {
+        self.inner.lock().parts.iter().map(|part| part.as_ref().map(|part| part.length)).sum()
+    }
+
+    /// The object that is in place, if a process recorded that it is.
+    pub(in crate::export) fn placed(&self) -> Option<Placed> {
+        self.inner.lock().placed.clone()
+    }
+
+    /// The object is in place. Durable when this returns, unless it could not be recorded; then the store is asked.
+    pub(in crate::export) fn place(&self, placed: Placed) {
+        let mut inner = self.inner.lock();
+        let line = Line::Placed(placed);
+        if let Err(error) = inner.append(&line, true) {
+            debug!("that an object is in place could not be recorded: {}", error.report());
+        }
+        inner.apply(line);
+    }
+
+    /// How far the object is hashed.
+    pub(in crate::export) fn digest(&self, name: DigestName) -> DigestState {
+        let inner = self.inner.lock();
+        match name {
+            DigestName::Sha256 => inner.sha256.clone(),
+            DigestName::Md5 => inner.md5.clone(),
+        }
+    }
+
+    /// The object is hashed further.
+    pub(in crate::export) fn hashed(&self, name: DigestName, state: DigestState) {
+        self.note(Line::Digest { name, state });
+    }
+
+    /// What the entity tag begins with if the object is in place already.
+    pub(in crate::export) fn completing(&self) -> Option<String> {
+        self.inner.lock().completing.clone()
+    }
+
+    /// The object is about to be put in place; durable when this returns.
+    pub(in crate::export) fn complete(&self, mark: &str) -> Result<()> {
+        let mut inner = self.inner.lock();
+        let line = Line::Completing { mark: mark.to_owned() };
+        inner.append(&line, true)?;
+        inner.apply(line);
+        Ok(())
+    }
+
+    /// All that was recorded, for another host.
+    pub(in crate::export) fn text(&self) -> Option<String> {
+        fs::read_to_string(&self.inner.lock().path).ok()
+    }
+
+    /// The log that another host wrote, as one of this host's.
+    pub(in crate::export) fn adopt(path: &Path, text: &str) -> Result<Option<Self>> {
+        let failed = |e| Error::from_io("cannot record the upload", e).in_file(path.display().to_string());
+        fs::write(path, text).map_err(failed)?;
+        Self::open(path)
+    }
+
+    /// The upload is given up, and its job begins another one: the log gets a name that no job has, so that it is kept
+    /// until the upload was aborted. Durable when this returns.
+    pub(in crate::export) fn set_aside(&self) -> Result<()> {
+        let mut inner = self.inner.lock();
+        let path = inner.path.with_extension("given-up.parts");
+        let directory = path.parent().unwrap_or(Path::new("."));
+        fs::rename(&inner.path, &path)
+            .and_then(|()| File::open(directory)?.sync_all())
+            .map_err(|e| Error::from_io("cannot give up an upload", e).in_file(path.display().to_string()))?;
+        inner.path = path;
+        Ok(())
+    }
+
+    /// The upload is over.
+    pub(in crate::export) fn remove(&self) {
+        let mut inner = self.inner.lock();
+        inner.file = None;
+        // What stays is found, and given up or seen to be over, by the next mount.
+        if failpoint::pass(Step::LogRemove).is_ok() {
+            let _ = fs::remove_file(&inner.path);
+        }
+    }
+
+    /// A line whose loss costs work and nothing else.
+    fn note(&self, line: Line) {
+        let mut inner = self.inner.lock();
+        if let Err(error) = inner.append(&line, false) {
+            debug!("a part could not be recorded: {}", error.report());
+        }
+        inner.apply(line);
+    }
+}
+
+impl Inner {
+    fn new(path: PathBuf, length: u64) -> Self {
+        Self {
+            path,
+            file: None,
+            length,
+            parts: Vec::new(),
+            sha256: DigestState::default(),
+            md5: DigestState::default(),
+            completing: None,
+            placed: None,
+        }
+    }
+
+    /// Appends a line, or nothing.
+    fn append(&mut self, line: &Line, durable: bool) -> Result<()> {
+        line.step().map_or(Ok(()), failpoint::pass)?;
+        let place = self.path.display().to_string();
+        self.write(line, durable).map_err(|e| Error::from_io("cannot record the upload", e).in_file(place))
+    }
+
+    fn write(&mut self, line: &Line, durable: bool) -> std::io::Result<()> {
+        let text = line.encode().map_err(std::io::Error::other)?;
+        if self.file.is_none() {
+            let file = File::options().append(true).open(&self.path)?;
+            // What a crash cut off would be glued to the next line.
+            file.set_len(self.length)?;
+            self.file = Some(file);
+        }
+        let Some(file) = &mut self.file else { return Ok(()) };
+        if let Err(error) = file.write_all(text.as_bytes()) {
+            let _ = file.set_len(self.length);
+            return Err(error);
+        }
+        self.length += text.len() as u64;
+        if durable { file.sync_data() } else { Ok(()) }
+    }
+
+    /// No part that was recorded so far is trusted any more.
+    fn forget_parts(&mut self) {
+        self.parts.clear();
+        (self.sha256, self.md5) = (DigestState::default(), DigestState::default());
+    }
+
+    fn apply(&mut self, line: Line) {
+        match line {
+            Line::Upload(_) => {}
+            // More than any store takes: not one of ours.
+            Line::Part { index, .. } | Line::Stale { index } if index >= MAX_PARTS => {}
+            Line::Part { index, part } => {
+                if self.parts.len() <= index {
+                    self.parts.resize(index + 1, None);
+                }
+                self.parts[index] = Some(part);
+            }
+            Line::Stale { index } => {
+                if let Some(part) = self.parts.get_mut(index) {
+                    *part = None;
+                }
+                (self.sha256, self.md5) = (DigestState::default(), DigestState::default());
+            }
+            Line::Digest { name: DigestName::Sha256, state } => self.sha256 = state,
+            Line::Digest { name: DigestName::Md5, state } => self.md5 = state,
+            Line::Completing { mark } => self.completing = Some(mark),
+            Line::Placed(placed) => self.placed = Some(placed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> UploadName {
+        let key = ObjectKey::parse("k").unwrap();
+        UploadName { bucket: "b".into(), key, id: "u".into(), part_size: 8 }
+    }
+
+    #[test]
+    fn a_log_is_read_as_it_was_written_and_up_to_where_it_was_cut_off() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.parts");
+        let log = UploadLog::create(path.clone(), name()).unwrap();
+        for index in [0, 2, 1] {
+            log.finished(index, Part { length: 8, id: format!("\"{index}\"") });
+        }
+        log.hashed(DigestName::Md5, DigestState { bytes: 16, state: "ab".into() });
+        log.stale(2);
+        log.hashed(DigestName::Sha256, DigestState { bytes: 8, state: "cd".into() });
+        log.complete("\"tag").unwrap();
+        let again = UploadLog::open(&path).unwrap().unwrap();
+        assert_eq!(again.name(), &name());
+        assert_eq!(again.ids(2).unwrap(), ["\"0\"", "\"1\""]);
+        assert_eq!(again.part(2), None);
+        assert!(again.ids(3).is_err());
+        assert_eq!(again.digest(DigestName::Sha256).bytes, 8);
+        assert_eq!(again.digest(DigestName::Md5), DigestState::default());
+        assert_eq!(again.completing().as_deref(), Some("\"tag"));
+        let text = fs::read(&path).unwrap();
+        for length in 0..text.len() {
+            fs::write(&path, &text[..length]).unwrap();
+            let Some(cut) = UploadLog::open(&path).unwrap() else { continue };
+            cut.finished(7, Part { length: 1, id: "x".into() });
+            let again = UploadLog::open(&path).unwrap().unwrap();
+            assert_eq!(again.part(7).unwrap().id, "x", "cut off at {length}");
+        }
+        assert!(UploadLog::open(&directory.path().join("none")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_damaged_line_costs_the_parts_before_it_and_what_has_no_checksum_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.parts");
+        let log = UploadLog::create(path.clone(), name()).unwrap();
+        let part = |id: &str| Part { length: 8, id: id.to_owned() };
+        log.finished(0, part("old"));
+        log.stale(0);
+        log.finished(1, part("new"));
+        log.hashed(DigestName::Md5, DigestState { bytes: 16, state: "ab".into() });
+        log.complete("\"tag").unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        for (number, line) in lines.iter().enumerate() {
+            for at in 0..line.len() {
+                let mut damaged: Vec<Vec<u8>> = lines.iter().map(|line| line.as_bytes().to_vec()).collect();
+                damaged[number][at] ^= 0x55;
+                fs::write(&path, damaged.join(&b'\n')).unwrap();
+                let Some(read) = UploadLog::open(&path).unwrap() else {
+                    assert_eq!(number, 0, "only the upload's own line may not be missing");
+                    continue;
+                };
+                assert_eq!(read.part(0), None, "line {number}: a part that was taken back is there again");
+                assert!(read.part(1).is_none_or(|part| part.id == "new"));
+                assert!(read.digest(DigestName::Md5).bytes == 0 || number < 4);
+                assert!(read.completing().is_none_or(|mark| mark == "\"tag"));
+            }
+        }
+        let plain: Vec<_> = lines.iter().map(|l| format!("{}}}", l.split_once(SUM).unwrap().0)).collect();
+        fs::write(&path, plain.join("\n") + "\n").unwrap();
+        let old = UploadLog::open(&path).unwrap().unwrap();
+        assert_eq!((old.part(0), old.part(1).unwrap().id.as_str()), (None, "new"));
+        assert_eq!(old.completing().as_deref(), Some("\"tag"));
+    }
+}

@@ -1,0 +1,147 @@
+//! Putting an object in place, once, over what it replaces and nothing else; and finding it there.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::digests::Digests;
+use super::log::{Placed, UploadLog};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::{self, Step};
+
+/// All bytes of an object, hashed, and at the store or in memory.
+pub(in crate::export) struct Sent {
+    pub(in crate::export) size: u64,
+    pub(in crate::export) sha256: String,
+    pub(in crate::export) md5: String,
+    pub(in crate::export) body: Body,
+}
+
+/// Where they are.
+pub(in crate::export) enum Body {
+    /// So few that one put sends them.
+    Whole(Bytes),
+    /// At the store, in so many parts.
+    Parts(Arc<UploadLog>, usize),
+}
+
+/// Where an object goes.
+pub(in crate::export) struct Target<'a> {
+    pub(in crate::export) bucket: &'a Bucket,
+    pub(in crate::export) key: &'a ObjectKey,
+    pub(in crate::export) tags: &'a Tags,
+    pub(in crate::export) replaces: &'a Replaces,
+}
+
+impl Sent {
+    fn placed(&self, meta: ObjectMeta) -> Placed {
+        Placed { size: self.size, etag: meta.etag, sha256: self.sha256.clone(), md5: self.md5.clone() }
+    }
+}
+
+impl Target<'_> {
+    /// Puts the object in place, unless it is there already. `may` is the last question before that: whether this host
+    /// is still the one that makes it.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when something else than `replaces` is there, which stays.
+    pub(in crate::export) async fn place(
+        &self,
+        sent: &Sent,
+        may: impl Future<Output = Result<()>>,
+    ) -> Result<Placed> {
+        match &sent.body {
+            Body::Whole(bytes) => self.put(sent, bytes, may).await,
+            Body::Parts(log, count) => {
+                let placed = self.complete(sent, log, *count, may).await?;
+                log.place(placed.clone());
+                Ok(placed)
+            }
+        }
+    }
+
+    async fn put(&self, sent: &Sent, bytes: &Bytes, may: impl Future<Output = Result<()>>) -> Result<Placed> {
+        may.await?;
+        failpoint::pass(Step::ObjectPlace)?;
+        match self.bucket.put_tagged(self.key, bytes.clone(), self.tags, self.replaces).await {
+            Ok(meta) => Ok(sent.placed(meta)),
+            // An earlier process, or a request whose answer was lost, may have done it.
+            Err(error) => match self.has(bytes).await {
+                Ok(Some(meta)) => Ok(sent.placed(meta)),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// The object, if it has these bytes and is not the one that was to be replaced.
+    async fn has(&self, bytes: &Bytes) -> Result<Option<ObjectMeta>> {
+        let Some(meta) = self.bucket.head(self.key).await? else { return Ok(None) };
+        let before = matches!(self.replaces, Replaces::Tag(tag) if meta.etag.as_ref() == Some(tag));
+        if before || *self.replaces == Replaces::Anything || meta.object_size != bytes.len() as u64 {
+            return Ok(None);
+        }
+        if bytes.is_empty() {
+            return Ok(Some(meta));
+        }
+        let there = self.bucket.read(self.key, 0..meta.object_size, meta.etag.as_deref()).await?;
+        Ok((there == *bytes).then_some(meta))
+    }
+
+    async fn complete(
+        &self,
+        sent: &Sent,
+        log: &UploadLog,
+        count: usize,
+        may: impl Future<Output = Result<()>>,
+    ) -> Result<Placed> {
+        let ids = log.ids(count)?;
+        if let Some(meta) = in_place(self.bucket, log, sent.size).await? {
+            return Ok(sent.placed(meta));
+        }
+        if let Some(mark) = self.bucket.expected_etag_prefix(&log.name().id, &ids).await? {
+            log.complete(&mark)?;
+        }
+        may.await?;
+        failpoint::pass(Step::ObjectPlace)?;
+        let upload = &log.name().id;
+        match self.bucket.complete_upload(self.key, upload, ids, sent.size, self.replaces).await {
+            Ok(meta) => Ok(sent.placed(meta)),
+            // The store may have done it, and its answer been lost: asked again, it knows no such upload, or finds
+            // another object than the one to replace.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
+                in_place(self.bucket, log, sent.size).await?.map(|meta| sent.placed(meta)).ok_or(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The object that an earlier process put in place by this upload, as far as the log tells without the source.
+pub(in crate::export) async fn find(bucket: &Bucket, log: &Arc<UploadLog>) -> Result<Option<Placed>> {
+    if let Some(placed) = log.placed() {
+        return Ok(Some(placed));
+    }
+    let Some(size) = log.sent_bytes().filter(|_| log.completing().is_some()) else { return Ok(None) };
+    let digests = Digests::start(Some(log));
+    if !digests.cover(size) {
+        return Ok(None);
+    }
+    let Some(meta) = in_place(bucket, log, size).await? else { return Ok(None) };
+    let (sha256, md5) = digests.finish().await?;
+    Ok(Some(Placed { size, etag: meta.etag, sha256, md5 }))
+}
+
+/// The object, if it is the one that this upload was about to make.
+async fn in_place(bucket: &Bucket, log: &UploadLog, size: u64) -> Result<Option<ObjectMeta>> {
+    let Some(mark) = log.completing() else { return Ok(None) };
+    let is_ours = |meta: &ObjectMeta| {
+        meta.object_size == size && meta.etag.as_ref().is_some_and(|etag| etag.starts_with(&mark))
+    };
+    Ok(bucket.head(&log.name().key).await?.filter(is_ours))
+}
+
+/// An object that is not at its key any more.
+pub(in crate::export) fn gone(bucket: &Bucket, key: &ObjectKey) -> Error {
+    Error::new(ErrorKind::NotFound, "the object is gone").in_file(bucket.url_of(key))
+}

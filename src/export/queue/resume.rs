@@ -1,0 +1,163 @@
+//! What a queue makes of the state directory that an earlier process left.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use tracing::{info, warn};
+
+use super::JobQueue;
+use crate::bucket::{Bucket, ObjectKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::job::{Holds, Job};
+use crate::export::multipart::log::UploadLog;
+use crate::export::multipart::uploads::abort;
+use crate::export::request::RecordedFile;
+use crate::export::run::{Begin, Run};
+use crate::export::sidecars::{self, Beside, Sidecar};
+use crate::export::stage::{Facts, Recovery, Stage};
+use crate::export::state_dir::{DamagedRecord, Record};
+use crate::export::status::{Status, StatusImage};
+
+/// The logs that earlier processes left, by their ids.
+type Logs = BTreeMap<String, UploadLog>;
+
+impl JobQueue {
+    /// Resumes the jobs in the journal that have not ended, and remembers those that have. `resolver` finds the bytes of
+    /// an image again, or fails when the source is not what was recorded any more; it is asked when a job's turn comes,
+    /// from a thread that may block. Called once, before anything is written into the state directory.
+    ///
+    /// # Errors
+    /// When the state directory cannot be listed. What is damaged in it costs no more than one job, and is reported.
+    pub fn resume(
+        &self,
+        resolver: impl Fn(&StatusImage) -> Result<RecordedFile> + Send + Sync + 'static,
+    ) -> Result<()> {
+        *self.context.resolver.lock() = Some(Arc::new(resolver));
+        let (records, damaged) = self.context.journal.load()?;
+        self.context.journal.sweep_staging(&records, &damaged);
+        let mut logs: Logs = self.context.uploads.load()?.into_iter().collect();
+        let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
+        for mounted in self.context.buckets.values() {
+            let (bucket, kept) = (mounted.bucket.clone(), kept.clone());
+            self.context.runtime.spawn(async move { bucket.sweep(kept).await });
+        }
+        for record in damaged {
+            self.end_damaged(record, &logs);
+        }
+        let newest: HashMap<_, _> =
+            records.iter().map(|record| (object_of(record), record.status.job_id.clone())).collect();
+        for record in records {
+            let is_newest = newest[&object_of(&record)] == record.status.job_id;
+            self.resume_job(record, &mut logs, is_newest);
+        }
+        for log in logs.into_values() {
+            let context = Arc::clone(&self.context);
+            self.context.runtime.spawn(async move {
+                if let Ok(mounted) = context.mounted(&log.name().bucket) {
+                    abort(&mounted.bucket, &log).await;
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn resume_job(&self, record: Record, logs: &mut Logs, is_newest: bool) {
+        let log = match record.status.status.is_final() {
+            true => None,
+            false => take_log(&record, logs),
+        };
+        let recovery = Stage::of(facts(&record, log.as_deref())).recovery();
+        let known = record.status.size;
+        let file = known.filter(|_| !record.status.status.is_final());
+        let file = file.map(|size| self.deferred(&record.request.source, size, known));
+        let metrics = Arc::clone(&self.context.metrics);
+        let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), file, metrics));
+        self.add(&mut self.context.table.lock(), &job);
+        if let Some(upload) = record.upload.clone() {
+            self.abort_of_version_1(record.request.bucket.clone(), record.request.key.clone(), upload);
+        }
+        let begin = Begin { record, upload: log, early: None, is_deferred: true };
+        let run = Run::new(Arc::clone(&self.context), Arc::clone(&job), begin);
+        match recovery {
+            Recovery::Remember => {}
+            Recovery::Tell => {
+                job.set_holds(Holds::Always);
+                self.spawn_counted(async move { run.settle(true, false).await });
+            }
+            _ if !is_newest => {
+                let what = "a later job has the key, and how this one ended could not be recorded";
+                let error = Error::new(ErrorKind::Conflict, what).in_file(job.status().url);
+                let result = run.placed().ok_or(error);
+                self.spawn_counted(async move { run.end(result).await });
+            }
+            _ => {
+                info!(job = job.id(), key = %job.request().key, "resuming a job");
+                self.spawn(run, recovery);
+            }
+        }
+    }
+
+    /// What version 1 recorded of an upload does not say which parts there are.
+    fn abort_of_version_1(&self, bucket: String, key: ObjectKey, upload: String) {
+        let context = Arc::clone(&self.context);
+        self.context.runtime.spawn(async move {
+            if let Ok(mounted) = context.mounted(&bucket) {
+                let _ = mounted.bucket.abort_upload(&key, &upload).await;
+            }
+        });
+    }
+
+    /// Ends the status of a job whose record cannot be used, where it can be known which that is.
+    fn end_damaged(&self, record: DamagedRecord, logs: &Logs) {
+        let place = record.path.display().to_string();
+        warn!("a job's record cannot be used and was set aside as {place}: {}", record.error.report());
+        let named = |log: &UploadLog| (log.name().bucket.clone(), log.name().key.clone());
+        let object = record.object.clone().or_else(|| logs.get(&record.job_id).map(named));
+        let Some((bucket, key)) = object else { return };
+        let context = Arc::clone(&self.context);
+        self.context.runtime.spawn(async move {
+            let Ok(mounted) = context.mounted(&bucket) else { return };
+            if let Err(error) = end_status(&mounted.bucket, &key, &record).await {
+                warn!("its status could not be ended: {}", error.report());
+            }
+        });
+    }
+}
+
+/// Writes FAIL over the unfinished status of a job that nobody can resume.
+async fn end_status(bucket: &Bucket, key: &ObjectKey, record: &DamagedRecord) -> Result<()> {
+    let Beside::Ours { bytes, replaces } = sidecars::look(bucket, key, Sidecar::Status).await? else {
+        return Ok(());
+    };
+    let Ok(mut status) = serde_json::from_slice::<Status>(&bytes) else { return Ok(()) };
+    if status.job_id != record.job_id || status.status.is_final() {
+        return Ok(());
+    }
+    let what = "the job's record cannot be used any more, so the job cannot be resumed; copy it again";
+    let error = Error::new(ErrorKind::Io, what).in_file(record.path.display().to_string());
+    status.fail(&error.because(record.error.clone()));
+    bucket.put(&Sidecar::Status.key_for(key)?, status.to_json().into(), &replaces).await.map(drop)
+}
+
+fn object_of(record: &Record) -> (String, ObjectKey) {
+    (record.request.bucket.clone(), record.request.key.clone())
+}
+
+/// The log of a job's upload. Parts that were written again after they were sent are not in it.
+fn take_log(record: &Record, logs: &mut Logs) -> Option<Arc<UploadLog>> {
+    let early = record.upload_log.as_ref().and_then(|id| logs.remove(id));
+    if let Some(log) = &early {
+        record.stale.iter().for_each(|&index| log.stale(index));
+    }
+    early.or_else(|| logs.remove(&record.status.job_id)).map(Arc::new)
+}
+
+fn facts(record: &Record, log: Option<&UploadLog>) -> Facts {
+    Facts {
+        ended: record.status.status.is_final(),
+        untold: record.status_unwritten,
+        log: log.is_some(),
+        intent: record.publishing.is_some() || log.is_some_and(|log| log.completing().is_some()),
+        placed: log.is_some_and(|log| log.placed().is_some()),
+    }
+}

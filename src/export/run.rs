@@ -1,0 +1,475 @@
+//! A run: the work of one job, from its record to its end.
+//!
+//! The states that it goes through are the table of [`stage`](super::stage).
+
+mod end;
+mod shared;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
+use tracing::{info, warn};
+
+use super::context::{Context, MountedBucket, Permits, Resolved};
+use super::job::{Job, Stop};
+use super::lease::Lease;
+use super::multipart::digests::joined;
+use super::multipart::early::EarlyUpload;
+use super::multipart::log::{Placed, UploadLog};
+use super::multipart::place::{self, Body, Sent, Target};
+use super::multipart::transfer::Transfer;
+use super::multipart::uploads::abort;
+use super::request::JobSource;
+use super::sidecars::has_sidecars;
+use super::stage::Recovery;
+use super::state_dir::{Publishing, Record};
+use crate::bucket::{Bucket, ObjectKey, Replaces};
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::Step;
+use crate::vfile::VirtualFile;
+
+/// After so many intervals in which nothing moved a status is written all the same: well before it ceases to hold.
+const IDLE_INTERVALS: u32 = 3;
+
+/// What a run knows of the status in the bucket.
+enum Told {
+    /// What the next put replaces.
+    Ours(Replaces),
+    /// A user's object is there.
+    Foreign,
+}
+
+/// The work of a job.
+pub(super) struct Run {
+    context: Arc<Context>,
+    job: Arc<Job>,
+    /// What the journal has, and more that the next save writes.
+    record: Mutex<Record>,
+    /// The upload under way.
+    upload: Mutex<Option<Arc<UploadLog>>>,
+    /// What was sent while a program wrote the file.
+    early: Mutex<Option<EarlyUpload>>,
+    /// Whether the job's file stands for one that has to be found again.
+    is_deferred: bool,
+    /// The right to make the object, where hosts share the bucket.
+    lease: Mutex<Option<Arc<Lease>>>,
+    /// Whether a status of this job is beside the key, or is to be.
+    has_status: bool,
+    told: tokio::sync::Mutex<Told>,
+    /// Whether the bucket has a status of this run.
+    is_announced: AtomicBool,
+    /// Whether another host makes the object, and its status is the one in the bucket.
+    follows: AtomicBool,
+    /// Whether the object is being put in place, which cannot be taken back.
+    publishes: AtomicBool,
+    /// Held by a step that must not be cut off half-way; the job ends after it.
+    step: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// What a run begins with.
+pub(super) struct Begin {
+    pub(super) record: Record,
+    pub(super) upload: Option<Arc<UploadLog>>,
+    pub(super) early: Option<EarlyUpload>,
+    pub(super) is_deferred: bool,
+}
+
+impl Run {
+    /// The run of a job that is recorded, or is about to be.
+    pub(super) fn new(context: Arc<Context>, job: Arc<Job>, begin: Begin) -> Arc<Self> {
+        let has_status = has_sidecars(&job.request().key, context.all_sidecars);
+        Arc::new(Self {
+            context,
+            job,
+            record: Mutex::new(begin.record),
+            upload: Mutex::new(begin.upload),
+            early: Mutex::new(begin.early),
+            is_deferred: begin.is_deferred,
+            lease: Mutex::default(),
+            has_status,
+            told: tokio::sync::Mutex::new(Told::Ours(Replaces::Nothing)),
+            is_announced: AtomicBool::new(false),
+            follows: AtomicBool::new(false),
+            publishes: AtomicBool::new(false),
+            step: Arc::default(),
+        })
+    }
+
+    /// Brings the job from where it was found to its end, or to where a stop of the mount leaves it.
+    pub(super) async fn run(self: Arc<Self>, recovery: Recovery) {
+        let mut stop = self.job.stop.subscribe();
+        let result = {
+            let mut work = std::pin::pin!(self.work(recovery));
+            let result = tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop != Stop::No) => None,
+                result = &mut work => Some(result),
+            };
+            match result {
+                None if self.publishes.load(Ordering::SeqCst) => Some(work.await),
+                result => result,
+            }
+        };
+        let stopped = *stop.borrow();
+        match (result, stopped) {
+            (Some(Ok(placed)), _) => self.end(Ok(placed)).await,
+            (Some(Err(error)), Stop::No) => self.end(Err(error)).await,
+            (_, Stop::Cancel) => {
+                let what = Error::new(ErrorKind::Cancelled, "the export was cancelled");
+                self.end(Err(what.in_file(self.job.status().url))).await;
+            }
+            // The record stays as it is: the next daemon resumes the job.
+            _ => {
+                drop(self.step.lock().await);
+                info!(job = self.job.id(), "stopped; the next mount resumes it");
+            }
+        }
+    }
+
+    async fn work(self: &Arc<Self>, recovery: Recovery) -> Result<Placed> {
+        let Ok(mounted) = self.context.mounted(&self.job.request().bucket) else {
+            let what = format!("the bucket {:?} is not in this mount", self.job.request().bucket);
+            info!(job = self.job.id(), "waiting: {what}");
+            self.job.set_waiting(Some(what));
+            return std::future::pending().await;
+        };
+        let work = async {
+            let placed = match recovery {
+                Recovery::Find | Recovery::Conclude => self.find(&mounted.bucket).await?,
+                _ => None,
+            };
+            let placed = match placed {
+                Some(placed) => placed,
+                None => self.make(mounted).await?,
+            };
+            if !self.follows() {
+                self.put_checksums(&mounted.bucket, &placed).await;
+            }
+            Ok(placed)
+        };
+        tokio::select! {
+            placed = work => placed,
+            never = self.renew_status() => match never {},
+        }
+    }
+
+    /// The object that an earlier process put in place; asked until the store answers.
+    async fn find(self: &Arc<Self>, bucket: &Bucket) -> Result<Option<Placed>> {
+        let mut failures = 0;
+        loop {
+            let intent = self.record.lock().publishing.clone();
+            let found = match (self.upload(), intent) {
+                (Some(log), _) => place::find(bucket, &log).await,
+                (None, Some(intent)) => self.find_whole(bucket, intent).await,
+                (None, None) => return Ok(None),
+            };
+            match found {
+                Err(error) if error.is_transient() => {
+                    self.wait_for(&error, failures).await;
+                    failures += 1;
+                }
+                found => {
+                    self.job.set_waiting(None);
+                    return found;
+                }
+            }
+        }
+    }
+
+    /// The object that was put in place whole, by its bytes.
+    async fn find_whole(&self, bucket: &Bucket, intent: Publishing) -> Result<Option<Placed>> {
+        let Publishing { size, sha256, md5 } = intent;
+        let key = &self.job.request().key;
+        let Some(meta) = bucket.head(key).await?.filter(|meta| meta.object_size == size) else {
+            return Ok(None);
+        };
+        let bytes = match size {
+            0 => Bytes::new(),
+            _ => bucket.read(key, 0..size, meta.etag.as_deref()).await?,
+        };
+        let is_ours = hex::encode(Sha256::digest(&bytes)) == sha256;
+        Ok(is_ours.then_some(Placed { size, etag: meta.etag, sha256, md5 }))
+    }
+
+    /// Sends what the job exports, when its source is there and it has a place among those that run.
+    async fn upload_all(self: &Arc<Self>, mounted: &MountedBucket) -> Result<Placed> {
+        let (file, _permits) = self.source().await?;
+        self.job.start(Arc::clone(&file));
+        info!(job = self.job.id(), url = self.job.status().url, "export started");
+        self.announce(Step::StatusBegin).await;
+        let early = self.early.lock().take();
+        if let Some(early) = early {
+            let log = early.finish().await;
+            *self.upload.lock() = log;
+        }
+        let replaces = self.replaces(&mounted.bucket).await?;
+        self.attempts(mounted, file, &replaces).await
+    }
+
+    /// Attempts until one succeeds, or another is of no use.
+    async fn attempts(
+        self: &Arc<Self>,
+        mounted: &MountedBucket,
+        file: Arc<dyn VirtualFile>,
+        replaces: &Replaces,
+    ) -> Result<Placed> {
+        let (mut failures, mut is_restarted) = (0, false);
+        loop {
+            let error = match self.attempt(mounted, &file, replaces).await {
+                Ok(placed) => return Ok(placed),
+                Err(error) => error,
+            };
+            if *self.job.stop.borrow() != Stop::No {
+                return Err(error);
+            }
+            let lost = self.upload().filter(|_| error.kind() == ErrorKind::NotFound && !is_restarted);
+            // Who wrote the bytes waits in close, where nothing can interrupt it, and gets the error instead.
+            let may_wait = self.job.request().source.image().is_some() && error.is_transient();
+            let pause = self.context.retries.pause_after(failures).filter(|_| may_wait);
+            match (lost, pause) {
+                (Some(log), _) => {
+                    // Somebody, or a rule of the bucket, has aborted the upload; or something else is not there.
+                    warn!(job = self.job.id(), "the upload is restarted: {}", error.report());
+                    is_restarted = true;
+                    *self.upload.lock() = None;
+                    abort(&mounted.bucket, &log).await;
+                    log.remove();
+                }
+                (None, Some(pause)) => {
+                    failures += 1;
+                    warn!(
+                        job = self.job.id(),
+                        "retrying in {:.1} s: {}",
+                        pause.as_secs_f64(),
+                        error.report()
+                    );
+                    tokio::time::sleep(pause).await;
+                }
+                (None, None) => return Err(error),
+            }
+            self.job.start(Arc::clone(&file));
+        }
+    }
+
+    async fn attempt(
+        self: &Arc<Self>,
+        mounted: &MountedBucket,
+        file: &Arc<dyn VirtualFile>,
+        replaces: &Replaces,
+    ) -> Result<Placed> {
+        let bucket = &mounted.bucket;
+        let transfer =
+            Transfer { bucket, file: Arc::clone(file), memory: &mounted.memory, observer: &*self.job };
+        let sent = transfer.send(self.upload(), |part_size| self.begin_upload(bucket, part_size)).await?;
+        // From here on a stop waits for the end of this.
+        self.publishes.store(true, Ordering::SeqCst);
+        let placed = self.publish(bucket, &sent, replaces).await;
+        self.publishes.store(placed.is_ok(), Ordering::SeqCst);
+        placed
+    }
+
+    /// Records what is about to be put in place, and puts it there.
+    async fn publish(&self, bucket: &Bucket, sent: &Sent, replaces: &Replaces) -> Result<Placed> {
+        let request = self.job.request();
+        let is_whole = matches!(sent.body, Body::Whole(_));
+        // Staged bytes are there to be compared with what is in place; an image may be another by then.
+        if is_whole && request.source.image().is_some() {
+            let (sha256, md5) = (sent.sha256.clone(), sent.md5.clone());
+            let intent = Publishing { size: sent.size, sha256, md5 };
+            self.save(Step::PublishRecord, |record| record.publishing = Some(intent)).await?;
+        }
+        let target = Target { bucket, key: &request.key, tags: &request.tags, replaces };
+        let placed = target.place(sent, self.fence()).await?;
+        if is_whole {
+            super::multipart::transfer::Observer::sent(&*self.job, sent.size, true);
+        }
+        Ok(placed)
+    }
+
+    /// Starts the job's upload and its log, both or neither when the job is stopped meanwhile.
+    async fn begin_upload(self: &Arc<Self>, bucket: &Bucket, part_size: u64) -> Result<Arc<UploadLog>> {
+        let (run, bucket) = (Arc::clone(self), bucket.clone());
+        let step = async move {
+            let request = run.job.request();
+            let uploads = &run.context.uploads;
+            let log = uploads.begin(&bucket, &request.key, &request.tags, part_size, &run.job.id()).await?;
+            *run.upload.lock() = Some(Arc::clone(&log));
+            Ok(log)
+        };
+        self.whole_step(step).await?
+    }
+
+    /// What the object replaces; looked up and recorded where the request does not say it.
+    async fn replaces(&self, bucket: &Bucket) -> Result<Replaces> {
+        let key = &self.job.request().key;
+        let known = {
+            let record = self.record.lock();
+            record.request.replaces.clone().or_else(|| record.replaces.clone())
+        };
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let found = found(bucket, key).await?;
+        let recorded = found.clone();
+        self.save(Step::JobRecord, |record| record.replaces = Some(recorded)).await?;
+        Ok(found)
+    }
+
+    /// The source, and a place among the jobs that run. Waits for an image that is not there, without a place.
+    async fn source(self: &Arc<Self>) -> Result<(Arc<dyn VirtualFile>, Permits)> {
+        let mut failures = 0;
+        loop {
+            let permits = self.context.permits(self.job.request()).await?;
+            match self.open().await {
+                Ok(file) => return Ok((file, permits)),
+                Err(error) if self.may_come_back(&error) => {
+                    drop(permits);
+                    self.wait_for(&error, failures).await;
+                    failures += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether an image may be there again: what a program wrote does not come back.
+    fn may_come_back(&self, error: &Error) -> bool {
+        let is_absent = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Io) || error.is_transient();
+        self.job.request().source.image().is_some() && is_absent
+    }
+
+    /// Waits, visibly, before something is tried again.
+    async fn wait_for(self: &Arc<Self>, error: &Error, failures: u32) {
+        if failures == 0 {
+            info!(job = self.job.id(), "waiting: {}", error.report());
+        }
+        self.job.set_waiting(Some(error.report()));
+        self.announce(Step::StatusRenew).await;
+        tokio::time::sleep(self.context.retries.pause(failures)).await;
+    }
+
+    /// The source as it was given, or found again. Where it may be other bytes than those of the upload, that is given
+    /// up, and only then it is recorded what they are known by now.
+    async fn open(&self) -> Result<Arc<dyn VirtualFile>> {
+        if let Some(file) = self.job.file().filter(|_| !self.is_deferred) {
+            return Ok(file);
+        }
+        let (context, source) = (Arc::clone(&self.context), self.record.lock().request.source.clone());
+        let resolved = joined(tokio::task::spawn_blocking(move || context.resolve(&source)).await)??;
+        if let Resolved::Image(found) = &resolved {
+            if !found.continues {
+                self.restart().await?;
+            }
+            if self.record.lock().status.image.as_ref() != Some(&found.image) {
+                let image = found.image.clone();
+                self.job.update(|status| status.image = Some(image.clone()));
+                self.save(Step::JobRecord, |record| record.request.source = JobSource::Image(image)).await?;
+            }
+        }
+        Ok(resolved.file())
+    }
+
+    /// Gives up the upload of an earlier process: it is begun anew.
+    async fn restart(&self) -> Result<()> {
+        let given_up = self.upload.lock().take();
+        if let Some(log) = given_up {
+            log.set_aside()?;
+            abort(&self.context.mounted(&log.name().bucket)?.bucket, &log).await;
+        }
+        Ok(())
+    }
+
+    /// Changes the record and writes it, with the job's status.
+    async fn save(&self, step: Step, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let record = {
+            let mut record = self.record.lock();
+            change(&mut record);
+            if !record.status.status.is_final() {
+                record.status = self.job.status();
+            }
+            record.clone()
+        };
+        self.context.save(step, record).await
+    }
+
+    /// Writes the status again and again: while bytes move, and often enough that it holds while nothing does.
+    async fn renew_status(self: &Arc<Self>) -> Infallible {
+        let (mut shown, mut idle) = (0, 0);
+        loop {
+            tokio::time::sleep(self.context.status_interval).await;
+            if !self.is_announced.load(Ordering::SeqCst) {
+                continue;
+            }
+            let uploaded = self.job.status().bytes_uploaded;
+            idle = if uploaded == shown { idle + 1 } else { IDLE_INTERVALS };
+            if idle >= IDLE_INTERVALS {
+                (shown, idle) = (uploaded, 0);
+                self.announce(Step::StatusRenew).await;
+            }
+        }
+    }
+
+    /// Runs a step that a stop of the job does not cut off: its request may have reached the store already. Who ends the
+    /// job waits for it by taking `step`.
+    async fn whole_step<T: Send + 'static>(
+        &self,
+        step: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T> {
+        let guard = Arc::clone(&self.step).lock_owned().await;
+        let running = tokio::spawn(async move {
+            let result = step.await;
+            drop(guard);
+            result
+        });
+        joined(running.await)
+    }
+
+    /// The object that is in place, as far as the log tells.
+    pub(super) fn placed(&self) -> Option<Placed> {
+        self.upload().and_then(|log| log.placed())
+    }
+
+    fn upload(&self) -> Option<Arc<UploadLog>> {
+        self.upload.lock().clone()
+    }
+
+    fn lease(&self) -> Option<Arc<Lease>> {
+        self.lease.lock().clone()
+    }
+
+    fn follows(&self) -> bool {
+        self.follows.load(Ordering::SeqCst)
+    }
+
+    /// The last question before something in the bucket is replaced: whether no other host has taken the job over.
+    async fn fence(&self) -> Result<()> {
+        match self.lease() {
+            Some(lease) if !lease.is_newest().await? => {
+                Err(Error::new(ErrorKind::Busy, "another host has taken the job over"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the job's end is told beside its key.
+    fn tells(&self) -> bool {
+        self.has_status && !self.follows() && self.is_newest()
+    }
+
+    /// Whether no later job of this mount has the key.
+    fn is_newest(&self) -> bool {
+        let request = self.job.request();
+        let table = self.context.table.lock();
+        table.newest(&request.bucket, &request.key).is_none_or(|newest| newest.id() <= self.job.id())
+    }
+}
+
+/// What a put replaces that replaces what is there now.
+pub(super) async fn found(bucket: &Bucket, key: &ObjectKey) -> Result<Replaces> {
+    let meta = bucket.head(key).await?;
+    Ok(Replaces::found(meta.as_ref().map(|meta| meta.etag.as_deref())))
+}

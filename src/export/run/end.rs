@@ -1,0 +1,253 @@
+//! The end of a run, and what is told of it: record, checksums, status, waiters.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tracing::{error, info, warn};
+
+use super::{Run, Told};
+use crate::bucket::{Bucket, Replaces};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::job::Holds;
+use crate::export::multipart::log::Placed;
+use crate::export::multipart::uploads::abort;
+use crate::export::request::JobSource;
+use crate::export::sidecars::{self, Beside, Sidecar, Written, checksum_line};
+use crate::export::status::{JobState, Status};
+use crate::failpoint::{self, Step};
+
+/// How long writing a status may take; the job's end does not wait longer for it.
+const STATUS_LIMIT: Duration = Duration::from_secs(30);
+
+impl Run {
+    /// Ends a job for good: leaves nothing of a failed upload, writes record and status file, wakes who waits.
+    pub(in crate::export) async fn end(self: &Arc<Self>, result: Result<Placed>) {
+        drop(self.step.lock().await);
+        if let (Err(_), Some(log)) = (&result, self.upload())
+            && let Ok(mounted) = self.context.mounted(&log.name().bucket)
+        {
+            abort(&mounted.bucket, &log).await;
+        }
+        let last = self.last_status(&result);
+        let tells = self.tells();
+        self.record.lock().status = last.clone();
+        let recorded = self.record_end(tells).await;
+        let told = !tells || self.tell_end(&last).await;
+        if recorded && tells && told {
+            self.confirm_end().await;
+        }
+        if let Some(lease) = self.lease() {
+            lease.end((!self.has_status).then(|| last.clone())).await;
+        }
+        let last = Status { notes: self.job.status().notes, ..last };
+        if !told {
+            self.job.set_holds(Holds::Always);
+        }
+        self.job.end(last, result.as_ref().err());
+        if !recorded || !told {
+            let run = Arc::clone(self);
+            let task = Arc::clone(&self.context.tasks);
+            tokio::spawn(async move {
+                run.settle(recorded, told).await;
+                drop(task);
+            });
+        }
+    }
+
+    /// The job's status for ever, which is counted.
+    fn last_status(&self, result: &Result<Placed>) -> Status {
+        let metrics = &self.context.metrics;
+        let mut last = self.job.status();
+        match result {
+            Ok(placed) => {
+                last.size = Some(placed.size);
+                last.succeed(placed.etag.clone(), &placed.sha256, &placed.md5);
+                metrics.jobs_succeeded.add(1);
+                info!(job = last.job_id, url = last.url, "export succeeded");
+            }
+            Err(error) => {
+                last.fail(&self.context.policy.with_cloud_code(error.clone()));
+                match last.status {
+                    JobState::Cancelled => metrics.jobs_cancelled.add(1),
+                    _ => metrics.jobs_failed.add(1),
+                }
+                error!(job = last.job_id, url = last.url, "export ended: {}", error.report());
+            }
+        }
+        last
+    }
+
+    /// Records how the job ended, and then removes what only an unfinished one needs. Says whether it could: else all of
+    /// that stays, and the next mount finds out again.
+    async fn record_end(&self, untold: bool) -> bool {
+        let saved = self.save(Step::EndRecord, |record| record.status_unwritten = untold).await;
+        if let Err(error) = &saved {
+            error!(job = self.job.id(), "{}", error.report());
+            return false;
+        }
+        let succeeded = self.record.lock().status.status == JobState::Success;
+        if let Some(log) = self.upload().filter(|_| succeeded) {
+            log.remove();
+        }
+        if let JobSource::Staged(path) = &self.job.request().source
+            && path != Path::new("")
+            && failpoint::pass(Step::StageRemove).is_ok()
+        {
+            let _ = std::fs::remove_file(path);
+        }
+        true
+    }
+
+    /// The bucket has the final status: the next mount has nothing to do.
+    async fn confirm_end(&self) {
+        if let Err(error) = self.save(Step::EndConfirm, |record| record.status_unwritten = false).await {
+            warn!(job = self.job.id(), "{}", error.report());
+        }
+    }
+
+    /// Records and tells an end that could not be, with back-off, until the mount ends or a later job has the key.
+    pub(in crate::export) async fn settle(self: &Arc<Self>, mut recorded: bool, mut told: bool) {
+        let mut stopping = self.context.stopping.subscribe();
+        for failures in 0.. {
+            told = told || !self.tells();
+            recorded = recorded || self.record_end(!told).await;
+            if !told {
+                let last = self.record.lock().status.clone();
+                told = self.tell_end(&last).await;
+            }
+            if recorded && told {
+                self.confirm_end().await;
+                if self.has_status {
+                    self.job.set_holds(Holds::UntilEnd);
+                }
+                return;
+            }
+            tokio::select! {
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+                () = tokio::time::sleep(self.context.retries.pause(failures)) => {}
+            }
+        }
+    }
+
+    /// Tells an end that was told before once more, because something in its status has changed.
+    pub(in crate::export) async fn tell_again(self: &Arc<Self>) {
+        let last = self.job.status();
+        self.record.lock().status = last.clone();
+        let told = self.tell_end(&last).await;
+        if let Err(error) = self.save(Step::EndRecord, |record| record.status_unwritten = !told).await {
+            warn!(job = last.job_id, "{}", error.report());
+        }
+    }
+
+    /// Puts the final status into the bucket; says whether it is there, or is not to be.
+    async fn tell_end(self: &Arc<Self>, last: &Status) -> bool {
+        self.tell(Step::StatusEnd, last.clone()).await
+    }
+
+    /// Puts the status into the bucket, for other hosts and plain clients. A failure is logged: the mount and the journal
+    /// have the status all the same.
+    pub(super) async fn announce(self: &Arc<Self>, step: Step) {
+        self.is_announced.store(true, Ordering::SeqCst);
+        self.tell(step, self.job.status()).await;
+    }
+
+    async fn tell(self: &Arc<Self>, step: Step, status: Status) -> bool {
+        if !self.tells() {
+            return true;
+        }
+        let run = Arc::clone(self);
+        let put = async move { run.put_status(step, &status).await };
+        let late = |_| Err(Error::new(ErrorKind::TimedOut, "the store did not answer in time"));
+        let limited = async move { tokio::time::timeout(STATUS_LIMIT, put).await.unwrap_or_else(late) };
+        let result = self.whole_step(limited).await.and_then(|result| result);
+        if let Err(error) = &result {
+            let job = self.job.id();
+            warn!(job, "the status file could not be written into the bucket: {}", error.report());
+        }
+        result.is_ok()
+    }
+
+    async fn put_status(&self, step: Step, status: &Status) -> Result<()> {
+        let mut told = self.told.lock().await;
+        let Told::Ours(known) = &*told else { return Ok(()) };
+        failpoint::pass(step)?;
+        let request = self.job.request();
+        let bucket = &self.context.mounted(&request.bucket)?.bucket;
+        let (json, known) = (Bytes::from(status.to_json()), known.clone());
+        let fence = || self.fence();
+        match sidecars::write(bucket, &request.key, Sidecar::Status, json, known, fence).await? {
+            Written::Done(replaces) => *told = Told::Ours(replaces),
+            Written::Foreign => {
+                *told = Told::Foreign;
+                self.note_foreign(Sidecar::Status);
+                self.job.set_holds(Holds::Never);
+            }
+        }
+        Ok(())
+    }
+
+    /// `KEY.sha256` and `KEY.md5`, as `sha256sum -c` and `md5sum -c` read them in the object's directory.
+    ///
+    /// The object is in place by now, so a failure here does not fail the job, whose status has the digests. But an
+    /// older object's checksum must not stay beside the new one.
+    pub(super) async fn put_checksums(&self, bucket: &Bucket, placed: &Placed) {
+        if !self.has_status {
+            self.remove_old_sidecars(bucket).await;
+            return;
+        }
+        for (sidecar, digest) in [(Sidecar::Sha256, &placed.sha256), (Sidecar::Md5, &placed.md5)] {
+            match self.put_checksum(bucket, sidecar, digest).await {
+                Ok(Written::Done(_)) => {}
+                Ok(Written::Foreign) => self.note_foreign(sidecar),
+                Err(error) => {
+                    warn!(job = self.job.id(), "a checksum file could not be written: {}", error.report());
+                    let removed = self.remove_old_checksum(bucket, sidecar).await;
+                    if removed.is_err() {
+                        self.job
+                            .note(format!("KEY{} could not be written, and may be old", sidecar.suffix()));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn put_checksum(&self, bucket: &Bucket, sidecar: Sidecar, digest: &str) -> Result<Written> {
+        failpoint::pass(Step::ChecksumPut)?;
+        let key = &self.job.request().key;
+        let line = Bytes::from(checksum_line(digest, key.file_name()));
+        sidecars::write(bucket, key, sidecar, line, Replaces::Nothing, || self.fence()).await
+    }
+
+    async fn remove_old_checksum(&self, bucket: &Bucket, sidecar: Sidecar) -> Result<()> {
+        let key = &self.job.request().key;
+        match sidecars::look(bucket, key, sidecar).await? {
+            Beside::Ours { replaces, .. } => bucket.delete_if(&sidecar.key_for(key)?, &replaces).await,
+            Beside::Nothing | Beside::Foreign => Ok(()),
+        }
+    }
+
+    /// What an earlier version, or a mount with another setting, wrote beside the object that was replaced.
+    async fn remove_old_sidecars(&self, bucket: &Bucket) {
+        let key = &self.job.request().key;
+        let replaced = {
+            let record = self.record.lock();
+            record.request.replaces.clone().or_else(|| record.replaces.clone())
+        };
+        if Sidecar::parse(key).is_some() || replaced == Some(Replaces::Nothing) {
+            return;
+        }
+        if let Ok(Beside::Ours { .. }) = sidecars::look(bucket, key, Sidecar::Status).await
+            && let Err(error) = sidecars::remove(bucket, key).await
+        {
+            warn!(job = self.job.id(), "old sidecars could not be removed: {}", error.report());
+        }
+    }
+
+    fn note_foreign(&self, sidecar: Sidecar) {
+        let (key, suffix) = (&self.job.request().key, sidecar.suffix());
+        self.job.note(format!("{key}{suffix} was not written by freightfs and was left alone"));
+    }
+}
