@@ -434,7 +434,7 @@ mod tests {
             for at in 0..line.len() {
                 let mut damaged: Vec<Vec<u8>> = lines.iter().map(|line| line.as_bytes().to_vec()).collect();
                 damaged[number][at] ^= 0x55;
-                fs::write(&path, damaged.join(&b'\n')).unwrap();
+                fs::write(&path, [damaged.join(&b'\n'), b"\n".to_vec()].concat()).unwrap();
                 let Some(read) = UploadLog::open(&path).unwrap() else {
                     assert_eq!(number, 0, "only the upload's own line may not be missing");
                     continue;
