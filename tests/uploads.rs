@@ -100,6 +100,15 @@ fn recorded_parts(setup: &Setup) -> usize {
     logs.map(|log| std::fs::read_to_string(log.path()).unwrap_or_default().matches("{\"part\"").count()).sum()
 }
 
+/// Whether the state directory has a record of the key's job. What has no name yet is none.
+fn is_recorded(jobs: &std::path::Path, key: &str) -> bool {
+    std::fs::read_dir(jobs).unwrap().flatten().any(|record| {
+        let text = std::fs::read_to_string(record.path()).unwrap_or_default();
+        let is_named = record.path().extension().is_some_and(|extension| extension == "json");
+        is_named && text.contains(&format!("\"key\": \"{key}\""))
+    })
+}
+
 /// Exports of an image in a plain and in a compressed format, and a file that a program has written and closed:
 /// killed after the nth part, and taken up by the next mount.
 #[test]
@@ -134,12 +143,7 @@ fn a_killed_daemon_goes_on_at_its_last_finished_part() {
                         .arg(format!("of={}", to.display()))))
                 }));
                 let jobs = setup.world.path("state/jobs");
-                until("the job is recorded", || {
-                    std::fs::read_dir(&jobs).unwrap().flatten().any(|record| {
-                        let text = std::fs::read_to_string(record.path()).unwrap_or_default();
-                        text.contains(&format!("\"key\": \"{key}\"")) && !text.contains("\"SUCCESS\"")
-                    })
-                });
+                until("the job is recorded", || is_recorded(&jobs, &key));
             }
             until("the part that hangs", || asked.load(Ordering::SeqCst) > first + parts);
             until("the parts before it", || recorded_parts(&setup) == parts);
@@ -218,13 +222,7 @@ fn a_daemon_killed_at_any_moment_ends_its_jobs() {
         };
         let writer = std::thread::spawn(move || drop(run(command("cp").arg(from).arg(to))));
         let jobs = setup.world.path("state/jobs");
-        let is_recorded = || {
-            std::fs::read_dir(&jobs).unwrap().flatten().any(|record| {
-                let text = std::fs::read_to_string(record.path()).unwrap_or_default();
-                text.contains(&format!("\"key\": \"{key}\""))
-            })
-        };
-        until("the job is recorded", is_recorded);
+        until("the job is recorded", || is_recorded(&jobs, &key));
         std::thread::sleep(std::time::Duration::from_millis(random.below(900)));
         setup.kill(mount);
         writer.join().unwrap();
