@@ -15,7 +15,7 @@ use super::super::lanes::{Lane, Lanes};
 use super::Draft;
 use super::content::{Content, Place, Published, State};
 use super::staged::Staged;
-use crate::bucket::{Bucket, ObjectFile, Tags};
+use crate::bucket::{Bucket, ObjectFile, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{EarlyUpload, Job, JobQueue, JobRequest, JobSource, JobState, StatusImage, staged_file};
 use crate::format::OutputFormat;
@@ -121,7 +121,8 @@ impl Publisher {
         source: JobSource,
         error: &Error,
     ) {
-        let request = JobRequest { bucket, key, source, client_token: None, tags: Tags::new() };
+        let request =
+            JobRequest { bucket, key, source, client_token: None, tags: Tags::new(), replaces: None };
         if let Err(error) = self.jobs.record_refusal(request, error).await {
             warn!("a refusal could not be recorded: {}", error.report());
         }
@@ -186,10 +187,14 @@ impl Publisher {
         // They are given to an upload at its start.
         let mut begun = begun.filter(|begun| *begun.tags() == tags);
         let (bucket, key) = object.clone();
-        let request = JobRequest { bucket, key, source, client_token, tags };
+        let mut request = JobRequest { bucket, key, source, client_token, tags, replaces: None };
         for attempt in 1.. {
             // What was written before is published before.
             self.wait_for_previous(object, self.options.wait_limit).await;
+            // Who writes waits for the store anyway; an export is accepted without it, and looks when it begins.
+            if request.source.image().is_none() {
+                request.replaces = self.replaces(&request).await;
+            }
             let (request, file, jobs) = (request.clone(), Arc::clone(&file), self.jobs.clone());
             let submit = move || {
                 let submitted = jobs.submit(request, file, &mut begun);
@@ -214,6 +219,12 @@ impl Publisher {
             }
         }
         Err(Error::new(ErrorKind::Internal, "no job was submitted"))
+    }
+
+    /// What the object replaces, if the store says it now.
+    async fn replaces(&self, request: &JobRequest) -> Option<Replaces> {
+        let meta = self.bucket(&request.bucket).ok()?.head(&request.key).await.ok()?;
+        Some(Replaces::found(meta.as_ref().map(|meta| meta.etag.as_deref())))
     }
 
     /// Whether no image is exported to the key: what a program wrote can be waited for, and may have ended by now.
