@@ -31,12 +31,6 @@ const KNOWN: &[(&str, &str)] = &[
         "identity: a rename moves the mtime",
     ),
     ("pjdfstest rmdir/00, 01, 06, 12: removed, no directory, not empty, dots", "cli, 27"),
-    ("pjdfstest unlink/14: a file that is open lives on", "vfs, 6"),
-    ("pjdfstest mknod/00: a regular file", "cli, 30"),
-    (
-        "s3fs test_truncate_file, test_truncate_upload, test_truncate_empty_file",
-        "vfs: an empty file extended by its path",
-    ),
 ];
 
 const CASES: &[Case] = &[

@@ -212,6 +212,11 @@ impl Draft {
         }
     }
 
+    /// Whether it is open for writing more than once, or was and the last close is still to come.
+    pub(super) fn has_other_writers(&self) -> bool {
+        self.writers.load(Ordering::SeqCst) > 1
+    }
+
     /// Whether nobody has it open.
     pub(super) fn is_closed(&self) -> bool {
         self.handles.load(Ordering::SeqCst) == 0

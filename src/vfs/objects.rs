@@ -155,19 +155,21 @@ impl Vfs {
     ) -> Result<()> {
         if let Some(file_size) = change.file_size {
             self.attributes.written_after(object);
-            match handle.or_else(|| self.draft(object)) {
+            match handle {
                 Some(draft) => draft.truncate(&self.publisher, file_size).await?,
-                None => self.truncate_closed(object, file_size).await?,
+                None => self.truncate_by_name(object, file_size).await?,
             }
         }
         self.remember(object, false, change).await
     }
 
-    /// truncate(2) of an object that nobody writes: opened, cut, and published again.
-    async fn truncate_closed(self: &Arc<Self>, object: &ObjectName, file_size: u64) -> Result<()> {
+    /// truncate(2): opened, cut, and published again when nobody else writes it. The handle keeps a file that somebody
+    /// else closes meanwhile.
+    async fn truncate_by_name(self: &Arc<Self>, object: &ObjectName, file_size: u64) -> Result<()> {
         let how = Opening { write: true, truncate: file_size == 0, create: false };
         let draft = self.open_draft(object, how).await?;
         let result = match draft.truncate(&self.publisher, file_size).await {
+            Ok(()) if draft.has_other_writers() => Ok(()),
             Ok(()) => draft.flush(&self.publisher).await,
             Err(error) => Err(error),
         };
