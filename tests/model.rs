@@ -472,7 +472,6 @@ fn a_buckets_directory_is_like_an_ordinary_one() {
 }
 
 #[test]
-#[ignore = "what is open follows its name still (vfs)"]
 fn open_files_are_like_ordinary_ones_whatever_becomes_of_their_names() {
     if !can_mount() {
         return;
