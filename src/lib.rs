@@ -99,8 +99,19 @@
 //! is there, and heartbeats that carry the upload's log. A host that sees no heartbeat for one lease period takes
 //! the job over; the epoch is the fencing token.
 //!
-//! Store errors are classified in one place (`bucket/remote.rs`): refused for good, changed, not there, or transient.
-//! Single requests are retried by the store's client, whole jobs are resumed with back-off and jitter.
+//! # Requests to a store
+//!
+//! Each request that writes says what it replaces, a [`bucket::Replaces`]: the store compares, or a local bucket does under
+//! a lock, and [`error::ErrorKind::Conflict`] says that something else is there. Each part and each object is sent with a
+//! checksum that the store compares with what it has received, or the part's entity tag is compared with the part: what
+//! arrives damaged is sent again, and never takes the place of what was there. What a store can do of this is found out at
+//! mount ([`bucket::Bucket::probe`]), by requests that it must refuse; what it cannot is looked for before the request, and
+//! said in [`bucket::Bucket::limitation`].
+//!
+//! Store errors are classified in one place (`bucket/reply.rs`): refused for good, changed, not there, damaged, or transient.
+//! Single requests are retried by the store's client, whole jobs are resumed with back-off and jitter. Requests in flight are
+//! bounded by class, each with a lane of its own (`bucket/limits.rs`), so that a listing does not wait for parts of uploads;
+//! look-ups and listings of a store that does not answer are given up after 30 seconds.
 //!
 //! # Options
 //!

@@ -4,7 +4,6 @@
 //! A request that object_store made and signed gets the headers of the task that it belongs to, the condition of a
 //! completion for instance, and is signed again with them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -16,8 +15,7 @@ use object_store::client::{
     ReqwestConnector,
 };
 
-use tracing::warn;
-
+use super::key::Unshown;
 use super::listing;
 use crate::error::{Error, ErrorKind};
 
@@ -92,8 +90,8 @@ impl Connector {
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let client = ReqwestConnector::default().connect(options)?;
-        let (signer, has_unshown) = (Arc::clone(&self.signer), AtomicBool::new(false));
-        Ok(HttpClient::new(StoreClient { client, signer, has_unshown }))
+        let (signer, unshown) = (Arc::clone(&self.signer), Unshown::default());
+        Ok(HttpClient::new(StoreClient { client, signer, unshown }))
     }
 }
 
@@ -101,8 +99,7 @@ impl HttpConnector for Connector {
 struct StoreClient {
     client: HttpClient,
     signer: Arc<OnceLock<Signer>>,
-    /// Whether it has been told that the store has keys that cannot be shown.
-    has_unshown: AtomicBool,
+    unshown: Unshown,
 }
 
 #[async_trait::async_trait]
@@ -150,9 +147,7 @@ impl StoreClient {
         let body = body.bytes().await?;
         let shown = std::str::from_utf8(&body).ok().and_then(listing::without_unshown);
         let Some((shown, unshown)) = shown else { return Ok(HttpResponse::from_parts(parts, body.into())) };
-        if !self.has_unshown.swap(true, Ordering::Relaxed) {
-            warn!("objects whose keys cannot be paths are not shown, for instance {unshown:?}");
-        }
+        self.unshown.note(&unshown);
         Ok(HttpResponse::from_parts(parts, shown.into()))
     }
 }

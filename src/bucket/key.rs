@@ -1,8 +1,10 @@
 //! Keys: the names of objects, checked once.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -97,6 +99,28 @@ impl TryFrom<String> for ObjectKey {
 impl From<ObjectKey> for String {
     fn from(key: ObjectKey) -> Self {
         key.0
+    }
+}
+
+/// What of a store cannot be shown in a filesystem, told once.
+#[derive(Debug, Default)]
+pub(super) struct Unshown(AtomicBool);
+
+impl Unshown {
+    /// The key, if it can be a path.
+    pub(super) fn shown(&self, key: &str) -> Option<ObjectKey> {
+        let parsed = ObjectKey::parse(key).ok();
+        if parsed.is_none() && key.split('/').next() != Some(CONTROL_PREFIX) {
+            self.note(key);
+        }
+        parsed
+    }
+
+    /// Tells of a key that cannot be a path, unless one was told of before.
+    pub(super) fn note(&self, key: &str) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            warn!("objects whose keys cannot be paths are not shown, for instance {key:?}");
+        }
     }
 }
 

@@ -15,9 +15,10 @@ use super::replaces::Replaces;
 use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Requests of a bucket that are in flight at once, by class: 144 in all.
+/// Requests of a bucket that are in flight at once, by class: 168 in all.
 const METADATA_IN_FLIGHT: usize = 64;
 const READS_IN_FLIGHT: usize = 32;
+const AHEAD_IN_FLIGHT: usize = 24;
 const WRITES_IN_FLIGHT: usize = 32;
 const PARTS_IN_FLIGHT: usize = 16;
 
@@ -37,6 +38,7 @@ pub(super) struct LimitedStore<S> {
     timeout: Duration,
     metadata: Semaphore,
     reads: Semaphore,
+    ahead: Semaphore,
     writes: Semaphore,
     parts: Semaphore,
 }
@@ -48,6 +50,7 @@ impl<S> LimitedStore<S> {
             timeout,
             metadata: Semaphore::new(METADATA_IN_FLIGHT),
             reads: Semaphore::new(READS_IN_FLIGHT),
+            ahead: Semaphore::new(AHEAD_IN_FLIGHT),
             writes: Semaphore::new(WRITES_IN_FLIGHT),
             parts: Semaphore::new(PARTS_IN_FLIGHT),
         }
@@ -60,8 +63,8 @@ impl<S> LimitedStore<S> {
         within(one_try * METADATA_TRIES, request).await
     }
 
-    async fn reading<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
-        within(self.timeout * READ_TRIES, in_lane(&self.reads, request)).await
+    async fn reading<T>(&self, lane: &Semaphore, request: impl Future<Output = Result<T>>) -> Result<T> {
+        within(self.timeout * READ_TRIES, in_lane(lane, request)).await
     }
 }
 
@@ -112,7 +115,7 @@ impl<S: Store> Store for LimitedStore<S> {
     }
 
     async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
-        self.reading(self.store.read(key, range, etag)).await
+        self.reading(&self.reads, self.store.read(key, range, etag)).await
     }
 
     async fn read_pieces(
@@ -123,7 +126,7 @@ impl<S: Store> Store for LimitedStore<S> {
         piece: usize,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<()> {
-        self.reading(self.store.read_pieces(key, range, etag, piece, take)).await
+        self.reading(&self.ahead, self.store.read_pieces(key, range, etag, piece, take)).await
     }
 
     async fn put(&self, key: &ObjectKey, put: Put) -> Result<Option<String>> {

@@ -24,7 +24,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::checksum::Checksum;
-use super::key::{CONTROL_PREFIX, ObjectKey, unique};
+use super::key::{CONTROL_PREFIX, ObjectKey, Unshown, unique};
 use super::replaces::{Conditions, Replaces};
 use super::reply::conflict;
 use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
@@ -41,6 +41,7 @@ const LOCK: &str = "lock";
 #[derive(Clone)]
 pub(super) struct LocalStore {
     root: Arc<OwnedFd>,
+    unshown: Arc<Unshown>,
 }
 
 impl LocalStore {
@@ -51,7 +52,7 @@ impl LocalStore {
         if !file.metadata().is_ok_and(|m| m.is_dir()) {
             return Err(Error::new(ErrorKind::NotDirectory, "the bucket is not a directory").in_file(place));
         }
-        Ok(Self { root: Arc::new(file.into()) })
+        Ok(Self { root: Arc::new(file.into()), unshown: Arc::default() })
     }
 
     fn sweep_now(&self, kept: &[String]) {
@@ -137,13 +138,17 @@ impl LocalStore {
         let mut directory = Dir::from_fd(opened).map_err(|e| failed("cannot list", e))?;
         let names: Vec<_> = directory.iter().flatten().map(|entry| entry.file_name().to_owned()).collect();
         for name in names {
-            let Ok(name) = name.to_str() else { continue };
-            let key = match prefix {
-                _ if name == "." || name == ".." => continue,
-                Some(prefix) => prefix.child(name),
-                None => ObjectKey::parse(name),
+            let Ok(name) = name.to_str() else {
+                self.unshown.note(&name.to_string_lossy());
+                continue;
             };
-            let Ok(key) = key else { continue };
+            if name == "." || name == ".." || prefix.is_none() && name == CONTROL_PREFIX {
+                continue;
+            }
+            let Ok(key) = prefix.map_or_else(|| ObjectKey::parse(name), |prefix| prefix.child(name)) else {
+                self.unshown.note(name);
+                continue;
+            };
             // Links that lead out, and what vanished meanwhile, are not shown.
             let Ok(Some(stat)) = self.stat(key.as_str()) else { continue };
             if is_directory(&stat) {
@@ -205,7 +210,7 @@ impl LocalStore {
     fn lock(&self) -> Result<Flock<File>> {
         let failed = |e| failed("cannot lock the bucket", e);
         self.create_directories(CONTROL_PREFIX)?;
-        let file = self.open_at(&format!("{CONTROL_PREFIX}/{LOCK}"), OFlag::O_CREAT | OFlag::O_RDWR);
+        let file = self.open_at(&format!("{CONTROL_PREFIX}/{LOCK}"), OFlag::O_CREAT | OFlag::O_RDONLY);
         Flock::lock(File::from(file.map_err(failed)?), FlockArg::LockExclusive).map_err(|(_, e)| failed(e))
     }
 

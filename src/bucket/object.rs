@@ -137,7 +137,9 @@ impl Bucket {
         let checksum = abilities.checks_puts.map(|checksum| (checksum, checksum.of(&bytes)));
         let replaces = self.looked_for(key, replaces, abilities.conditions.of_put(replaces)).await?;
         let put = Put { bytes, tags: tags.clone(), replaces, checksum };
-        for sending in 1.. {
+        let mut sending = 0;
+        loop {
+            sending += 1;
             match self.store().put(key, put.clone()).await {
                 Err(error) if error.kind() == ErrorKind::Damaged && sending < SENDINGS => {
                     warn!("{key} is sent again: {}", error.report());
@@ -152,7 +154,6 @@ impl Bucket {
                 put => return put.map_err(|e| self.named(e, key)),
             }
         }
-        unreachable!("the last sending returns")
     }
 
     /// The object, if it has these bytes.

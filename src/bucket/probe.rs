@@ -46,6 +46,7 @@ impl Bucket {
             let (puts, parts) = tokio::join!(self.probe_puts(&found), self.probe_parts(&found));
             (found.checks_puts, (found.checks_parts, found.has_md5_etags)) = (puts?, parts?);
             found.conditions = self.probe_conditions(&key).await?;
+            tracing::debug!("bucket {}: {found:?}", self.name());
             *self.inner.abilities.lock() = found;
         }
         self.delete(&key).await
@@ -55,8 +56,10 @@ impl Bucket {
     /// what is there. Some accept that condition and ignore it.
     ///
     /// # Errors
-    /// [`Unsupported`](ErrorKind::Unsupported) when it does not.
+    /// [`Unsupported`](ErrorKind::Unsupported) when it does not, [`ReadOnly`](ErrorKind::ReadOnly) where nothing can be
+    /// written.
     pub fn check_shareable(&self) -> Result<()> {
+        self.check_writable()?;
         if self.abilities().conditions.creations {
             return Ok(());
         }

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
@@ -16,11 +15,10 @@ use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload,
     TagSet, UpdateVersion,
 };
-use tracing::warn;
 
 use super::checksum::{Checksum, composite_etag};
 use super::client::{self, Header};
-use super::key::{CONTROL_PREFIX, ObjectKey};
+use super::key::{CONTROL_PREFIX, ObjectKey, Unshown};
 use super::replaces::Replaces;
 use super::reply::{conflict, translated, write_error};
 use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
@@ -222,7 +220,10 @@ impl Store for RemoteStore {
                 .filter(|meta| Some(&meta.location) != path.as_ref())
                 .filter_map(|meta| self.meta(meta))
                 .collect(),
-            prefixes: names.filter(|name| self.unshown.is_shown(name)).map(str::to_owned).collect(),
+            prefixes: names
+                .filter(|name| *name == CONTROL_PREFIX || self.unshown.shown(name).is_some())
+                .map(str::to_owned)
+                .collect(),
         };
         Ok((listing, next))
     }
@@ -423,28 +424,4 @@ fn condition(replaces: &Replaces) -> Vec<Header> {
 
 fn checksum_header(checksum: Option<(Checksum, String)>) -> Vec<Header> {
     checksum.into_iter().map(|(checksum, value)| (checksum.header(), value)).collect()
-}
-
-/// What of a store cannot be shown, told once.
-#[derive(Debug, Default)]
-struct Unshown(AtomicBool);
-
-impl Unshown {
-    /// The key, if it can be a path.
-    fn shown(&self, key: &str) -> Option<ObjectKey> {
-        match ObjectKey::parse(key) {
-            Ok(key) => Some(key),
-            Err(error) => {
-                let is_own = key.split('/').next() == Some(CONTROL_PREFIX);
-                if !is_own && !self.0.swap(true, Ordering::Relaxed) {
-                    warn!("objects whose keys cannot be paths are not shown, for instance: {error}");
-                }
-                None
-            }
-        }
-    }
-
-    fn is_shown(&self, name: &str) -> bool {
-        name == CONTROL_PREFIX || self.shown(name).is_some()
-    }
 }

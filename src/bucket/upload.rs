@@ -8,7 +8,7 @@ use tracing::warn;
 
 use super::checksum::composite_etag;
 use super::object::SENDINGS;
-use super::store::{Abilities, PutPart};
+use super::store::PutPart;
 use super::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{GIB, MIB, TIB};
@@ -74,9 +74,14 @@ impl Bucket {
         self.throttle(bytes.len()).await;
         let abilities = self.abilities();
         let checksum = abilities.checks_parts.map(|checksum| (checksum, checksum.of(&bytes)));
-        let expected = expected_id(&abilities, &bytes).await?;
-        let part = PutPart { index, bytes, checksum };
-        for sending in 1.. {
+        let mut expected = match checksum {
+            None if abilities.has_md5_etags => Some(md5_of(&bytes).await?),
+            _ => None,
+        };
+        let mut part = PutPart { index, bytes, checksum };
+        let mut sending = 0;
+        loop {
+            sending += 1;
             let error = match self.store().put_part(key, upload, part.clone()).await {
                 Ok(id) if expected.as_deref().is_none_or(|expected| id.trim_matches('"') == expected) => {
                     return Ok(id);
@@ -85,14 +90,18 @@ impl Bucket {
                     let what = format!("part {}: the store has received something else, {id}", index + 1);
                     Error::new(ErrorKind::Damaged, what).transient()
                 }
+                // The upload was begun by a version that told the store of no checksum.
+                Err(error) if is_final(&error) && part.checksum.is_some() && abilities.has_md5_etags => {
+                    (part.checksum, expected) = (None, Some(md5_of(&part.bytes).await?));
+                    continue;
+                }
                 Err(error) => error,
             };
-            if error.kind() != ErrorKind::Damaged || sending == SENDINGS {
+            if error.kind() != ErrorKind::Damaged || sending >= SENDINGS {
                 return Err(self.named(error, key));
             }
             warn!("a part of {key} is sent again: {}", error.report());
         }
-        unreachable!("the last sending returns")
     }
 
     /// What the entity tag of the object begins with that these parts will make, where that is known before.
@@ -201,14 +210,14 @@ impl Bucket {
     }
 }
 
-/// The id that a store must give to a part, where nothing else tells whether the part arrived as it was sent.
-async fn expected_id(abilities: &Abilities, part: &Bytes) -> Result<Option<String>> {
-    if !abilities.has_md5_etags || abilities.checks_parts.is_some() {
-        return Ok(None);
-    }
+/// Whether a store refuses a part, and will again.
+fn is_final(error: &Error) -> bool {
+    error.kind() == ErrorKind::UploadFailed && !error.is_transient()
+}
+
+/// A part's MD5, the id that some stores give to it.
+async fn md5_of(part: &Bytes) -> Result<String> {
     let part = part.clone();
     let digest = tokio::task::spawn_blocking(move || hex::encode(Md5::digest(&part))).await;
-    digest
-        .map(Some)
-        .map_err(|e| Error::new(ErrorKind::Internal, "a worker of the bucket panicked").because(e))
+    digest.map_err(|e| Error::new(ErrorKind::Internal, "a worker of the bucket panicked").because(e))
 }
