@@ -22,8 +22,8 @@ use tokio::runtime::Handle as Runtime;
 use tracing::debug;
 
 use self::reply::{
-    copy_errno, errno, file_attr, handle, ino, open_options, read_now, reply_attr, reply_directory,
-    reply_empty, reply_entry, reply_write, reply_xattr, reply_xattr_change, time, utf8,
+    copy_errno, errno, file_attr, handle, ino, open_options, permissions, read_now, reply_attr,
+    reply_directory, reply_empty, reply_entry, reply_write, reply_xattr, reply_xattr_change, time, utf8,
 };
 pub use self::session::{FuseOptions, MountedSession, Requests, Unmounter};
 use crate::metrics::Op;
@@ -110,7 +110,7 @@ impl Filesystem for FuseAdapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let mode = mode.map(|mode| (mode & 0o7777) as u16);
+        let mode = mode.map(permissions);
         let change = AttrChange { mode, uid, gid, file_size: size, modified: mtime.map(time) };
         self.work(Op::Setattr, async move |vfs| {
             reply_attr("setattr", vfs.setattr(ino(node), fh.map(handle), &change).await, reply);
@@ -122,13 +122,13 @@ impl Filesystem for FuseAdapter {
         _req: &Request,
         parent: INodeNo,
         name: &OsStr,
-        _mode: u32,
+        mode: u32,
         _umask: u32,
         reply: ReplyEntry,
     ) {
         let name = utf8(name);
         self.work(Op::Mkdir, async move |vfs| {
-            let made = async { vfs.make_directory(ino(parent), &name?).await };
+            let made = async { vfs.make_directory(ino(parent), &name?, permissions(mode)).await };
             reply_entry("mkdir", made.await, reply);
         });
     }
@@ -149,7 +149,7 @@ impl Filesystem for FuseAdapter {
         }
         let name = utf8(name);
         self.work(Op::Create, async move |vfs| {
-            let made = async { vfs.make_file(ino(parent), &name?).await };
+            let made = async { vfs.make_file(ino(parent), &name?, permissions(mode)).await };
             reply_entry("mknod", made.await, reply);
         });
     }
@@ -213,13 +213,13 @@ impl Filesystem for FuseAdapter {
         req: &Request,
         parent: INodeNo,
         name: &OsStr,
-        _mode: u32,
+        mode: u32,
         _umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
         let name = utf8(name);
-        let options = OpenOptions { opener: Some(req.pid()), ..open_options(flags) };
+        let options = OpenOptions { opener: Some(req.pid()), mode: permissions(mode), ..open_options(flags) };
         self.work(Op::Create, async move |vfs| {
             let created = async { vfs.create(ino(parent), &name?, options).await };
             match created.await {

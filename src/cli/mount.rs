@@ -145,15 +145,16 @@ impl Mounted {
         if by_signal {
             info!("ending by signal; unfinished jobs stay recorded");
         }
-        saving.abort();
         let stop = async {
             vfs.end_drafts().await;
             self.jobs.stop().await;
+            // Waits for the one under way.
             vfs.save_attributes().await;
         };
         if self.runtime.block_on(async { tokio::time::timeout(STOP_LIMIT, stop).await }).is_err() {
             warn!("a store did not answer within {} s; the next mount resumes", STOP_LIMIT.as_secs());
         }
+        saving.abort();
         info!("ended");
         self.runtime.shutdown_timeout(Duration::from_secs(1));
         // The session that ended without a result was cut off by the signal.

@@ -121,7 +121,7 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
         blocks: attr.file_size.div_ceil(SECTOR),
         atime: attr.modified,
         mtime: attr.modified,
-        ctime: attr.modified,
+        ctime: attr.changed,
         crtime: attr.modified,
         kind: file_type(attr.kind),
         perm: attr.mode,
@@ -142,12 +142,18 @@ pub(super) fn time(time: TimeOrNow) -> SystemTime {
     }
 }
 
+/// The permission bits of a mode. That of a new file is without the umask's already: the kernel takes it away.
+pub(super) fn permissions(mode: u32) -> u16 {
+    (mode & 0o7777) as u16
+}
+
 pub(super) fn open_options(flags: i32) -> OpenOptions {
     OpenOptions {
         write: flags & libc::O_ACCMODE != libc::O_RDONLY,
         truncate: flags & libc::O_TRUNC != 0,
         exclusive: flags & libc::O_EXCL != 0,
         opener: None,
+        mode: 0,
     }
 }
 

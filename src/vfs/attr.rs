@@ -41,6 +41,8 @@ pub struct Attr {
     pub gid: u32,
     /// When the content last changed.
     pub modified: SystemTime,
+    /// When content or attributes last changed.
+    pub changed: SystemTime,
     /// How long these attributes and the name that led to them may be kept.
     pub ttl: Duration,
 }
@@ -109,6 +111,7 @@ impl Vfs {
             uid: settings.uid,
             gid: settings.gid,
             modified,
+            changed: modified,
             ttl,
         }
     }

@@ -2,20 +2,27 @@
 //!
 //! They are kept in the bucket itself, one JSON object for each directory among freightfs's own files, so that they
 //! last over mounts and other hosts see them. Changes are written at most once a second, and at the end.
+//!
+//! They belong to the content that they were set for, which its entity tag names. What is set on a content that is being
+//! written, or put in place by a job, is pending: it becomes the object's when the job succeeds, under the tag that the
+//! object then has, and nobody's when it fails.
+
+mod directory;
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tracing::warn;
+use tracing::{debug, warn};
 
-use super::{AttrChange, ObjectName, Vfs};
-use crate::bucket::{Bucket, ObjectKey, Replaces};
+use self::directory::{Directory, Document, FileAttributes, Pending, Snapshot};
+use super::{Attr, AttrChange, ObjectName, Vfs};
+use crate::bucket::ObjectKey;
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::JobState;
 
 /// How long attributes that were read from a bucket are believed: other hosts may change them.
 const AGE: Duration = Duration::from_secs(30);
@@ -26,8 +33,14 @@ const DIRECTORIES_KEPT: usize = 256;
 /// How often changes are written.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How often a document is written again over what another host has written meanwhile.
+const SAVE_ATTEMPTS: usize = 10;
+
 /// Bytes of all extended attributes of a file, names and values (Linux: XATTR_SIZE_MAX).
 const MAX_XATTRS: usize = 64 << 10;
+
+/// Bytes of an extended attribute's name (Linux: XATTR_NAME_MAX).
+const MAX_XATTR_NAME: usize = 255;
 
 /// Where extended attributes that users set begin; ours are not set.
 const USER_PREFIX: &str = "user.";
@@ -36,67 +49,20 @@ const OWN_PREFIX: &str = "user.freightfs.";
 /// A bucket, and a directory in it or its top.
 type DirectoryName = (String, Option<ObjectKey>);
 
-/// What is set on one file or directory.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct FileAttributes {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) mode: Option<u16>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) uid: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) gid: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) modified: Option<Timestamp>,
-    /// Values in hexadecimal.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    xattrs: BTreeMap<String, String>,
-    /// The object's tag, once it is known: attributes of an object that somebody replaced are not the new one's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    etag: Option<String>,
-}
-
-/// A directory's document.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Document {
-    version: u32,
-    directory: String,
-    /// By name; directories end with `/`.
-    files: BTreeMap<String, FileAttributes>,
-}
-
-struct Directory {
-    files: BTreeMap<String, FileAttributes>,
-    loaded: Instant,
-    dirty: bool,
-}
-
 /// The attributes of all buckets, as far as they were asked for.
 #[derive(Default)]
 pub(super) struct Attributes {
     directories: Mutex<HashMap<DirectoryName, Directory>>,
+    /// Held while changes are written, so that who waits for it knows that they are.
+    saving: tokio::sync::Mutex<()>,
 }
 
-impl Attributes {
-    /// Changes what is known of a file already, if anything is set on it.
-    fn change_known(&self, object: &ObjectName, change: impl FnOnce(&mut FileAttributes) -> bool) {
-        let (directory, name) = place(object, false);
-        let mut directories = self.directories.lock();
-        if let Some(directory) = directories.get_mut(&directory)
-            && let Some(file) = directory.files.get_mut(&name)
-        {
-            directory.dirty |= change(file);
-        }
-    }
-
-    /// Bytes were written: a time that was set before does not hold any more.
-    pub(super) fn written_after(&self, object: &ObjectName) {
-        self.change_known(object, |file| file.modified.take().is_some());
-    }
-
-    /// A new content is being published: its tag is not known yet.
-    pub(super) fn republished(&self, object: &ObjectName) {
-        self.change_known(object, |file| file.etag.take().is_some());
-    }
+/// Whose attributes are changed.
+enum Place {
+    /// A content that is being written or put in place, by the job.
+    Pending(Option<String>),
+    /// The object with that tag, or a directory.
+    There(Option<String>),
 }
 
 /// A file's place: its directory and its name there, with `/` at the end for a directory.
@@ -112,17 +78,174 @@ fn document_name(directory: Option<&ObjectKey>) -> String {
     format!("attributes/{}.json", &hex::encode(Sha256::digest(key.as_bytes()))[..32])
 }
 
+/// Whether users may set an extended attribute of that name.
+fn is_user_xattr(name: &str) -> bool {
+    name.starts_with(USER_PREFIX)
+        && !name.starts_with(OWN_PREFIX)
+        && name.len() <= MAX_XATTR_NAME
+        && !name.contains('\0')
+}
+
+impl Attributes {
+    /// Changes what is set on a content that is being made; `change` tells whether it did. What no job puts in place
+    /// yet is in no document.
+    fn change_pending(&self, object: &ObjectName, change: impl FnOnce(&mut Pending) -> bool) {
+        let (directory, name) = place(object, false);
+        let mut directories = self.directories.lock();
+        if let Some(directory) = directories.get_mut(&directory)
+            && let Some(pending) = directory.pending.get_mut(&name)
+            && change(pending)
+            && pending.job.is_some()
+        {
+            directory.mark(&name);
+        }
+    }
+
+    /// Bytes were written: a time that was set before does not hold any more.
+    pub(super) fn written_after(&self, object: &ObjectName) {
+        self.change_pending(object, |pending| pending.set.modified.take().is_some());
+    }
+
+    /// A job puts the content in place that was written, or has done so before: what is set on it is the object's when
+    /// it succeeds.
+    pub(super) fn published_by(&self, object: &ObjectName, job: &str) {
+        self.change_pending(object, |pending| {
+            pending.job = Some(job.to_owned());
+            !pending.set.is_empty()
+        });
+    }
+
+    /// Moves what is set on a content that is being written.
+    pub(super) fn move_pending(&self, from: &ObjectName, to: &ObjectName) {
+        let (mut directories, (from, to)) = (self.directories.lock(), (place(from, false), place(to, false)));
+        let moved = directories.get_mut(&from.0).and_then(|directory| directory.pending.remove(&from.1));
+        if let Some(directory) = directories.get_mut(&to.0) {
+            directory.pending.remove(&to.1);
+            if let Some(mut pending) = moved {
+                pending.set.changed = Some(Timestamp::now());
+                directory.pending.insert(to.1, pending);
+            }
+        }
+    }
+}
+
 impl Vfs {
-    /// What is set on a file or directory; reads the directory's document when it is not known or old.
-    async fn file_attributes(
+    /// Reads a directory's document when it is not known or old.
+    async fn load(&self, name: &DirectoryName) -> Result<()> {
+        let loaded = || self.attributes.directories.lock().get(name).map(|directory| directory.loaded);
+        let before = loaded();
+        if before.is_some_and(|at| at.elapsed() < AGE) {
+            return Ok(());
+        }
+        let (document, found) = match self.read_document(name).await {
+            // What is set here is known all the same.
+            Err(error) if before.is_some() => {
+                debug!(bucket = name.0, directory = directory_key(name), "{}", error.report());
+                return Ok(());
+            }
+            read => read?,
+        };
+        let mut directories = self.attributes.directories.lock();
+        match directories.get_mut(name) {
+            // Written or read again meanwhile: what was read here may be older.
+            Some(known) if Some(known.loaded) != before => {}
+            Some(known) => known.merge(document, found),
+            None => {
+                if directories.len() >= DIRECTORIES_KEPT {
+                    directories.retain(|_, d| d.is_needed() || d.loaded.elapsed() < AGE / 2);
+                }
+                directories.insert(name.clone(), Directory::new(document, found));
+            }
+        }
+        Ok(())
+    }
+
+    /// A directory's document and its tag, `None` where there is none. One that is damaged is as good as empty.
+    async fn read_document(
         &self,
-        object: &ObjectName,
-        is_directory: bool,
-    ) -> Result<Option<FileAttributes>> {
-        let (directory, name) = place(object, is_directory);
-        self.load(&directory).await?;
-        let directories = self.attributes.directories.lock();
-        Ok(directories.get(&directory).and_then(|d| d.files.get(&name).cloned()))
+        name: &DirectoryName,
+    ) -> Result<(Option<Document>, Option<Option<String>>)> {
+        let bucket = self.bucket(&name.0)?;
+        let Some(file) = bucket.read_control(&document_name(name.1.as_ref())).await? else {
+            return Ok((None, None));
+        };
+        let document = match Document::parse(&file.bytes, directory_key(name)) {
+            Ok(document) => Some(document),
+            Err(error) if error.kind() == ErrorKind::Malformed => {
+                warn!(bucket = name.0, directory = directory_key(name), "{}", error.report());
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        Ok((document, Some(file.etag)))
+    }
+
+    /// The job that puts a content in place, or `None` for one that is being written; nothing for what is there.
+    fn being_made(&self, object: &ObjectName) -> Option<Option<String>> {
+        if self.draft(object).is_some() {
+            return Some(None);
+        }
+        self.jobs.active(&object.0, &object.1).map(|job| Some(job.id()))
+    }
+
+    /// The tag of the object that is there.
+    async fn tag_of(&self, object: &ObjectName) -> Result<Option<String>> {
+        let recent = self.recent.get(object).filter(|_| self.jobs.newest(&object.0, &object.1).is_none());
+        let meta = match recent {
+            Some(meta) => Some(meta),
+            None => self.bucket(&object.0)?.head(&object.1).await?,
+        };
+        meta.map(|meta| meta.etag).ok_or_else(|| super::tree::no_entry(object.1.as_str()))
+    }
+
+    async fn place_of(&self, object: &ObjectName, is_directory: bool) -> Result<Place> {
+        if is_directory {
+            return Ok(Place::There(None));
+        }
+        // A status that only its job has is nobody's to change.
+        if self.status_job(&object.0, &object.1).is_some() {
+            return Ok(Place::Pending(None));
+        }
+        match self.being_made(object) {
+            Some(job) => Ok(Place::Pending(job)),
+            None => self.tag_of(object).await.map(Place::There),
+        }
+    }
+
+    /// Gives what succeeded jobs have put in place to the objects, and takes away what is nobody's any more.
+    fn settle_pending(&self, name: &DirectoryName) {
+        let mut directories = self.attributes.directories.lock();
+        let Some(directory) = directories.get_mut(name) else { return };
+        for (file, pending) in std::mem::take(&mut directory.pending) {
+            let is_open = self.is_open(name, &file);
+            let status = pending.job.as_ref().and_then(|id| self.jobs.job(id)).map(|job| job.status());
+            match (&pending.job, status.as_ref().map(|status| status.status)) {
+                (Some(_), Some(JobState::Success)) => {
+                    let etag = status.and_then(|status| status.etag);
+                    if is_open {
+                        let pending = Pending { job: None, set: pending.set.of_new_content() };
+                        directory.pending.insert(file.clone(), pending);
+                    }
+                    directory.commit(file, FileAttributes { etag, ..pending.set });
+                }
+                (Some(_), Some(state)) if state.is_final() => {
+                    directory.mark(&file);
+                    if is_open {
+                        directory.pending.insert(file, Pending { job: None, ..pending });
+                    }
+                }
+                _ => drop(directory.pending.insert(file, pending)),
+            }
+        }
+    }
+
+    /// Whether somebody has a file of a directory open, or waits for its own name.
+    fn is_open(&self, directory: &DirectoryName, file: &str) -> bool {
+        let key = match &directory.1 {
+            Some(prefix) => prefix.child(file),
+            None => ObjectKey::parse(file),
+        };
+        key.is_ok_and(|key| self.drafts.named(&(directory.0.clone(), key)).is_some())
     }
 
     /// Changes what is set on a file or directory.
@@ -130,50 +253,125 @@ impl Vfs {
         &self,
         object: &ObjectName,
         is_directory: bool,
-        change: impl FnOnce(&mut FileAttributes),
+        change: impl Fn(&mut FileAttributes),
     ) -> Result<()> {
         self.bucket(&object.0)?.check_writable()?;
         let (directory, name) = place(object, is_directory);
         self.load(&directory).await?;
+        let place = self.place_of(object, is_directory).await?;
+        self.settle_pending(&directory);
         let mut directories = self.attributes.directories.lock();
-        if let Some(directory) = directories.get_mut(&directory) {
-            change(directory.files.entry(name.clone()).or_default());
-            directory.files.retain(|n, file| *n != name || *file != FileAttributes::default());
-            directory.dirty = true;
+        let Some(directory) = directories.get_mut(&directory) else { return Ok(()) };
+        let now = Some(Timestamp::now());
+        let apply = |set: &mut FileAttributes| {
+            change(set);
+            set.changed = now;
+        };
+        match place {
+            Place::Pending(job) => {
+                let pending = directory.pending.entry(name.clone()).or_default();
+                pending.job = pending.job.take().or(job);
+                apply(&mut pending.set);
+                if pending.job.is_none() {
+                    return Ok(());
+                }
+            }
+            Place::There(etag) => {
+                let set = directory.files.entry(name.clone()).or_default();
+                if !set.is_of(etag.as_deref()) {
+                    *set = FileAttributes::default();
+                }
+                apply(set);
+                set.etag = etag;
+                // Somebody has it open to write and has not begun.
+                if let Some(pending) = directory.pending.get_mut(&name) {
+                    apply(&mut pending.set);
+                }
+            }
         }
+        directory.mark(&name);
         Ok(())
     }
 
-    async fn load(&self, name: &DirectoryName) -> Result<()> {
-        let known = |directories: &HashMap<DirectoryName, Directory>| {
-            directories.get(name).is_some_and(|d| d.dirty || d.loaded.elapsed() < AGE)
+    /// What is set on a file or directory, for those who ask for more than stat shows.
+    async fn file_attributes(&self, object: &ObjectName, is_directory: bool) -> Result<FileAttributes> {
+        let (directory, name) = place(object, is_directory);
+        self.load(&directory).await?;
+        self.settle_pending(&directory);
+        let known = |is_pending: bool| {
+            let directories = self.attributes.directories.lock();
+            let directory = directories.get(&directory)?;
+            match is_pending {
+                true => directory.pending.get(&name).map(|pending| pending.set.clone()),
+                false => directory.files.get(&name).cloned(),
+            }
         };
-        if known(&self.attributes.directories.lock()) {
+        if !is_directory && self.being_made(object).is_some() {
+            return Ok(known(true).unwrap_or_default());
+        }
+        match known(false) {
+            Some(set) if is_directory => Ok(set),
+            Some(set) if set.is_of(self.tag_of(object).await?.as_deref()) => Ok(set),
+            _ => Ok(FileAttributes::default()),
+        }
+    }
+
+    /// Somebody opens a file to write: until its content is published, what is set on it is pending. A file that is
+    /// written anew keeps its mode, owner and extended attributes, as on a disk.
+    pub(super) async fn begin_attributes(&self, object: &ObjectName) {
+        let (directory, name) = place(object, false);
+        let begun = async {
+            self.load(&directory).await?;
+            self.settle_pending(&directory);
+            let known = self.attributes.directories.lock().get(&directory).and_then(|directory| {
+                (!directory.pending.contains_key(&name)).then(|| directory.files.get(&name).cloned())
+            });
+            let set = match known {
+                None => return Ok(()),
+                Some(None) => FileAttributes::default(),
+                Some(Some(set)) => match self.tag_of(object).await {
+                    Ok(etag) if set.is_of(etag.as_deref()) => set.of_new_content(),
+                    Ok(_) => FileAttributes::default(),
+                    Err(error) if error.kind() == ErrorKind::NotFound => FileAttributes::default(),
+                    Err(error) => return Err(error),
+                },
+            };
+            if let Some(directory) = self.attributes.directories.lock().get_mut(&directory) {
+                directory.pending.entry(name).or_insert(Pending { job: None, set });
+            }
+            Ok(())
+        };
+        if let Err(error) = begun.await {
+            warn!(key = %object.1, "attributes cannot be read: {}", error.report());
+        }
+    }
+
+    /// The mode that a file gets at its creation. Only one that is not that of all files is kept.
+    pub(super) fn set_created_mode(&self, object: &ObjectName, mode: u16) {
+        let mode = mode & !self.settings.umask;
+        if mode != 0o644 & !self.settings.umask {
+            self.attributes.change_pending(object, |pending| {
+                pending.set.mode = Some(mode);
+                false
+            });
+        }
+    }
+
+    /// The mode that a directory gets at its creation.
+    pub(super) async fn set_directory_mode(&self, object: &ObjectName, mode: u16) -> Result<()> {
+        let mode = mode & !self.settings.umask;
+        if mode == 0o755 & !self.settings.umask {
             return Ok(());
         }
-        let bucket = self.bucket(&name.0)?;
-        let file = bucket.read_control(&document_name(name.1.as_ref())).await?;
-        let files = match file.map(|file| serde_json::from_slice::<Document>(&file.bytes)) {
-            None => BTreeMap::new(),
-            Some(Ok(document)) => document.files,
-            Some(Err(error)) => {
-                warn!(bucket = name.0, "attributes of a directory are damaged and not used: {error}");
-                BTreeMap::new()
-            }
-        };
-        let mut directories = self.attributes.directories.lock();
-        if !known(&directories) {
-            if directories.len() >= DIRECTORIES_KEPT {
-                directories.retain(|_, d| d.dirty || d.loaded.elapsed() < AGE / 2);
-            }
-            directories.insert(name.clone(), Directory { files, loaded: Instant::now(), dirty: false });
-        }
-        Ok(())
+        self.change_attributes(object, true, |set| set.mode = Some(mode)).await
     }
 
-    /// Puts what was set on a file over `attr`. What cannot be read is not put there.
-    pub(super) async fn overridden(&self, object: &ObjectName, attr: super::Attr) -> super::Attr {
-        self.overlaid(object, false, attr).await
+    /// Puts what was set on a content that is being made over `attr`. What cannot be read is not put there.
+    pub(super) async fn overridden(&self, object: &ObjectName, attr: Attr) -> Attr {
+        self.overlaid(object, false, attr, |directory, name| {
+            directory.pending.get(name).map(|pending| pending.set.clone())
+        })
+        .await
     }
 
     /// The same for an object that the store has with this tag.
@@ -181,41 +379,46 @@ impl Vfs {
         &self,
         object: &ObjectName,
         etag: Option<&str>,
-        attr: super::Attr,
-    ) -> super::Attr {
-        let over = self.overlaid(object, false, attr.clone()).await;
-        let mut replaced = false;
-        self.attributes.change_known(object, |file| {
-            let known = file.etag.as_deref();
-            replaced = known.is_some() && known != etag;
-            let learnt = known.is_none() && etag.is_some();
-            if learnt {
-                file.etag = etag.map(str::to_owned);
+        attr: Attr,
+    ) -> Attr {
+        let of_object = |directory: &mut Directory, name: &str| {
+            let set = directory.files.get_mut(name).filter(|set| set.is_of(etag))?;
+            let is_learnt = set.etag.is_none() && etag.is_some();
+            set.etag = etag.map(str::to_owned);
+            let set = set.clone();
+            if is_learnt {
+                directory.mark(name);
             }
-            learnt
-        });
-        if replaced {
-            self.forget_attributes(object, false).await;
-            return attr;
-        }
-        over
+            Some(set)
+        };
+        self.overlaid(object, false, attr, of_object).await
     }
 
     /// What was set on a directory.
-    pub(super) async fn overridden_directory(&self, object: &ObjectName, attr: super::Attr) -> super::Attr {
-        self.overlaid(object, true, attr).await
+    pub(super) async fn overridden_directory(&self, object: &ObjectName, attr: Attr) -> Attr {
+        self.overlaid(object, true, attr, |directory, name| directory.files.get(name).cloned()).await
     }
 
-    async fn overlaid(&self, object: &ObjectName, is_directory: bool, mut attr: super::Attr) -> super::Attr {
-        match self.file_attributes(object, is_directory).await {
-            Ok(Some(set)) => {
-                attr.mode = set.mode.unwrap_or(attr.mode);
-                attr.uid = set.uid.unwrap_or(attr.uid);
-                attr.gid = set.gid.unwrap_or(attr.gid);
-                attr.modified = set.modified.map_or(attr.modified, SystemTime::from);
-            }
-            Ok(None) => {}
-            Err(error) => warn!(key = %object.1, "attributes cannot be read: {}", error.report()),
+    async fn overlaid(
+        &self,
+        object: &ObjectName,
+        is_directory: bool,
+        mut attr: Attr,
+        find: impl FnOnce(&mut Directory, &str) -> Option<FileAttributes>,
+    ) -> Attr {
+        let (directory, name) = place(object, is_directory);
+        if let Err(error) = self.load(&directory).await {
+            warn!(key = %object.1, "attributes cannot be read: {}", error.report());
+            return attr;
+        }
+        self.settle_pending(&directory);
+        let mut directories = self.attributes.directories.lock();
+        if let Some(set) = directories.get_mut(&directory).and_then(|directory| find(directory, &name)) {
+            attr.mode = set.mode.unwrap_or(attr.mode);
+            attr.uid = set.uid.unwrap_or(attr.uid);
+            attr.gid = set.gid.unwrap_or(attr.gid);
+            attr.modified = set.modified.map_or(attr.modified, SystemTime::from);
+            attr.changed = set.changed.map_or(attr.changed, |at| attr.changed.max(at.into()));
         }
         attr
     }
@@ -243,24 +446,47 @@ impl Vfs {
 
     /// A file or directory is gone.
     pub(super) async fn forget_attributes(&self, object: &ObjectName, is_directory: bool) {
-        let forgotten =
-            self.change_attributes(object, is_directory, |set| *set = FileAttributes::default()).await;
-        if let Err(error) = forgotten {
-            warn!(key = %object.1, "attributes cannot be removed: {}", error.report());
+        let (directory, name) = place(object, is_directory);
+        if let Err(error) = self.load(&directory).await {
+            return warn!(key = %object.1, "attributes cannot be removed: {}", error.report());
+        }
+        if let Some(directory) = self.attributes.directories.lock().get_mut(&directory) {
+            let pending = directory.pending.remove(&name);
+            if directory.files.remove(&name).is_some() || pending.is_some_and(|p| !p.set.is_empty()) {
+                directory.mark(&name);
+            }
         }
     }
 
-    /// A file has another name now.
-    pub(super) async fn move_attributes(&self, from: &ObjectName, to: &ObjectName) -> Result<()> {
-        let set = self.file_attributes(from, false).await?.unwrap_or_default();
-        self.change_attributes(to, false, |target| *target = FileAttributes { etag: None, ..set }).await?;
-        self.change_attributes(from, false, |source| *source = FileAttributes::default()).await
+    /// What is set on an object that is about to be copied to another name; `None` when nothing is.
+    pub(super) async fn attributes_to_move(&self, from: &ObjectName) -> Result<Option<FileAttributes>> {
+        let set = self.file_attributes(from, false).await?;
+        Ok((!set.is_empty()).then_some(set))
+    }
+
+    /// An object has been copied to another name, with what was set on it.
+    pub(super) async fn move_attributes(&self, to: &ObjectName, set: Option<FileAttributes>) -> Result<()> {
+        self.recent.forget(to);
+        // What is to be published under that name has its own already.
+        if self.being_made(to).is_some() {
+            return Ok(());
+        }
+        let Some(set) = set else {
+            self.forget_attributes(to, false).await;
+            return Ok(());
+        };
+        self.change_attributes(to, false, |target| *target = set.clone()).await
+    }
+
+    /// Makes sure that what is set on files beside `object` is known.
+    pub(super) async fn load_attributes(&self, object: &ObjectName) -> Result<()> {
+        self.load(&place(object, false).0).await
     }
 
     /// Whether a file bears the time by which rsync marks what it keeps of an interrupted transfer.
     pub(super) async fn is_marked_partial(&self, object: &ObjectName) -> Result<bool> {
         let set = self.file_attributes(object, false).await?;
-        Ok(set.and_then(|set| set.modified).is_some_and(|modified| modified.as_second() == 0))
+        Ok(set.modified.is_some_and(|modified| modified.as_second() == 0))
     }
 
     /// The value of an extended attribute that a user set.
@@ -270,8 +496,11 @@ impl Vfs {
         is_directory: bool,
         name: &str,
     ) -> Result<Option<Vec<u8>>> {
+        if !is_user_xattr(name) {
+            return Ok(None);
+        }
         let set = self.file_attributes(object, is_directory).await?;
-        Ok(set.and_then(|set| hex::decode(set.xattrs.get(name)?).ok()))
+        Ok(set.xattrs.get(name).and_then(|value| hex::decode(value).ok()))
     }
 
     /// The names of the extended attributes that users set.
@@ -280,8 +509,7 @@ impl Vfs {
         object: &ObjectName,
         is_directory: bool,
     ) -> Result<Vec<String>> {
-        let set = self.file_attributes(object, is_directory).await?;
-        Ok(set.map(|set| set.xattrs.into_keys().collect()).unwrap_or_default())
+        Ok(self.file_attributes(object, is_directory).await?.xattrs.into_keys().collect())
     }
 
     /// Sets or, without a value, removes an extended attribute. `exists` says whether it must be there (or not).
@@ -294,12 +522,12 @@ impl Vfs {
         value: Option<&[u8]>,
         exists: Option<bool>,
     ) -> Result<bool> {
-        if !name.starts_with(USER_PREFIX) || name.starts_with(OWN_PREFIX) {
+        if !is_user_xattr(name) {
             let what =
                 format!("the extended attribute {name:?} cannot be set; those that begin with user. can");
             return Err(Error::unsupported(what));
         }
-        let set = self.file_attributes(object, is_directory).await?.unwrap_or_default();
+        let set = self.file_attributes(object, is_directory).await?;
         let there = set.xattrs.contains_key(name);
         match exists {
             Some(true) if !there => return Ok(false),
@@ -321,30 +549,72 @@ impl Vfs {
         Ok(true)
     }
 
-    /// Writes what was changed, now.
+    /// Writes what was changed, now. When this returns, changes made before it are in the bucket, or the log says why
+    /// not. One bucket does not wait for another.
     pub async fn save_attributes(&self) {
-        let dirty: Vec<DirectoryName> = {
-            let directories = self.attributes.directories.lock();
-            directories.iter().filter(|(_, d)| d.dirty).map(|(name, _)| name.clone()).collect()
-        };
-        for name in dirty {
-            let Ok(bucket) = self.bucket(&name.0) else { continue };
-            let Some(files) = self.taken_for_saving(&name) else { continue };
-            if let Err(error) = save(bucket, name.1.as_ref(), files).await {
-                warn!(bucket = name.0, "attributes could not be written: {}", error.report());
-                if let Some(directory) = self.attributes.directories.lock().get_mut(&name) {
-                    directory.dirty = true;
+        let _alone = self.attributes.saving.lock().await;
+        let known: Vec<DirectoryName> = self.attributes.directories.lock().keys().cloned().collect();
+        let mut changed: BTreeMap<String, Vec<DirectoryName>> = BTreeMap::new();
+        for name in known {
+            self.settle_pending(&name);
+            if let Some(directory) = self.attributes.directories.lock().get_mut(&name) {
+                directory.sweep(|file| self.is_open(&name, file));
+            }
+            if self.attributes.directories.lock().get(&name).is_some_and(Directory::is_changed) {
+                changed.entry(name.0.clone()).or_default().push(name);
+            }
+        }
+        let save = async |names: Vec<DirectoryName>| {
+            for name in names {
+                if let Err(error) = self.save_directory(&name).await {
+                    self.note_unsaved(&name, &error);
                 }
+            }
+        };
+        futures::future::join_all(changed.into_values().map(save)).await;
+    }
+
+    /// Writes a directory's document over the one that was read; over another one only what was changed here.
+    async fn save_directory(&self, name: &DirectoryName) -> Result<()> {
+        let bucket = self.bucket(&name.0)?;
+        let document = document_name(name.1.as_ref());
+        let mut attempts = 0;
+        loop {
+            let snapshot = match self.attributes.directories.lock().get(name) {
+                Some(directory) => directory.snapshot(directory_key(name))?,
+                None => return Ok(()),
+            };
+            let Snapshot { document: json, replaces, .. } = &snapshot;
+            let written = match json.clone() {
+                Some(json) => bucket.put_control(&document, Bytes::from(json), replaces).await.map(Some),
+                None => bucket.delete_control_if(&document, replaces).await.map(|()| None),
+            };
+            match written {
+                Ok(found) => {
+                    if let Some(directory) = self.attributes.directories.lock().get_mut(name) {
+                        directory.saved(&snapshot, found);
+                    }
+                    return Ok(());
+                }
+                Err(error) if error.kind() == ErrorKind::Conflict && attempts < SAVE_ATTEMPTS => {
+                    attempts += 1;
+                    let (theirs, found) = self.read_document(name).await?;
+                    if let Some(directory) = self.attributes.directories.lock().get_mut(name) {
+                        directory.merge(theirs, found);
+                    }
+                }
+                Err(error) => return Err(error),
             }
         }
     }
 
-    /// The files of a directory, which counts as saved from now on.
-    fn taken_for_saving(&self, name: &DirectoryName) -> Option<BTreeMap<String, FileAttributes>> {
-        let mut directories = self.attributes.directories.lock();
-        let directory = directories.get_mut(name)?;
-        (directory.dirty, directory.loaded) = (false, Instant::now());
-        Some(directory.files.clone())
+    /// Says once why attributes are not written; they stay and are written later.
+    fn note_unsaved(&self, name: &DirectoryName, error: &Error) {
+        if let Some(directory) = self.attributes.directories.lock().get_mut(name)
+            && !std::mem::replace(&mut directory.is_failing, true)
+        {
+            warn!(bucket = name.0, directory = directory_key(name), "attributes: {}", error.report());
+        }
     }
 
     /// Writes changes every second, for ever.
@@ -356,20 +626,9 @@ impl Vfs {
     }
 }
 
-async fn save(
-    bucket: &Bucket,
-    directory: Option<&ObjectKey>,
-    files: BTreeMap<String, FileAttributes>,
-) -> Result<()> {
-    let name = document_name(directory);
-    if files.is_empty() {
-        return bucket.delete_control(&name).await;
-    }
-    let directory = directory.map_or_else(String::new, |key| key.as_str().to_owned());
-    let document = Document { version: 1, directory, files };
-    let json = serde_json::to_vec(&document)
-        .map_err(|e| Error::new(ErrorKind::Internal, "attributes cannot be encoded").because(e))?;
-    bucket.put_control(&name, Bytes::from(json), &Replaces::Anything).await.map(drop)
+/// A directory's key as its document has it; empty for the top.
+fn directory_key(name: &DirectoryName) -> &str {
+    name.1.as_ref().map_or("", ObjectKey::as_str)
 }
 
 #[cfg(test)]
@@ -377,20 +636,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn documents_survive_and_names_do_not_collide() {
-        let set = FileAttributes {
-            mode: Some(0o640),
-            modified: Some("2021-03-04T05:06:07.123456789Z".parse().unwrap()),
-            xattrs: BTreeMap::from([("user.a".to_owned(), "00ff".to_owned())]),
-            ..FileAttributes::default()
-        };
-        let document = Document {
-            version: 1,
-            directory: "a".into(),
-            files: BTreeMap::from([("f".into(), set.clone())]),
-        };
-        let json = serde_json::to_vec(&document).unwrap();
-        assert_eq!(serde_json::from_slice::<Document>(&json).unwrap().files["f"], set);
+    fn names_of_documents_do_not_collide() {
         let key = |text| ObjectKey::parse(text).unwrap();
         let names = [document_name(None), document_name(Some(&key("a"))), document_name(Some(&key("a/b")))];
         assert!(names.iter().all(|name| name.len() < 60) && names[0] != names[1] && names[1] != names[2]);

@@ -1,7 +1,7 @@
 //! Opening and closing objects, and taking them away from under those who have them open.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::draft::{Draft, Unlinked};
 use super::inode::{Ino, Node};
@@ -70,6 +70,9 @@ impl Vfs {
                 self.drafts.open(object, how.write, || make)
             }
         };
+        if how.write {
+            self.begin_attributes(object).await;
+        }
         self.begin_handle(&draft, how).await.map(|()| draft)
     }
 
@@ -87,10 +90,19 @@ impl Vfs {
             draft.unpark();
         }
         if how.write && how.truncate {
-            self.attributes.written_after(&draft.object());
+            self.note_written(draft);
             return draft.truncate(&self.publisher, 0).await;
         }
         Ok(())
+    }
+
+    /// Bytes of a file were written: a time that was set before does not hold any more. One that has lost its name is
+    /// not what has that name now.
+    pub(super) fn note_written(&self, draft: &Arc<Draft>) {
+        let object = draft.object();
+        if self.drafts.named(&object).is_some_and(|named| Arc::ptr_eq(&named, draft)) {
+            self.attributes.written_after(&object);
+        }
     }
 
     /// Refuses to write what an image is exported to, and the status of that.
@@ -186,6 +198,7 @@ impl Vfs {
             attr.uid = change.uid.unwrap_or(attr.uid);
             attr.gid = change.gid.unwrap_or(attr.gid);
             attr.modified = change.modified.unwrap_or(attr.modified);
+            attr.changed = SystemTime::now();
         });
         Ok(())
     }

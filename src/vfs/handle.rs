@@ -40,6 +40,8 @@ pub struct OpenOptions {
     pub exclusive: bool,
     /// The process that opens it, where that is known.
     pub opener: Option<u32>,
+    /// Permission bits that it gets when it is created.
+    pub mode: u16,
 }
 
 /// Where lseek looks to.
@@ -164,7 +166,7 @@ impl Vfs {
     ) -> Result<(Attr, HandleId)> {
         let object = self.writable_child(parent, name)?;
         // What comes into being from here on, by another host, is what this file will replace.
-        let mut truncate = options.truncate;
+        let (mut truncate, mut is_new) = (options.truncate, false);
         match self.resolve_object(object.0.clone(), object.1.clone()).await {
             Ok((Node::Directory { .. }, _)) => {
                 return Err(Error::new(ErrorKind::IsDirectory, format!("{} is a directory", object.1)));
@@ -173,12 +175,15 @@ impl Vfs {
                 return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", object.1)));
             }
             Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => truncate = true,
+            Err(error) if error.kind() == ErrorKind::NotFound => (truncate, is_new) = (true, true),
             Err(error) => return Err(error),
         }
         self.permit_target(&object)?;
         let how = Opening { write: true, truncate, create: true };
         let draft = self.open_draft(&object, how).await?;
+        if is_new {
+            self.set_created_mode(&object, options.mode);
+        }
         let temporary = options.exclusive && rsync_target(name).is_some();
         if temporary && program(options.opener).as_deref() == Some("rsync") {
             draft.park();
@@ -188,8 +193,8 @@ impl Vfs {
     }
 
     /// Makes an empty file that nobody has open, as mknod(2) does.
-    pub async fn make_file(self: &Arc<Self>, parent: Ino, name: &str) -> Result<Attr> {
-        let options = OpenOptions { write: true, exclusive: true, ..OpenOptions::default() };
+    pub async fn make_file(self: &Arc<Self>, parent: Ino, name: &str, mode: u16) -> Result<Attr> {
+        let options = OpenOptions { write: true, exclusive: true, mode, ..OpenOptions::default() };
         let (attr, handle) = self.create(parent, name, options).await?;
         self.release(handle).await;
         Ok(attr)
@@ -248,7 +253,7 @@ impl Vfs {
     pub async fn write(self: &Arc<Self>, id: HandleId, at: FileOffset, bytes: Vec<u8>) -> Result<()> {
         let length = bytes.len() as u64;
         let draft = self.writer(id)?;
-        self.attributes.written_after(&draft.object());
+        self.note_written(&draft);
         draft.write(&self.publisher, at, bytes).await?;
         self.metrics.written_bytes.add(length);
         Ok(())
@@ -258,7 +263,7 @@ impl Vfs {
     pub fn write_now(&self, id: HandleId, at: FileOffset, bytes: &[u8]) -> Option<Result<()>> {
         let draft = self.writer(id).ok()?;
         let written = draft.try_write(&self.publisher, at, bytes)?;
-        self.attributes.written_after(&draft.object());
+        self.note_written(&draft);
         if written.is_ok() {
             self.metrics.written_bytes.add(bytes.len() as u64);
         }
@@ -286,7 +291,7 @@ impl Vfs {
             return Err(Error::new(ErrorKind::CrossDevice, "only image files are copied by range"));
         };
         let object = draft.object();
-        self.attributes.written_after(&object);
+        self.note_written(&draft);
         let first = draft.refusal().is_none();
         let copied = match self.permit_export(&source.facts, source.format, &object) {
             Ok(()) => draft.copy_range(&self.publisher, source, from, at, length).await,

@@ -178,14 +178,15 @@ impl Vfs {
     }
 
     /// Makes a directory, which exists in the mount until an object in it makes it exist in the store.
-    pub async fn make_directory(self: &Arc<Self>, parent: Ino, name: &str) -> Result<Attr> {
+    pub async fn make_directory(self: &Arc<Self>, parent: Ino, name: &str, mode: u16) -> Result<Attr> {
         let object = self.writable_child(parent, name)?;
         if self.resolve_object(object.0.clone(), object.1.clone()).await.is_ok() {
             return Err(Error::new(ErrorKind::AlreadyExists, format!("{} exists", object.1)));
         }
         let store = self.bucket(&object.0)?;
         store.make_directory(&object.1).await?;
-        self.made_directories.lock().insert(object);
+        self.made_directories.lock().insert(object.clone());
+        self.set_directory_mode(&object, mode).await?;
         self.lookup(parent, name).await
     }
 
@@ -300,9 +301,11 @@ impl Vfs {
         from: &ObjectName,
         to: &ObjectName,
     ) -> Result<()> {
+        self.load_attributes(to).await?;
         let replaced = self.detach(to).await?;
         self.drafts.rename(draft, to, async { Ok(()) }).await?;
-        self.renamed(from, to, replaced).await?;
+        self.renamed(from, to, replaced);
+        self.forget_attributes(from, false).await;
         if self.is_marked_partial(to).await? {
             draft.give_up_early_upload().await;
             return Ok(());
@@ -318,6 +321,8 @@ impl Vfs {
     async fn rename_object(self: &Arc<Self>, from: &ObjectName, to: &ObjectName) -> Result<()> {
         self.check_settled(from).await?;
         self.check_settled(to).await?;
+        self.load_attributes(to).await?;
+        let set = self.attributes_to_move(from).await?;
         let replaced = self.detach(to).await?;
         let draft = self.drafts.named(from);
         let moving = async {
@@ -345,16 +350,18 @@ impl Vfs {
             self.reattach(replaced).await;
             return Err(error);
         }
-        self.renamed(from, to, replaced).await
+        self.renamed(from, to, replaced);
+        self.forget_attributes(from, false).await;
+        self.move_attributes(to, set).await
     }
 
     /// What is known of a file goes with it to its new name.
-    async fn renamed(&self, from: &ObjectName, to: &ObjectName, replaced: Detached) -> Result<()> {
+    fn renamed(&self, from: &ObjectName, to: &ObjectName, replaced: Detached) {
+        self.attributes.move_pending(from, to);
         let ino = self.inodes.rename(&object_node(from), &object_node(to));
         self.forget_name(replaced, ino);
         self.recent.forget(from);
         self.requests.rename(from, to);
-        self.move_attributes(from, to).await
     }
 
     /// Renames an object: a copy within the store, then a delete. It stays the same file for those who have it open, and

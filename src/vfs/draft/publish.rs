@@ -374,7 +374,7 @@ impl Draft {
             Some(file) => file.file_size(),
             None => job.status().size.unwrap_or(0),
         };
-        publisher.attributes.republished(&object);
+        publisher.attributes.published_by(&object, &job.id());
         let lane = match job.request().source.image() {
             Some(image) => Lane::Image(image.id.clone()),
             None => Lane::Staging,
