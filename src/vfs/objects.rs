@@ -12,6 +12,7 @@ use super::{ObjectName, Vfs};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Job;
+use crate::failpoint::{self, Step};
 use std::sync::Arc;
 
 /// The suffix of status files.
@@ -255,7 +256,10 @@ impl Vfs {
         }
         let store = self.bucket(bucket)?;
         match store.head(key).await? {
-            Some(_) => store.delete(key).await?,
+            Some(_) => {
+                failpoint::pass(Step::ObjectRemove)?;
+                store.delete(key).await?;
+            }
             None if is_known => {}
             None => return Err(no_entry(key.as_str())),
         }
@@ -335,6 +339,7 @@ impl Vfs {
                 Some(_) => {
                     let copied = self.jobs.copy(store, &from.1, &to.1, &Replaces::Anything).await?;
                     // What somebody else has written there meanwhile stays.
+                    failpoint::pass(Step::ObjectRemove)?;
                     store.delete_if(&from.1, &Replaces::found(Some(copied.etag.as_deref()))).await
                 }
                 // Nothing of it was published yet.

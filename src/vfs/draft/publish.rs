@@ -18,6 +18,7 @@ use super::staged::Staged;
 use crate::bucket::{Bucket, ObjectFile, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{EarlyUpload, Job, JobQueue, JobRequest, JobSource, JobState, StatusImage, staged_file};
+use crate::failpoint::{self, Step};
 use crate::format::OutputFormat;
 use crate::image;
 use crate::storage::FileStorage;
@@ -486,6 +487,7 @@ async fn submit_staged(publisher: &Publisher, state: &mut State, object: &Object
     let (file, path) = (Arc::clone(&staged.file), staged.path.to_path_buf());
     let begun = staged.take_early_upload();
     let sync = move || {
+        failpoint::pass(Step::StageSync)?;
         file.sync_all().map_err(|e| Error::from_io("cannot sync the staged bytes", e))?;
         Ok((staged_file(&path)?, path))
     };

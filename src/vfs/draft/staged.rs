@@ -9,6 +9,7 @@ use super::ranges::Ranges;
 use super::source::RangeSource;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::EarlyUpload;
+use crate::failpoint::{self, Step};
 use crate::units::{FileOffset, MIB, SECTOR};
 use crate::vfile::VirtualFile;
 
@@ -41,6 +42,7 @@ impl Staged {
     pub(super) fn new(directory: &Path, limit: Option<u64>) -> Result<Self> {
         let failed =
             |e| Error::from_io("cannot create a staging file", e).in_file(directory.display().to_string());
+        failpoint::pass(Step::StageCreate)?;
         let file = tempfile::Builder::new().prefix("write-").tempfile_in(directory).map_err(failed)?;
         let (file, path) = file.into_parts();
         let file = Arc::new(file);
@@ -54,6 +56,7 @@ impl Staged {
     /// Writes bytes and notes them.
     pub(super) fn write(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
         let file = self.reserve(at, bytes.len() as u64)?;
+        failpoint::pass(Step::StageWrite)?;
         write_all(&file, at, bytes)?;
         self.wrote(at, bytes.len() as u64);
         Ok(())

@@ -1,0 +1,180 @@
+//! Nothing waits for something else's store: what hangs holds up its own requests only.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread::JoinHandle;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use support::can_mount;
+use support::images::{self, Random};
+use support::mount::{Mount, World};
+use support::proxied::{Setup, until};
+use support::proxy::{Fate, Request};
+
+/// A store that does not answer requests about some keys as long as it is told so.
+#[derive(Clone, Default)]
+struct Stopped {
+    is_stopped: Arc<AtomicBool>,
+    unanswered: Arc<AtomicUsize>,
+}
+
+impl Stopped {
+    fn fate(&self, request: &Request, method: &str, key: &str) -> Fate {
+        let is_meant = request.method == method && request.target.contains(key);
+        if !is_meant || !self.is_stopped.load(Ordering::SeqCst) {
+            return Fate::Forward;
+        }
+        self.unanswered.fetch_add(1, Ordering::SeqCst);
+        Fate::Hang
+    }
+
+    fn stop(&self, stopped: bool) {
+        self.is_stopped.store(stopped, Ordering::SeqCst);
+    }
+
+    fn wait_until_asked(&self) {
+        until("the store is asked", || self.unanswered.load(Ordering::SeqCst) > 0);
+    }
+}
+
+/// A mount of `b`, which may be stopped, and of `c`, a directory.
+fn mount(setup: &Setup) -> Mount {
+    images::odd(&setup.world.catalog());
+    let other = format!("c=file://{}", setup.world.bucket().display());
+    setup.mount(&["--bucket", &other, "-o", "timeout=5"])
+}
+
+fn names(mount: &Mount, directory: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(mount.path(directory)).unwrap();
+    let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Everything that does not need what hangs.
+fn assert_the_rest_answers(mount: &Mount) {
+    assert_eq!(names(mount, ""), [".freightfs", "buckets", "images", "jobs"]);
+    assert_eq!(names(mount, "images"), ["odd"]);
+    assert!(std::fs::metadata(mount.path("images/odd/odd.vhd")).unwrap().len() > 0);
+    assert!(std::fs::read(mount.path("images/odd/odd.raw")).unwrap().len() > 1000);
+    std::fs::write(mount.path("buckets/c/file"), "bytes").unwrap();
+    assert_eq!(std::fs::read(mount.path("buckets/c/file")).unwrap(), b"bytes");
+    assert!(names(mount, "buckets/c").contains(&"file".to_owned()));
+    assert_eq!(std::fs::metadata(mount.key("other")).unwrap().len(), 5);
+    assert_eq!(std::fs::read(mount.key("other")).unwrap(), b"other");
+    assert!(names(mount, "buckets/b").contains(&"other".to_owned()));
+}
+
+fn assert_all_wait<T>(threads: &[JoinHandle<T>]) {
+    assert!(threads.iter().all(|thread| !thread.is_finished()), "the store was not what they waited for");
+}
+
+#[test]
+fn writes_to_an_object_that_does_not_come_hold_up_nobody_else() {
+    let stopped = Stopped::default();
+    let store = stopped.clone();
+    let decide = move |request: &Request| store.fate(request, "GET", "/big");
+    let Some(setup) = Setup::new("writers-wait", decide) else { return };
+    let mount = mount(&setup);
+    let bytes = Random(1).bytes(3 << 20);
+    std::fs::write(mount.key("big"), &bytes).unwrap();
+    std::fs::write(mount.key("other"), "other").unwrap();
+    stopped.stop(true);
+    let key = mount.key("big");
+    let file = Arc::new(OpenOptions::new().read(true).write(true).open(&key).unwrap());
+    let write = |number: u8| {
+        let file = Arc::clone(&file);
+        std::thread::spawn(move || file.write_all_at(&[number; 10], u64::from(number) * 100))
+    };
+    let writers: Vec<_> = (1..13).map(write).collect();
+    stopped.wait_until_asked();
+    assert_the_rest_answers(&mount);
+    assert_eq!(std::fs::metadata(&key).unwrap().len(), 3 << 20);
+    assert_all_wait(&writers);
+    stopped.stop(false);
+    for writer in writers {
+        writer.join().unwrap().unwrap();
+    }
+    drop(file);
+    let mut expected = bytes;
+    for number in 1..13 {
+        expected[number * 100..][..10].fill(number as u8);
+    }
+    mount.unmount();
+    assert!(std::fs::read(setup.fetch("big")).unwrap() == expected);
+}
+
+#[test]
+fn a_close_whose_upload_hangs_holds_up_nobody_else() {
+    let stopped = Stopped::default();
+    let store = stopped.clone();
+    let decide = move |request: &Request| store.fate(request, "PUT", "/slow-");
+    let Some(setup) = Setup::new("closes-wait", decide) else { return };
+    let mount = mount(&setup);
+    std::fs::write(mount.key("other"), "other").unwrap();
+    stopped.stop(true);
+    let write = |number: usize| {
+        let key = mount.key(&format!("slow-{number}"));
+        std::thread::spawn(move || {
+            let mut file = File::create(key).unwrap();
+            file.write_all(b"slow").unwrap();
+            nix::unistd::close(file)
+        })
+    };
+    let writers: Vec<_> = (0..30).map(write).collect();
+    stopped.wait_until_asked();
+    assert_the_rest_answers(&mount);
+    for number in 0..30 {
+        let key = mount.key(&format!("slow-{number}"));
+        until("it is written", || std::fs::metadata(&key).is_ok_and(|meta| meta.len() == 4));
+        // Its number, size and bytes are there before its object is.
+        assert_eq!(std::fs::read(&key).unwrap(), b"slow");
+    }
+    assert_all_wait(&writers);
+    stopped.stop(false);
+    for writer in writers {
+        writer.join().unwrap().unwrap();
+    }
+    mount.unmount();
+    assert_eq!(std::fs::read(setup.fetch("slow-29")).unwrap(), b"slow");
+}
+
+#[test]
+fn closes_of_more_files_than_there_are_threads_all_end() {
+    const FILES: usize = 1100;
+    if !can_mount() {
+        return;
+    }
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let world = World::new();
+    let mount = world.mount(&[]);
+    let together = Arc::new(Barrier::new(FILES));
+    let write = |number: usize| {
+        let (key, together) = (mount.key(&format!("f{number}")), Arc::clone(&together));
+        let work = move || {
+            let mut file = File::create(key).unwrap();
+            write!(file, "{number}").unwrap();
+            together.wait();
+            nix::unistd::close(file)
+        };
+        std::thread::Builder::new().stack_size(1 << 17).spawn(work).unwrap()
+    };
+    let closers: Vec<_> = (0..FILES).map(write).collect();
+    until("something is closed", || closers.iter().any(JoinHandle::is_finished));
+    assert_eq!(names(&mount, ""), [".freightfs", "buckets", "images", "jobs"]);
+    for closer in closers {
+        closer.join().unwrap().unwrap();
+    }
+    mount.unmount();
+    for number in 0..FILES {
+        let object = std::fs::read_to_string(world.bucket().join(format!("f{number}"))).unwrap();
+        assert_eq!(object, number.to_string());
+    }
+}
