@@ -377,3 +377,36 @@ fn a_catalog_that_cannot_be_listed_is_refused_in_one_line() {
     let fake = check.arg("mount").arg(&there).arg(world.path("mnt")).args(["-o", "cache=1M"]);
     assert!(text(&run(fake)).contains("cache=1M"));
 }
+
+#[test]
+fn names_that_no_path_can_have_cost_nothing_but_themselves() {
+    let (Ok(endpoint), true) = (std::env::var("FREIGHTFS_TEST_MOTO"), can_mount()) else {
+        return support::skip("odd keys in a catalog: FREIGHTFS_TEST_MOTO is not set");
+    };
+    let bucket = format!("odd-{}", std::process::id());
+    let mut world = s3::world(&endpoint, &bucket);
+    let raw = images::noise(&world.out(""), 1 << 20);
+    let keys = [
+        "images/good.raw",
+        "images/pair/pair.raw",
+        "images//bad.raw",
+        "images/a/../b.raw",
+        "images/pair//c.raw",
+    ];
+    for key in keys {
+        let put = ["s3api", "put-object", "--bucket", &bucket, "--key", key, "--body"];
+        succeed(aws(&endpoint, &put).arg(&raw));
+    }
+    world.source = Some(format!("s3://{bucket}/images"));
+    let mount = world.mount(&[]);
+    let mut names: Vec<_> = std::fs::read_dir(mount.path("images"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["good", "pair"]);
+    for id in ["good", "pair"] {
+        assert_same(&mount.path(&format!("images/{id}/{id}.raw")), &raw);
+    }
+    mount.unmount();
+}

@@ -301,6 +301,7 @@ impl CompressedFile {
         let payload = self.payload(record.unit)?;
         self.image.verify_unchanged()?;
         if payload.len() != record.payload_size as usize {
+            self.workspace.forget(&self.key);
             let what = format!(
                 "unit {} compresses to {} bytes now and to {} before",
                 record.unit,

@@ -116,12 +116,29 @@ impl Workspace {
         lengths
     }
 
-    /// The lengths, from the first one on, of a pass under the same key that was cut off.
+    /// The lengths, from the first one on, of a pass under the same key that was cut off. What follows them in the file
+    /// is damaged, and is cut off: lengths that are kept from now on would never be read behind it.
     pub(super) fn load_growing(&self, key: &str, count: u64) -> Vec<u32> {
-        let read = self.growing_path(key).and_then(|path| std::fs::read(path).ok());
-        let mut lengths = read.map(|bytes| parse_growing(&bytes, key)).unwrap_or_default();
+        let Some(path) = self.growing_path(key) else { return Vec::new() };
+        let Ok(bytes) = std::fs::read(&path) else { return Vec::new() };
+        let (mut lengths, whole) = parse_growing(&bytes, key);
+        if whole < bytes.len() {
+            warn!(path = %path.display(), "compressed lengths are damaged from byte {whole} on; they are made again");
+            let cut = File::options().write(true).open(&path).and_then(|file| file.set_len(whole as u64));
+            if cut.is_err() {
+                let _ = std::fs::remove_file(&path);
+            }
+        }
         lengths.truncate(usize::try_from(count).unwrap_or(usize::MAX));
         lengths
+    }
+
+    /// What is kept under the key is not what the compressor makes: it is of no use.
+    pub(super) fn forget(&self, key: &str) {
+        let Some(path) = self.index_path(key) else { return };
+        warn!(path = %path.display(), "compressed lengths are wrong; they are made again");
+        let _ = std::fs::remove_file(path.with_extension("growing"));
+        let _ = std::fs::remove_file(path);
     }
 
     /// Keeps lengths of a pass that goes on, of which `start` came before.
@@ -204,8 +221,9 @@ fn growing_digest(key: &str, piece: &[u8]) -> [u8; DIGEST] {
     Sha256::new().chain_update(key.as_bytes()).chain_update(piece).finalize().into()
 }
 
-/// The lengths of all pieces up to the first that is cut off, damaged or out of order.
-fn parse_growing(mut bytes: &[u8], key: &str) -> Vec<u32> {
+/// The lengths of all pieces up to the first that is cut off, damaged or out of order, and the bytes of those pieces.
+fn parse_growing(mut bytes: &[u8], key: &str) -> (Vec<u32>, usize) {
+    let all = bytes.len();
     let number = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_le_bytes);
     let mut lengths: Vec<u32> = Vec::new();
     while bytes.len() >= 16 {
@@ -225,7 +243,7 @@ fn parse_growing(mut bytes: &[u8], key: &str) -> Vec<u32> {
         lengths.extend(new.map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])));
         bytes = rest;
     }
-    lengths
+    (lengths, all - bytes.len())
 }
 
 fn write_index(path: &Path, key: &str, lengths: &[u32]) -> std::io::Result<()> {
@@ -362,11 +380,16 @@ mod tests {
             bad[at] ^= 1;
             let expected: [u32; 5] = [1, 2, 3, 4, 5];
             for bytes in [&bad[..], &good[..at]] {
-                let lengths = parse_growing(bytes, "key");
+                let (lengths, _) = parse_growing(bytes, "key");
                 assert!(expected.starts_with(&lengths), "byte {at}: {lengths:?}");
             }
         }
-        assert!(parse_growing(&good, "other").is_empty());
+        assert!(parse_growing(&good, "other").0.is_empty());
+        // Behind damage that stays nothing would be found again.
+        std::fs::write(&path, [&good[..], b"damaged"].concat()).unwrap();
+        let known = workspace.load_growing("key", 100).len() as u64;
+        workspace.keep_growing("key", known, &[7]);
+        assert_eq!(workspace.load_growing("key", 100), [1, 2, 3, 4, 5, 7]);
         workspace.save_index("key", &[1, 2]);
         assert!(!path.exists());
     }
