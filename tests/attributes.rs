@@ -276,8 +276,11 @@ fn attributes_that_somebody_wrote_into_the_bucket_make_a_file_nothing_else() {
     json["files"]["link"] =
         serde_json::json!({ "mode": 0o120_777, "xattrs": { "security.capability": "00" } });
     json["files"]["odd"] = serde_json::json!({ "mode": "no number" });
+    json["pending"] = serde_json::json!({ "new": { "job": "of nobody here", "mode": 0o777 } });
     std::fs::write(&document, serde_json::to_vec(&json).unwrap()).unwrap();
     let mount = world.mount(&[]);
+    std::fs::write(mount.key("new"), "new").unwrap();
+    assert_eq!(mode(&mount.key("new")) & 0o777, 0o644, "another host's job gives its attributes");
     let link = mount.key("link").symlink_metadata().unwrap();
     assert!(link.is_file(), "{link:?}");
     assert_eq!(link.mode() & 0o7777, 0o777);

@@ -208,7 +208,11 @@ impl Vfs {
         }
         match self.being_made(object) {
             Some(job) => Ok(Place::Pending(job)),
-            None => self.tag_of(object).await.map(Place::There),
+            None => {
+                // What is set is not set for what a listing had some seconds ago.
+                self.recent.forget(object);
+                self.tag_of(object).await.map(Place::There)
+            }
         }
     }
 
@@ -236,6 +240,16 @@ impl Vfs {
                 }
                 _ => drop(directory.pending.insert(file, pending)),
             }
+        }
+    }
+
+    /// Takes away what is pending under a name for a job that this mount does not know: another host's, or one that was
+    /// forgotten. It is not what is being made here.
+    fn drop_foreign(&self, directory: &mut Directory, name: &str) {
+        let job = directory.pending.get(name).and_then(|pending| pending.job.as_ref());
+        if job.is_some_and(|id| self.jobs.job(id).is_none()) {
+            directory.pending.remove(name);
+            directory.mark(name);
         }
     }
 
@@ -269,6 +283,7 @@ impl Vfs {
         };
         match place {
             Place::Pending(job) => {
+                self.drop_foreign(directory, &name);
                 let pending = directory.pending.entry(name.clone()).or_default();
                 pending.job = pending.job.take().or(job);
                 apply(&mut pending.set);
@@ -323,7 +338,8 @@ impl Vfs {
         let begun = async {
             self.load(&directory).await?;
             self.settle_pending(&directory);
-            let known = self.attributes.directories.lock().get(&directory).and_then(|directory| {
+            let known = self.attributes.directories.lock().get_mut(&directory).and_then(|directory| {
+                self.drop_foreign(directory, &name);
                 (!directory.pending.contains_key(&name)).then(|| directory.files.get(&name).cloned())
             });
             let set = match known {
