@@ -19,12 +19,24 @@
 //! | 9 | [`cli`] | arguments, wiring, the daemon |
 //!
 //! Readers, layouts and `convert` are synchronous, positional and shared between threads; `bucket` and
-//! `export` are asynchronous. The two meet where `vfs` waits for a bucket or a job.
+//! `export` are asynchronous. [`vfs`] is where the two meet: what may wait is an `async fn`, and synchronous work that may
+//! take long goes to a thread of its lane. No lock of a synchronous kind is held while anything waits.
 //!
-//! # The way of a read
+//! # Waiting
+//!
+//! [`fuse`] answers on the dispatcher's threads what cannot wait: reads of local images, and writes into a staged file that
+//! nobody else changes. Every other request is a task, and what a task waits for, a store, a job, a lock of the file that it
+//! is about, is waited for by no thread. So whatever hangs holds up the requests that need it, and these only: an object
+//! those that read or write it, a bucket those that list it or look names up in it, an image those that read it. An upload
+//! holds up the close of its file, and no getattr. Bounds: 16 threads for the readers of each image, for listings of the
+//! catalog, and for staged files, 512 for all images together; each write that waits holds its up to 1 MiB; a file that is
+//! removed while it is open and that only the bucket has is fetched up to 256 MiB; 32 files under rsync's temporary names,
+//! for an hour, wait for their own.
+//!
+//! # Read path
 //!
 //! The kernel asks [`fuse`] for up to 1 MiB of, say, `web01.vhd`. The file was opened with direct I/O, so there is
-//! no second copy in the page cache. A dispatcher thread calls [`vfs::Vfs::read`], which finds the handle's
+//! no second copy in the page cache. A dispatcher thread calls [`vfs::Vfs::read_now`], which finds the handle's
 //! [`convert::ConvertedFile`], fixed at open to one generation of the source. That asks the
 //! [`layout::Layout`] which [`layout::Region`] stands at the offset: headers and tables, which the layout
 //! makes up; zeros; or a run of the guest's disk. A layout reads nothing: it was built from the disk's virtual size
@@ -36,8 +48,11 @@
 //!
 //! Where the catalog is a bucket, its files are a [`catalog::BucketFiles`]: each image is read through a
 //! [`bucket::ObjectFile`] in blocks, by requests that name the entity tag, and the blocks are kept in the one
-//! [`bucket::BlockCache`] of the mount. Readers do not know the difference; the adapter moves such reads off the
-//! dispatcher.
+//! [`bucket::BlockCache`] of the mount. Readers do not know the difference; such reads, and those of
+//! compressed files, are made by [`vfs::Vfs::read`] on a thread of the image's lane.
+//!
+//! An object of a bucket is read through the same blocks, by a task, without a thread; one that is being written from its
+//! staged file; one that an export is making through the converter.
 //!
 //! Listing needs the exact size of each file, and so the allocation map: one walk over the image's tables at its
 //! first look-up, shared by all formats with the same unit. No image data is read before somebody reads it.
@@ -57,13 +72,25 @@
 //! Everything that other programs make random, identifiers and times, is derived from the source, so two
 //! conversions of one source are byte-identical.
 //!
+//! # Open objects
+//!
+//! An open object is a file of its own, a draft. A name leads to it, and so does an inode number; handles hold it. All
+//! handles on it see the same bytes. When the name is removed or given to another file by a rename, its number and its
+//! handles keep it, with a link count of 0, and nothing of it is published any more; the name's new file has another
+//! number, or the same one in another generation when the kernel had forgotten the old one. A rename takes the number
+//! along: the bucket has the object under its new name before it is removed under the old one, and what was written is
+//! published under the new name. Another host's new version of an object is another file.
+//!
+//! Drafts know buckets, jobs and lanes by their publisher, and not the mount.
+//!
 //! # Export path
 //!
 //! `cp images/web01/web01.vhd buckets/b/` creates a draft ([`vfs`]) and sends `copy_file_range`. The draft only
 //! records that range. At close(2) the kernel sends a flush: when the recorded ranges cover the whole file,
 //! [`export::JobQueue::submit`] writes a record into the journal, synced, and close returns. If anything else
 //! arrives, parts, other offsets, plain writes, the bytes are staged in a file, and close waits for its upload,
-//! because a writer of plain bytes expects close to tell. Of a large one, parts that the writer has passed are sent
+//! because a writer of plain bytes expects close to tell: a task waits, and what is written before it ends is published
+//! after it. The first write to an object that the bucket has fetches it into such a file. Of a large one, parts that the writer has passed are sent
 //! meanwhile; the job at the end takes that upload over and sends what is missing or was written again.
 //!
 //! What may be exported is a [`policy::Policy`], data: the vfs asks it when an image's file is opened, when a name in a

@@ -27,8 +27,8 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle as Runtime;
 
 pub use attr::{Attr, AttrChange, NodeKind};
-pub use handle::{HandleId, OpenOptions, Whence};
-pub use inode::{Ino, ROOT_INO};
+pub use handle::{OpenOptions, Whence};
+pub use inode::{HandleId, Ino, ROOT_INO};
 pub use tree::DirectoryEntry;
 
 use crate::bucket::{Bucket, ObjectKey};

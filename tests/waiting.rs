@@ -43,6 +43,9 @@ impl Stopped {
     }
 }
 
+/// More than the dispatcher has threads.
+const WRITERS: usize = 12;
+
 /// A mount of `b`, which may be stopped, and of `c`, a directory.
 fn mount(setup: &Setup) -> Mount {
     images::odd(&setup.world.catalog());
@@ -82,32 +85,35 @@ fn writes_to_an_object_that_does_not_come_hold_up_nobody_else() {
     let decide = move |request: &Request| store.fate(request, "GET", "/big");
     let Some(setup) = Setup::new("writers-wait", decide) else { return };
     let mount = mount(&setup);
-    let bytes = Random(1).bytes(3 << 20);
-    std::fs::write(mount.key("big"), &bytes).unwrap();
+    let key = |number: usize| mount.key(&format!("big-{number}"));
+    for number in 0..WRITERS {
+        std::fs::write(key(number), Random(number as u64).bytes(300_000)).unwrap();
+    }
     std::fs::write(mount.key("other"), "other").unwrap();
     stopped.stop(true);
-    let key = mount.key("big");
-    let file = Arc::new(OpenOptions::new().read(true).write(true).open(&key).unwrap());
-    let write = |number: u8| {
-        let file = Arc::clone(&file);
-        std::thread::spawn(move || file.write_all_at(&[number; 10], u64::from(number) * 100))
+    // Each writes a file of its own: the kernel lets one write to a file at a time.
+    let write = |number: usize| {
+        let file = OpenOptions::new().read(true).write(true).open(key(number)).unwrap();
+        std::thread::spawn(move || {
+            file.write_all_at(b"changed", 100)?;
+            nix::unistd::close(file).map_err(std::io::Error::from)
+        })
     };
-    let writers: Vec<_> = (1..13).map(write).collect();
-    stopped.wait_until_asked();
+    let writers: Vec<_> = (0..WRITERS).map(write).collect();
+    until("the store is asked for all", || stopped.unanswered.load(Ordering::SeqCst) >= WRITERS);
     assert_the_rest_answers(&mount);
-    assert_eq!(std::fs::metadata(&key).unwrap().len(), 3 << 20);
+    assert_eq!(std::fs::metadata(key(3)).unwrap().len(), 300_000);
     assert_all_wait(&writers);
     stopped.stop(false);
     for writer in writers {
         writer.join().unwrap().unwrap();
     }
-    drop(file);
-    let mut expected = bytes;
-    for number in 1..13 {
-        expected[number * 100..][..10].fill(number as u8);
-    }
     mount.unmount();
-    assert!(std::fs::read(setup.fetch("big")).unwrap() == expected);
+    for number in [0, WRITERS - 1] {
+        let mut expected = Random(number as u64).bytes(300_000);
+        expected[100..107].copy_from_slice(b"changed");
+        assert!(std::fs::read(setup.fetch(&format!("big-{number}"))).unwrap() == expected);
+    }
 }
 
 #[test]

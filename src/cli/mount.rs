@@ -130,7 +130,9 @@ impl Mounted {
         let unmounter = self.session.unmounter();
         let signalled = self.runtime.spawn(signalled());
         let saver = Arc::clone(&vfs);
-        let saving = self.runtime.spawn(async move { saver.keep_saving_attributes().await });
+        let saving = self
+            .runtime
+            .spawn(async move { tokio::join!(saver.keep_saving_attributes(), saver.keep_drafts_bounded()) });
         let requests = self.session.requests();
         let mut ended = serve_session(self.session)?;
         let (result, by_signal) = self.runtime.block_on(async {

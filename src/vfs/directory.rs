@@ -9,12 +9,11 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use super::attr::NodeKind;
-use super::handle::{Handle, HandleId};
 use super::inode::{Ino, Node};
 use super::tree::DirectoryEntry;
 use super::{ObjectName, Vfs};
 use crate::bucket::{ObjectKey, ObjectMeta};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 
 /// How long a listing answers look-ups of the objects in it, so that `ls -l` asks once a page and not once a name.
 const RECENT: Duration = Duration::from_secs(5);
@@ -79,24 +78,19 @@ impl RecentObjects {
 }
 
 impl Vfs {
-    /// Opens a directory. Its first names are found out now, so that a bucket that cannot be listed is told here.
-    pub async fn open_directory(self: &Arc<Self>, ino: Ino) -> Result<HandleId> {
-        let reading = tokio::sync::Mutex::new(self.begin_reading(ino).await?);
-        Ok(self.handles.insert(Handle::Directory(OpenDirectory { ino, reading })))
+    /// Begins to read a directory. Its first names are found out now, so that a bucket that cannot be listed is told here.
+    pub(super) async fn directory(self: &Arc<Self>, ino: Ino) -> Result<OpenDirectory> {
+        Ok(OpenDirectory { ino, reading: tokio::sync::Mutex::new(self.begin_reading(ino).await?) })
     }
 
-    /// Gives the names of an open directory from number `from` on, until `take` says that it is full. Number 0 begins
-    /// anew with what there is then.
-    pub async fn read_directory(
+    /// Gives the names of a directory from number `from` on, until `take` says that it is full. Number 0 begins anew with
+    /// what there is then.
+    pub(super) async fn read_names(
         self: &Arc<Self>,
-        id: HandleId,
+        directory: &OpenDirectory,
         from: u64,
         mut take: impl FnMut(u64, &DirectoryEntry) -> bool + Send,
     ) -> Result<()> {
-        let handle = self.handles.get(id)?;
-        let Handle::Directory(directory) = &*handle else {
-            return Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's"));
-        };
         let mut reading = directory.reading.lock().await;
         if from < reading.first {
             *reading = self.begin_reading(directory.ino).await?;

@@ -12,6 +12,9 @@ use crate::export::JobSource;
 /// How long a rename waits for the job that publishes what a program wrote.
 const PREVIOUS_LIMIT: Duration = Duration::from_secs(10);
 
+/// How often files under temporary names are looked at.
+const PARKED_INTERVAL: Duration = Duration::from_secs(60);
+
 /// How an object is opened.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Opening {
@@ -136,6 +139,14 @@ impl Vfs {
                 let busy = Error::new(ErrorKind::Busy, "a job is making this object");
                 Err(busy.in_file(object.1.as_str()))
             }
+        }
+    }
+
+    /// Gives up, for ever, files that killed programs left under temporary names.
+    pub async fn keep_drafts_bounded(&self) {
+        loop {
+            tokio::time::sleep(PARKED_INTERVAL).await;
+            self.drafts.give_up_parked(SystemTime::now());
         }
     }
 

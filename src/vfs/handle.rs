@@ -11,9 +11,9 @@ use super::directory::OpenDirectory;
 use super::draft::{Draft, RangeSource, rsync_target};
 use super::drafts::Opening;
 use super::export_options::{TAG_PREFIX, TOKEN_XATTR};
-use super::inode::{Ino, Node};
+use super::inode::{HandleId, Ino, Node};
 use super::lanes::Lane;
-use super::tree::read_only;
+use super::tree::{DirectoryEntry, read_only};
 use super::{ObjectName, Vfs};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::JobSource;
@@ -24,10 +24,6 @@ use crate::vfile::{VirtualFile, readable};
 
 /// Most bytes that one copy_file_range records: a program sees progress, and the kernel's reply is 32 bits wide.
 const MAX_RANGE: u64 = GIB;
-
-/// A number for an open file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct HandleId(pub u64);
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -307,6 +303,25 @@ impl Vfs {
         let copied = copied?;
         self.metrics.copied_bytes.add(copied);
         Ok(copied)
+    }
+
+    /// Opens a directory. A bucket that cannot be listed fails here.
+    pub async fn open_directory(self: &Arc<Self>, ino: Ino) -> Result<HandleId> {
+        Ok(self.handles.insert(Handle::Directory(self.directory(ino).await?)))
+    }
+
+    /// Gives the names of an open directory from number `from` on, until `take` says that it is full. Number 0 begins
+    /// anew with what there is then.
+    pub async fn read_directory(
+        self: &Arc<Self>,
+        id: HandleId,
+        from: u64,
+        take: impl FnMut(u64, &DirectoryEntry) -> bool + Send,
+    ) -> Result<()> {
+        match &*self.handles.get(id)? {
+            Handle::Directory(directory) => self.read_names(directory, from, take).await,
+            _ => Err(Error::new(ErrorKind::NotDirectory, "the handle is not a directory's")),
+        }
     }
 
     /// What close(2) waits for. Handles that only read have nothing to do.

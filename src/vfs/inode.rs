@@ -14,6 +14,10 @@ use crate::format::OutputFormat;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ino(pub u64);
 
+/// A number for an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HandleId(pub u64);
+
 /// The root directory's number, fixed by the kernel's protocol (FUSE_ROOT_ID in linux/fuse.h).
 pub const ROOT_INO: Ino = Ino(1);
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::attr::{Attr, NodeKind};
-use super::inode::{ControlFile, Ino, Node};
+use super::inode::{ControlFile, HandleId, Ino, Node};
 use super::lanes::Lane;
-use super::{AttrChange, HandleId, Vfs};
+use super::{AttrChange, Vfs};
 use crate::catalog::CatalogImage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Job, RecordedFile, StatusImage};

@@ -13,14 +13,16 @@ use super::super::attr::Attr;
 use super::super::inode::Ino;
 use super::Draft;
 use super::publish::Publisher;
+use super::rsync::rsync_target;
 use crate::error::Result;
 
 /// Files under a temporary name that nobody has open and that wait for their own: more than that, and the oldest is
 /// given up. One that is left by a killed rsync never gets its name.
 const PARKED: usize = 32;
 
-/// How long such a file waits.
-const PARKED_AGE: Duration = Duration::from_secs(3600);
+/// How long a file under a temporary name waits, and what an interrupted transfer has left under its own.
+const TEMPORARY_AGE: Duration = Duration::from_secs(3600);
+const PARTIAL_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// All drafts.
 #[derive(Default)]
@@ -167,13 +169,15 @@ impl Drafts {
     }
 
     /// Gives up files that wait too long for their own name, and the oldest where there are too many.
-    fn give_up_parked(&self, now: SystemTime) {
+    pub(in super::super) fn give_up_parked(&self, now: SystemTime) {
         let mut table = self.table.lock();
         let is_waiting = |draft: &&Arc<Draft>| draft.is_parked() && draft.is_closed();
         let mut waiting: Vec<_> = table.named.values().filter(is_waiting).cloned().collect();
         waiting.sort_by_key(|draft| std::cmp::Reverse(draft.modified()));
         let is_old = |draft: &Draft| {
-            draft.modified().and_then(|at| now.duration_since(at).ok()).is_some_and(|age| age > PARKED_AGE)
+            let is_temporary = rsync_target(draft.object().1.file_name()).is_some();
+            let limit = if is_temporary { TEMPORARY_AGE } else { PARTIAL_AGE };
+            draft.modified().and_then(|at| now.duration_since(at).ok()).is_some_and(|age| age > limit)
         };
         for (index, draft) in waiting.iter().enumerate() {
             if index >= PARKED || is_old(draft) {
