@@ -21,6 +21,9 @@ use crate::settings::Secret;
 /// How long a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a request may take that has no other limit; each has one (`limits.rs`).
+const LONGEST_REQUEST: Duration = Duration::from_secs(24 * 3600);
+
 /// How often and how long a request is retried before it fails for good.
 const RETRIES: usize = 8;
 const RETRY_TIMEOUT: Duration = Duration::from_secs(180);
@@ -161,7 +164,7 @@ impl<'a> Place<'a> {
             .is_some_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
         ClientOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT.min(self.timeout))
-            .with_timeout(self.timeout)
+            .with_timeout(LONGEST_REQUEST.max(self.timeout))
             .with_allow_http(allowed)
     }
 }

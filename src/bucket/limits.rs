@@ -14,6 +14,7 @@ use super::key::ObjectKey;
 use super::replaces::Replaces;
 use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::MIB;
 
 /// Requests of a bucket that are in flight at once, by class: 168 in all.
 const METADATA_IN_FLIGHT: usize = 64;
@@ -28,13 +29,19 @@ const METADATA_TRY: Duration = Duration::from_secs(10);
 /// How many times that long they take at most, with all their tries and with the wait for their lane.
 const METADATA_TRIES: u32 = 3;
 
-/// How many times the mount's limit a read takes at most, with all its tries.
+/// How many times a read is tried that does not end in time.
 const READ_TRIES: u32 = 2;
+
+/// Bytes that are sent or read in the time that the mount's limit gives: more have that many times as long.
+const BYTES_IN_TIME: u64 = 8 * MIB;
+
+/// How many times as long a store has to put parts together, or to copy: of large objects that takes minutes.
+const STORE_WORK: u32 = 5;
 
 /// A store whose requests are bounded.
 pub(super) struct LimitedStore<S> {
     store: S,
-    /// How long one try of any request takes at most; its client sees to that.
+    /// How long one try of a request takes at most that is not given more or less here.
     timeout: Duration,
     metadata: Semaphore,
     reads: Semaphore,
@@ -63,8 +70,20 @@ impl<S> LimitedStore<S> {
         within(one_try * METADATA_TRIES, request).await
     }
 
-    async fn reading<T>(&self, lane: &Semaphore, request: impl Future<Output = Result<T>>) -> Result<T> {
-        within(self.timeout * READ_TRIES, in_lane(lane, request)).await
+    /// A request that writes, each try of which has so long.
+    async fn writing<T>(
+        &self,
+        lane: &Semaphore,
+        limit: Duration,
+        request: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        in_lane(lane, client::with_try_limit(limit, request)).await
+    }
+
+    /// How long one try may take that sends or reads so many bytes.
+    fn time_for(&self, bytes: u64) -> Duration {
+        let times = u32::try_from(bytes.div_ceil(BYTES_IN_TIME)).unwrap_or(u32::MAX).max(1);
+        self.timeout.saturating_mul(times)
     }
 }
 
@@ -115,7 +134,17 @@ impl<S: Store> Store for LimitedStore<S> {
     }
 
     async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
-        self.reading(&self.reads, self.store.read(key, range, etag)).await
+        let limit = self.time_for(range.end - range.start);
+        let read = async {
+            for _ in 1..READ_TRIES {
+                let one_try = self.store.read(key, range.clone(), etag);
+                if let Ok(read) = tokio::time::timeout(limit, one_try).await {
+                    return read;
+                }
+            }
+            within(limit, self.store.read(key, range.clone(), etag)).await
+        };
+        in_lane(&self.reads, read).await
     }
 
     async fn read_pieces(
@@ -126,11 +155,13 @@ impl<S: Store> Store for LimitedStore<S> {
         piece: usize,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<()> {
-        self.reading(&self.ahead, self.store.read_pieces(key, range, etag, piece, take)).await
+        let limit = self.time_for(range.end - range.start);
+        in_lane(&self.ahead, within(limit, self.store.read_pieces(key, range, etag, piece, take))).await
     }
 
     async fn put(&self, key: &ObjectKey, put: Put) -> Result<Option<String>> {
-        in_lane(&self.writes, self.store.put(key, put)).await
+        let limit = self.time_for(put.bytes.len() as u64);
+        self.writing(&self.writes, limit, self.store.put(key, put)).await
     }
 
     async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
@@ -144,7 +175,8 @@ impl<S: Store> Store for LimitedStore<S> {
         to: &ObjectKey,
         replaces: &Replaces,
     ) -> Result<()> {
-        in_lane(&self.writes, self.store.copy(from, etag, to, replaces)).await
+        let limit = self.timeout * STORE_WORK;
+        self.writing(&self.writes, limit, self.store.copy(from, etag, to, replaces)).await
     }
 
     async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
@@ -162,11 +194,13 @@ impl<S: Store> Store for LimitedStore<S> {
         tags: &Tags,
         checksum: Option<Checksum>,
     ) -> Result<String> {
-        in_lane(&self.writes, self.store.start_upload(key, part_size, tags, checksum)).await
+        let start = self.store.start_upload(key, part_size, tags, checksum);
+        self.writing(&self.writes, self.timeout, start).await
     }
 
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String> {
-        in_lane(&self.parts, self.store.put_part(key, upload, part)).await
+        let limit = self.time_for(part.bytes.len() as u64);
+        self.writing(&self.parts, limit, self.store.put_part(key, upload, part)).await
     }
 
     async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>> {
@@ -181,11 +215,12 @@ impl<S: Store> Store for LimitedStore<S> {
         object_size: u64,
         replaces: &Replaces,
     ) -> Result<()> {
-        in_lane(&self.writes, self.store.complete_upload(key, upload, parts, object_size, replaces)).await
+        let complete = self.store.complete_upload(key, upload, parts, object_size, replaces);
+        self.writing(&self.writes, self.timeout * STORE_WORK, complete).await
     }
 
     async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()> {
-        in_lane(&self.writes, self.store.abort_upload(key, upload)).await
+        self.writing(&self.writes, self.timeout, self.store.abort_upload(key, upload)).await
     }
 
     async fn sweep(&self, kept: Vec<String>) -> Result<()> {
