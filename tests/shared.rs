@@ -221,13 +221,20 @@ fn a_host_that_slept_past_its_lease_completes_nothing() {
 
 #[test]
 fn a_store_that_ignores_conditions_cannot_be_shared() {
-    let seen = AtomicUsize::new(0);
+    let seen = std::sync::Mutex::new((String::new(), 0));
     let decide = move |request: &Request| {
         let probe =
             request.method == "PUT" && request.target.contains("/.freightfs/probe-") && !request.is_part();
-        // The second put of the same name must fail, and this store says that it has done it.
-        let third = probe && seen.fetch_add(1, Ordering::SeqCst) == 2;
-        if third { Fate::Answer(200) } else { Fate::Forward }
+        if !probe {
+            return Fate::Forward;
+        }
+        let (first, puts) = &mut *seen.lock().unwrap();
+        if first.is_empty() {
+            first.clone_from(&request.target);
+        }
+        *puts += usize::from(*first == request.target);
+        // The fourth put is one that must not replace what is there, and this store says that it has done it.
+        if *first == request.target && *puts == 4 { Fate::Answer(200) } else { Fate::Forward }
     };
     let Some(hosts) = Hosts::new("careless", decide) else { return };
     let said = fail(&mut hosts.worlds[0].mount_command(&hosts.arguments().each_ref().map(String::as_str)));
