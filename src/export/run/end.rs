@@ -112,6 +112,10 @@ impl Run {
     pub(in crate::export) async fn settle(self: &Arc<Self>, mut recorded: bool, mut told: bool) {
         let mut stopping = self.context.stopping.subscribe();
         for failures in 0.. {
+            if recorded && self.context.mounted(&self.job.request().bucket).is_err() {
+                // The mount that has the bucket tells it.
+                return;
+            }
             told = told || !self.tells();
             recorded = recorded || self.record_end(!told).await;
             if !told {
