@@ -196,7 +196,7 @@ fn a_new_file_that_is_moved_is_published_under_its_last_name_alone() {
 #[test]
 fn an_unmount_right_after_the_close_loses_nothing() {
     for_each_target("unmounted", |target, mount| {
-        let names: Vec<_> = (0..20).map(|number| format!("empty-{number}")).collect();
+        let names: Vec<_> = (0..6).map(|number| format!("empty-{number}")).collect();
         for name in &names {
             File::create(mount.key(name)).unwrap();
         }

@@ -190,6 +190,10 @@ impl Draft {
                 staged => staged?,
             }
         }
+        if let Content::Staged(staged) = &mut state.content {
+            // Given up: it is sent to nowhere any more.
+            drop(staged.take_early_upload());
+        }
         let was_dirty = state.dirty;
         (state.linked, state.dirty) = (false, false);
         Ok(was_dirty)

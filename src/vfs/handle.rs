@@ -185,7 +185,14 @@ impl Vfs {
             draft.park();
         }
         let id = self.handles.insert(Handle::Object(draft, true));
-        Ok((self.lookup(parent, name).await?, id))
+        match self.lookup(parent, name).await {
+            Ok(attr) => Ok((attr, id)),
+            Err(error) => {
+                // The kernel knows no handle that it could close.
+                self.release(id).await;
+                Err(error)
+            }
+        }
     }
 
     /// Makes an empty file that nobody has open, as mknod(2) does.

@@ -360,7 +360,10 @@ impl Draft {
     async fn publish(&self, publisher: &Publisher, state: &mut State) -> Result<Option<Arc<Job>>> {
         let object = self.object();
         let (job, wait) = match &state.content {
-            Content::Published(_) => return Ok(None),
+            Content::Published(_) => {
+                state.dirty = false;
+                return Ok(None);
+            }
             Content::Ranges { .. } if self.covers(publisher, state).await? => {
                 (self.submit_image(publisher, state, &object).await?, publisher.options.wait)
             }
