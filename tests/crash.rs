@@ -29,7 +29,12 @@ const NEW: &[u8] = b"a new object, and longer";
 const ACTIONS: [&str; 3] = ["kill", "error", "full"];
 
 /// Steps that no operation here reaches, and why.
-const UNREACHED: &[(&str, &str)] = &[];
+const UNREACHED: &[(&str, &str)] = &[
+    ("status-renew", "a job that runs for ten seconds"),
+    ("record-prune", "a state directory with many ended jobs"),
+    ("sidecar-move", "not done yet (cli, 27)"),
+    ("attributes-save", "not marked yet (identity)"),
+];
 
 /// Whether the objects beside an export follow it when it is renamed and removed.
 const SIDECARS_FOLLOW: bool = false;
@@ -133,12 +138,14 @@ struct Setup<'a> {
 impl Bench {
     fn new(remote: Option<Remote>) -> Self {
         // The least that S3 takes; a local bucket takes less.
-        let part = if remote.is_some() { 5 << 20 } else { 1 << 20 };
+        let is_remote = remote.is_some();
+        let part = if is_remote { 5 << 20 } else { 1 << 20 };
         let mut bench = Self {
             remote,
             part,
             image: Random(1).bytes(part + 512),
-            large: Random(2).bytes(part + 999),
+            // Larger ones are sent to a store while they are written, from 16 MiB on.
+            large: Random(2).bytes(if is_remote { 17 << 20 } else { part } + 999),
             export: BTreeMap::new(),
             next: Default::default(),
         };
@@ -217,8 +224,7 @@ impl Bench {
             }
             Large | Cut => {
                 let mut file = File::create(&key)?;
-                file.write_all(&self.large[..self.part])?;
-                file.write_all(&self.large[self.part..])?;
+                file.write_all(&self.large)?;
                 if self.remote.is_some() {
                     until("a part is sent while the file is written, or the end", || setup.has_sent_a_part());
                 }
