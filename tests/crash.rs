@@ -133,6 +133,8 @@ struct Case {
 struct Setup<'a> {
     world: World,
     store: Store<'a>,
+    /// The step that is hit, and at which pass.
+    armed: Option<(Step, usize)>,
 }
 
 impl Bench {
@@ -167,13 +169,13 @@ impl Bench {
             Some(remote) => Store::Remote(remote, format!("case-{number:05}")),
             None => Store::Local(world.bucket()),
         };
-        Setup { world, store }
+        Setup { world, store, armed: None }
     }
 
     /// The objects that an export leaves.
     fn template(&self) -> BTreeMap<String, Vec<u8>> {
         let setup = self.setup();
-        let mount = setup.mount(Export, None, None).unwrap();
+        let mount = setup.mount(Export, None).unwrap();
         copy(&mount.path("images/image/image.raw"), &mount.key("from.raw")).unwrap();
         mount.wait("from.raw");
         mount.unmount();
@@ -245,13 +247,12 @@ impl Bench {
     fn passes(&self, operation: Operation) -> BTreeMap<&'static str, usize> {
         let setup = self.setup();
         self.prepare(&setup, operation);
-        let log = setup.world.path("steps");
-        let mount = setup.mount(operation, None, Some(&log)).unwrap();
+        let mount = setup.mount(operation, None).unwrap();
         self.perform(&setup, &mount, operation)
             .unwrap_or_else(|e| panic!("{operation:?}: {e}\n{}", mount.log()));
         settle(&mount).unwrap();
         mount.unmount();
-        let log = std::fs::read_to_string(log).unwrap_or_default();
+        let log = std::fs::read_to_string(setup.steps()).unwrap_or_default();
         let count = |step: &Step| (step.name(), log.lines().filter(|line| *line == step.name()).count());
         let passes: BTreeMap<_, _> = Step::ALL.iter().map(count).filter(|(_, count)| *count > 0).collect();
         let wrong = self.wrong(&setup, operation, &Ok(()));
@@ -261,18 +262,19 @@ impl Bench {
 
     /// Runs one case; returns what is wrong after it.
     fn run(&self, case: &Case) -> Vec<String> {
-        let setup = self.setup();
+        let mut setup = self.setup();
+        setup.armed = Some((case.step, case.n));
         self.prepare(&setup, case.operation);
         let failpoint = format!("{}:{}:{}", case.step, case.n, case.action);
         let mut wrong = Vec::new();
         // Some steps are passed by the mount itself.
         let mut done = Err(std::io::Error::other("not mounted"));
-        if let Some(mount) = setup.mount(case.operation, Some(&failpoint), None) {
+        if let Some(mount) = setup.mount(case.operation, Some(&failpoint)) {
             done = self.perform(&setup, &mount, case.operation);
             wrong.extend(settle(&mount).err());
             end(&mount);
         }
-        let Some(mount) = setup.mount(case.operation, None, None) else {
+        let Some(mount) = setup.mount(case.operation, None) else {
             wrong.push(format!("the next mount fails: {}", setup.world.at().log()));
             return wrong;
         };
@@ -360,7 +362,7 @@ impl Bench {
 
 impl Setup<'_> {
     /// Mounts; `None` when the daemon dies of its failpoint meanwhile.
-    fn mount(&self, operation: Operation, failpoint: Option<&str>, log: Option<&Path>) -> Option<Mount> {
+    fn mount(&self, operation: Operation, failpoint: Option<&str>) -> Option<Mount> {
         let bucket = format!("b={}", self.store.url());
         let mut options = "formats=raw,timeout=5,retries=1".to_owned();
         if operation == Shared {
@@ -370,9 +372,7 @@ impl Setup<'_> {
         if let Some(failpoint) = failpoint {
             mount.env("FREIGHTFS_FAILPOINT", failpoint);
         }
-        if let Some(log) = log {
-            mount.env("FREIGHTFS_FAILPOINT_LOG", log);
-        }
+        mount.env("FREIGHTFS_FAILPOINT_LOG", self.steps());
         let output = run(&mut mount);
         if failpoint.is_none() {
             assert!(output.status.success(), "mount failed: {}", text(&output));
@@ -380,17 +380,19 @@ impl Setup<'_> {
         output.status.success().then(|| self.world.at())
     }
 
-    /// Whether the log of an upload has a part, or nothing is left that could send one.
+    /// Whether the log of an upload has a part, or the fault has happened, after which there may never be one.
     fn has_sent_a_part(&self) -> bool {
         let logs = std::fs::read_dir(self.world.path("state/uploads")).into_iter().flatten().flatten();
         let mut logs = logs.map(|log| std::fs::read_to_string(log.path()).unwrap_or_default());
-        logs.any(|log| log.contains("\"part\"")) || self.world.is_dead() || self.world_log_gave_up()
+        let steps = std::fs::read_to_string(self.steps()).unwrap_or_default();
+        let is_hit =
+            |(step, n): (Step, usize)| steps.lines().filter(|line| *line == step.name()).count() >= n;
+        logs.any(|log| log.contains("\"part\"")) || self.world.is_dead() || self.armed.is_some_and(is_hit)
     }
 
-    /// Whether the daemon has logged that it does not send while writing.
-    fn world_log_gave_up(&self) -> bool {
-        let log = std::fs::read_to_string(self.world.path("state/log")).unwrap_or_default();
-        log.contains("failpoint")
+    /// The log of the steps that were passed.
+    fn steps(&self) -> PathBuf {
+        self.world.path("steps")
     }
 
     fn sum(&self, bytes: &[u8]) -> String {
