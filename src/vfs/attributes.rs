@@ -8,17 +8,17 @@
 //! object then has, and nobody's when it fails.
 
 mod directory;
+mod saving;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use tracing::{debug, warn};
 
-use self::directory::{Directory, Document, FileAttributes, Pending, Snapshot};
+use self::directory::{Directory, Document, FileAttributes, Pending};
 use super::{Attr, AttrChange, ObjectName, Vfs};
 use crate::bucket::ObjectKey;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,12 +29,6 @@ const AGE: Duration = Duration::from_secs(30);
 
 /// Directories whose attributes are kept in memory, besides those with changes.
 const DIRECTORIES_KEPT: usize = 256;
-
-/// How often changes are written.
-const SAVE_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How often a document is written again over what another host has written meanwhile.
-const SAVE_ATTEMPTS: usize = 10;
 
 /// Bytes of all extended attributes of a file, names and values (Linux: XATTR_SIZE_MAX).
 const MAX_XATTRS: usize = 64 << 10;
@@ -563,82 +557,6 @@ impl Vfs {
         })
         .await?;
         Ok(true)
-    }
-
-    /// Writes what was changed, now. When this returns, changes made before it are in the bucket, or the log says why
-    /// not. One bucket does not wait for another.
-    pub async fn save_attributes(&self) {
-        let _alone = self.attributes.saving.lock().await;
-        let known: Vec<DirectoryName> = self.attributes.directories.lock().keys().cloned().collect();
-        let mut changed: BTreeMap<String, Vec<DirectoryName>> = BTreeMap::new();
-        for name in known {
-            self.settle_pending(&name);
-            if let Some(directory) = self.attributes.directories.lock().get_mut(&name) {
-                directory.sweep(|file| self.is_open(&name, file));
-            }
-            if self.attributes.directories.lock().get(&name).is_some_and(Directory::is_changed) {
-                changed.entry(name.0.clone()).or_default().push(name);
-            }
-        }
-        let save = async |names: Vec<DirectoryName>| {
-            for name in names {
-                if let Err(error) = self.save_directory(&name).await {
-                    self.note_unsaved(&name, &error);
-                }
-            }
-        };
-        futures::future::join_all(changed.into_values().map(save)).await;
-    }
-
-    /// Writes a directory's document over the one that was read; over another one only what was changed here.
-    async fn save_directory(&self, name: &DirectoryName) -> Result<()> {
-        let bucket = self.bucket(&name.0)?;
-        let document = document_name(name.1.as_ref());
-        let mut attempts = 0;
-        loop {
-            let snapshot = match self.attributes.directories.lock().get(name) {
-                Some(directory) => directory.snapshot(directory_key(name))?,
-                None => return Ok(()),
-            };
-            let Snapshot { document: json, replaces, .. } = &snapshot;
-            let written = match json.clone() {
-                Some(json) => bucket.put_control(&document, Bytes::from(json), replaces).await.map(Some),
-                None => bucket.delete_control_if(&document, replaces).await.map(|()| None),
-            };
-            match written {
-                Ok(found) => {
-                    if let Some(directory) = self.attributes.directories.lock().get_mut(name) {
-                        directory.saved(&snapshot, found);
-                    }
-                    return Ok(());
-                }
-                Err(error) if error.kind() == ErrorKind::Conflict && attempts < SAVE_ATTEMPTS => {
-                    attempts += 1;
-                    let (theirs, found) = self.read_document(name).await?;
-                    if let Some(directory) = self.attributes.directories.lock().get_mut(name) {
-                        directory.merge(theirs, found);
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Says once why attributes are not written; they stay and are written later.
-    fn note_unsaved(&self, name: &DirectoryName, error: &Error) {
-        if let Some(directory) = self.attributes.directories.lock().get_mut(name)
-            && !std::mem::replace(&mut directory.is_failing, true)
-        {
-            warn!(bucket = name.0, directory = directory_key(name), "attributes: {}", error.report());
-        }
-    }
-
-    /// Writes changes every second, for ever.
-    pub async fn keep_saving_attributes(&self) {
-        loop {
-            tokio::time::sleep(SAVE_INTERVAL).await;
-            self.save_attributes().await;
-        }
     }
 }
 
