@@ -26,6 +26,7 @@ pub use store::{CatalogStore, Entry, LocalFiles};
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
+use crate::image::Cancel;
 use crate::layout::LayoutOptions;
 
 /// Disks that stay opened, with their tables and maps, when nobody uses them.
@@ -72,6 +73,7 @@ pub struct Catalog {
     listed: Mutex<Option<Listed>>,
     open: Mutex<LruCache<PathBuf, OpenedDisk>>,
     workspace: Arc<Workspace>,
+    walks: Cancel,
 }
 
 /// A listing and when it was made.
@@ -93,7 +95,13 @@ impl Catalog {
             listed: Mutex::default(),
             open: Mutex::new(LruCache::new(OPEN_DISKS)),
             workspace: Workspace::in_memory(),
+            walks: Cancel::default(),
         }
+    }
+
+    /// What gives up walks over the tables of images, now and later.
+    pub fn walks(&self) -> Cancel {
+        self.walks.clone()
     }
 
     /// The same catalog, whose compressed files keep what they computed in `workspace`.
@@ -156,7 +164,8 @@ impl Catalog {
             return Ok(open);
         }
         let workspace = Arc::clone(&self.workspace);
-        let open = Arc::new(OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace)?);
+        let open = OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace, self.walks())?;
+        let open = Arc::new(open);
         self.open.lock().put(disk.path.clone(), (disk.clone(), Arc::clone(&open)));
         Ok(open)
     }

@@ -4,6 +4,7 @@
 //! file that an image names is opened only through a [`ReferenceGate`].
 
 mod blocks;
+pub mod inflated;
 pub mod qcow2;
 pub mod raw;
 mod signature;
@@ -46,15 +47,16 @@ pub type ExtentVisitor<'a> = dyn FnMut(Extent) -> Result<ControlFlow<()>> + 'a;
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// Makes every walk that has a clone fail, now and later.
+    /// Makes every walk that has a clone fail, now and later: the mount ends. For a job that is no failure.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Fails with [`Cancelled`](ErrorKind::Cancelled) after [`cancel`](Self::cancel).
+    /// Fails after [`cancel`](Self::cancel), with an error that may go away: a job that needed the walk is resumed.
     fn check(&self) -> Result<()> {
         if self.0.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Cancelled, "reading the image's tables was given up"));
+            let what = "reading the image's tables was given up, because the mount ends";
+            return Err(Error::new(ErrorKind::Io, what).transient());
         }
         Ok(())
     }
@@ -211,6 +213,18 @@ fn check_depth(storage: &dyn Storage, depth: usize) -> Result<()> {
     Ok(())
 }
 
+/// Longest name of another file, and longest other word, that is taken from an image, in bytes (qcow2.rst,
+/// "backing_file_size"). It goes into errors and documents.
+const MAX_NAME: usize = 1023;
+
+/// Refuses a name that is too long to be one.
+fn check_name(what: &str, bytes: usize) -> Result<()> {
+    if bytes > MAX_NAME {
+        return Err(Error::corrupt(format!("{what} has {bytes} bytes, more than {MAX_NAME}")));
+    }
+    Ok(())
+}
+
 /// Refuses a disk that is larger than any that is read.
 fn check_virtual_size(virtual_size: u64) -> Result<()> {
     if virtual_size > MAX_VIRTUAL_SIZE {
@@ -330,7 +344,7 @@ fn visit_storage(
 /// The map of the units of `unit_size` bytes in which `image` has data: one walk over its tables.
 ///
 /// # Errors
-/// [`Cancelled`](ErrorKind::Cancelled) when `cancel` was, [`TooLarge`](ErrorKind::TooLarge) when there is no memory for
+/// A transient one when `cancel` was called, [`TooLarge`](ErrorKind::TooLarge) when there is no memory for
 /// the map, else what reading gave.
 pub fn allocation_map(image: &dyn DiskImage, unit_size: u64, cancel: &Cancel) -> Result<AllocationMap> {
     let end = VirtualOffset(image.virtual_size());

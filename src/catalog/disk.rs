@@ -32,6 +32,7 @@ pub struct OpenDisk {
     files: Mutex<HashMap<OutputFormat, (FormatFile, Identity)>>,
     options: LayoutOptions,
     workspace: Arc<Workspace>,
+    walks: Cancel,
 }
 
 /// A disk's file in one format.
@@ -55,12 +56,13 @@ impl FormatFile {
 
 impl OpenDisk {
     /// Opens the disk's image file and what it refers to. Reads headers only. Compressed files keep what they
-    /// computed in `workspace`.
+    /// computed in `workspace`. Walks over its tables are given up when `walks` is cancelled.
     pub fn open(
         store: &Arc<dyn CatalogStore>,
         disk: &CatalogDisk,
         options: LayoutOptions,
         workspace: Arc<Workspace>,
+        walks: Cancel,
     ) -> Result<Self> {
         let storage = store.open(&disk.path)?;
         let generation = storage.generation().clone();
@@ -83,6 +85,7 @@ impl OpenDisk {
             files: Mutex::default(),
             options,
             workspace,
+            walks,
         })
     }
 
@@ -192,7 +195,7 @@ impl OpenDisk {
         if let Some(map) = maps.get(&unit) {
             return Ok(Arc::clone(map));
         }
-        let map = Arc::new(image::allocation_map(&*self.image, unit, &Cancel::default())?);
+        let map = Arc::new(image::allocation_map(&*self.image, unit, &self.walks)?);
         self.image.verify_unchanged()?;
         maps.insert(unit, Arc::clone(&map));
         Ok(map)

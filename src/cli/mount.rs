@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobQueue, QueueSettings, RecordedFile, Retries, StateDir, StatusImage};
 use crate::format::OutputFormat;
 use crate::fuse::{FuseOptions, MountedSession, Requests, Unmounter};
+use crate::image::Cancel;
 use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::settings::{CatalogSetting, MountSettings, default_state};
@@ -88,6 +89,8 @@ struct Mounted {
     mountpoint: PathBuf,
     jobs: JobQueue,
     vfs: Arc<Vfs>,
+    /// Gives up what would have the end of the mount wait.
+    walks: Cancel,
     /// What the user should know of this mount.
     notes: Vec<String>,
     runtime: Runtime,
@@ -110,6 +113,7 @@ impl Mounted {
         let policy = Arc::new(settings.policy()?);
         let metrics = Arc::new(Metrics::default());
         let jobs = job_queue(settings, &policy, &buckets, &state, &metrics, handle);
+        let walks = catalog.walks();
         let shown_config = settings.shown(&catalog.place(), &mountpoint, &state_path);
         let vfs_settings = vfs_settings(settings, &policy, &buckets, &state, shown_config)?;
         let notes = limitations(&buckets);
@@ -118,7 +122,7 @@ impl Mounted {
         let session = MountedSession::new(Arc::clone(&vfs), handle.clone(), &mountpoint, &options)?;
         notes.iter().for_each(|note| warn!("{note}"));
         info!(mountpoint = %mountpoint.display(), state = %state_path.display(), "mounted");
-        Ok(Self { session, mountpoint, jobs, vfs, notes, runtime, _state: state })
+        Ok(Self { session, mountpoint, jobs, vfs, walks, notes, runtime, _state: state })
     }
 
     /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and the next
@@ -141,7 +145,10 @@ impl Mounted {
                 result = &mut ended => {
                     (result, finish(&vfs, &requests, &self.jobs, signalled).await)
                 }
-                _ = &mut signalled => (unmount(unmounter, &self.mountpoint, ended).await, true),
+                _ = &mut signalled => {
+                    self.walks.cancel();
+                    (unmount(unmounter, &self.mountpoint, ended).await, true)
+                }
             }
         });
         if by_signal {

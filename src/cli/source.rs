@@ -13,6 +13,7 @@ use crate::catalog::{BucketFiles, CatalogDisk, CatalogStore, LocalFiles, OpenDis
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
+use crate::image::Cancel;
 use crate::layout::LayoutOptions;
 use crate::settings::CatalogSetting;
 
@@ -46,7 +47,7 @@ pub(super) fn open_source(
     })?;
     let stem = name.rsplit_once('.').map_or(name.as_str(), |(stem, _)| stem).to_owned();
     let disk = CatalogDisk { name: stem, path, format, allowed };
-    let opened = OpenDisk::open(&store, &disk, options, Workspace::in_memory());
+    let opened = OpenDisk::open(&store, &disk, options, Workspace::in_memory(), Cancel::default());
     let opened = opened.map_err(|error| match error.kind() {
         ErrorKind::ReferenceDenied => {
             let what = format!("{}; --allow-reference FILE allows it", error.what());

@@ -3,7 +3,7 @@
 //! Source: QEMU, docs/interop/qcow2.rst. Supported: plain, zero and compressed clusters (zlib and zstd), extended
 //! L2 entries, external data files and backing chains through the gate. Internal snapshots are left alone.
 //! Memory for an image: its L1 table, at most 32 MiB and usually some KiB; at most [`TABLE_MEMORY`] bytes of L2
-//! tables; at most [`INFLATED_MEMORY`] bytes of inflated clusters.
+//! tables; its part of the inflated clusters that are kept, see [`super::inflated`].
 
 mod mapping;
 mod open;
@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use rayon::prelude::*;
 
 use super::blocks::Window;
+use super::inflated::InflatedUnits;
 use super::table::KnownZeros;
 use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, steps};
 use crate::codec;
@@ -29,9 +30,6 @@ use mapping::{Mapping, TableShape};
 
 /// Bytes of L2 tables that an image keeps: 256 tables of 64 KiB, which map 128 GiB.
 pub const TABLE_MEMORY: u64 = 16 * MIB;
-
-/// Bytes of inflated clusters that an image keeps for readers of small pieces.
-pub const INFLATED_MEMORY: u64 = 8 * MIB;
 
 /// How compressed clusters are compressed (header byte 104).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +53,7 @@ pub struct Qcow2Image {
     compression: Compression,
     l1: Vec<u64>,
     tables: Mutex<LruCache<u64, L2Table>>,
-    inflated: Mutex<LruCache<u64, Arc<Vec<u8>>>>,
+    inflated: InflatedUnits,
     /// For [`DiskImage::description`].
     properties: Vec<(String, String)>,
 }
@@ -87,7 +85,7 @@ impl Qcow2Image {
             compression: parts.compression,
             l1: parts.l1,
             tables: Mutex::new(LruCache::new(kept(TABLE_MEMORY, cluster_size))),
-            inflated: Mutex::new(LruCache::new(kept(INFLATED_MEMORY, cluster_size))),
+            inflated: InflatedUnits::new(),
             shape: parts.shape,
             properties: parts.properties,
         }
@@ -235,14 +233,14 @@ impl Qcow2Image {
     ) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
         let (cluster, within) = (at.bytes() / cluster_size, (at.bytes() % cluster_size) as usize);
-        let known = self.inflated.lock().get(&cluster).cloned();
+        let known = self.inflated.get(cluster);
         let bytes = match known {
             Some(bytes) => bytes,
             None => {
                 let mut bytes = vec![0; cluster_size as usize];
                 self.inflate(host, length, &mut bytes)?;
                 let bytes = Arc::new(bytes);
-                self.inflated.lock().put(cluster, Arc::clone(&bytes));
+                self.inflated.put(cluster, Arc::clone(&bytes));
                 bytes
             }
         };

@@ -5,14 +5,13 @@
 //! that compress blocks one by one (this program is one) make records that refer to nothing; those are inflated
 //! alone. For others the end of the record before is needed, and so on back to a checkpoint.
 
-use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use lru::LruCache;
 use parking_lot::Mutex;
 
 use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
+use super::inflated::InflatedUnits;
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
@@ -30,9 +29,6 @@ const MAX_PAYLOAD: u32 = 3 << 20;
 /// Entries of an index that are read at once.
 const INDEX_PIECE: usize = 4096;
 
-/// Blocks that are kept inflated, of 2 MiB each.
-const BLOCKS_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("8 is not 0");
-
 /// Ends of blocks that are kept as checkpoints, of 32 KiB each.
 const CHECKPOINTS: usize = 512;
 
@@ -42,7 +38,7 @@ pub struct ZvhdImage {
     header: ZvhdHeader,
     /// Ascending by block, and so by place.
     records: Vec<StoredBlock>,
-    blocks: Mutex<LruCache<usize, Arc<Vec<u8>>>>,
+    blocks: InflatedUnits,
     windows: Mutex<Windows>,
 }
 
@@ -85,26 +81,20 @@ impl ZvhdImage {
             read_index(&*storage, &header, end, blocks)?
         };
         let windows = Windows { checkpoints: std::collections::BTreeMap::new(), newest: None };
-        Ok(Self {
-            storage,
-            header,
-            records,
-            blocks: Mutex::new(LruCache::new(BLOCKS_KEPT)),
-            windows: Mutex::new(windows),
-        })
+        Ok(Self { storage, header, records, blocks: InflatedUnits::new(), windows: Mutex::new(windows) })
     }
 
     /// The bytes of the block of a record.
     fn inflated(&self, number: usize) -> Result<Arc<Vec<u8>>> {
-        if let Some(known) = self.blocks.lock().get(&number) {
-            return Ok(Arc::clone(known));
+        if let Some(known) = self.blocks.get(number as u64) {
+            return Ok(known);
         }
         let place = self.records[number].payload;
         let block = self.inflate(number).map_err(|e| {
             Error::corrupt("a record is damaged").in_file(self.storage.name()).at(place).because(e)
         })?;
         let block = Arc::new(block);
-        self.blocks.lock().put(number, Arc::clone(&block));
+        self.blocks.put(number as u64, Arc::clone(&block));
         Ok(block)
     }
 

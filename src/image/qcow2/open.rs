@@ -20,7 +20,7 @@ const MAX_L1: u64 = 32 * MIB;
 const MAX_REFCOUNT_TABLE: u64 = 8 * MIB;
 
 /// Longest name of a backing file (qcow2.rst, "backing_file_size").
-const MAX_BACKING_NAME: u32 = 1023;
+const MAX_BACKING_NAME: u32 = image::MAX_NAME as u32;
 
 /// Incompatible features.
 const DIRTY: u64 = 1;
@@ -206,6 +206,7 @@ fn read_extensions(header: &Qcow2Header, storage: &dyn Storage) -> Result<Extens
 }
 
 fn text(bytes: &[u8], what: &str, at: u64) -> Result<String> {
+    image::check_name(what, bytes.len()).map_err(|e| e.at(at))?;
     let not_text = |e| Error::corrupt(format!("the {what} is not UTF-8")).at(at).because(e);
     String::from_utf8(bytes.to_vec()).map_err(|e| not_text(e.utf8_error()))
 }

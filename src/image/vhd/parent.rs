@@ -6,7 +6,7 @@ use super::VhdImage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::header::vhd::{LOCATOR_ABSOLUTE, LOCATOR_RELATIVE, VhdDynamicHeader, VhdParentLocator};
-use crate::image::{ReferenceGate, ReferenceKind};
+use crate::image::{ReferenceGate, ReferenceKind, check_name};
 use crate::storage::{Storage, check_range};
 use crate::units::FileOffset;
 
@@ -59,6 +59,7 @@ fn names(storage: &dyn Storage, header: &VhdDynamicHeader) -> Result<Vec<String>
     }
     names.push(decode(&header.parent_name, u16::from_be_bytes));
     names.retain(|name| !name.is_empty());
+    names.iter().try_for_each(|name| check_name("the parent's name", name.len()))?;
     Ok(names)
 }
 

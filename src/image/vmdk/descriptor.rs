@@ -3,6 +3,7 @@
 //! Source: VMware, "Virtual Disk Format 5.0", "The Descriptor File".
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::check_name;
 use crate::storage::Storage;
 use crate::units::{FileOffset, MIB};
 
@@ -11,6 +12,9 @@ pub(in crate::image) const DESCRIPTOR_START: &[u8] = b"# Disk DescriptorFile";
 
 /// Largest descriptor that is read, in bytes.
 const MAX_DESCRIPTOR: u64 = MIB;
+
+/// Characters of a line that an error shows.
+const LINE_SHOWN: usize = 100;
 
 /// Extents that a disk has at most: 4 TiB in files of 1 GiB.
 const MAX_EXTENTS: usize = 4096;
@@ -57,8 +61,11 @@ impl Descriptor {
             let line = line.trim();
             if ["RW ", "RDONLY ", "NOACCESS "].iter().any(|access| line.starts_with(access)) {
                 let extent = parse_extent(line).ok_or_else(|| {
-                    Error::corrupt(format!("line {} of the descriptor is no extent: {line:?}", number + 1))
+                    let shown: String = line.chars().take(LINE_SHOWN).collect();
+                    Error::corrupt(format!("line {} of the descriptor is no extent: {shown:?}", number + 1))
                 })?;
+                check_name("a file's name", extent.file.as_deref().map_or(0, str::len))?;
+                check_name("an extent's type", extent.kind.len())?;
                 descriptor.extents.push(extent);
                 if descriptor.extents.len() > MAX_EXTENTS {
                     return Err(Error::new(
@@ -68,6 +75,7 @@ impl Descriptor {
                 }
             } else if let Some((name, value)) = line.split_once('=') {
                 let value = value.trim().trim_matches('"');
+                check_name("a value", value.len())?;
                 match name.trim() {
                     "CID" => descriptor.content_id = value.to_owned(),
                     "createType" => descriptor.create_type = value.to_owned(),

@@ -11,6 +11,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use super::super::blocks::{Block, BlockMap, BlockVisitor};
+use super::super::inflated::InflatedUnits;
 use super::super::table::{Entry, EntryTable, TableWalk, check_disjoint};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
@@ -40,16 +41,13 @@ const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not 0");
 /// Bytes before a compressed grain's stream: its first sector (u64) and its length (u32).
 const GRAIN_MARKER: usize = 12;
 
-/// Bytes of grains that are kept inflated, but one grain at least.
-const GRAIN_MEMORY: u64 = 8 << 20;
-
 /// A sparse extent.
 pub(super) struct SparseExtent {
     storage: Arc<dyn Storage>,
     header: VmdkSparseHeader,
     directory: EntryTable,
     tables: Mutex<LruCache<u32, Arc<Vec<u8>>>>,
-    grains: Mutex<LruCache<FileOffset, Arc<Vec<u8>>>>,
+    grains: InflatedUnits,
 }
 
 impl SparseExtent {
@@ -74,12 +72,11 @@ impl SparseExtent {
         let start = header.directory_offset.checked_mul(SECTOR);
         let start = start.ok_or_else(|| Error::corrupt("the grain directory's offset is wrong").at(56u64))?;
         let directory = EntryTable::new(Arc::clone(&storage), FileOffset(start), tables, Entry::U32Le)?;
-        let kept = (GRAIN_MEMORY / (header.grain_size * SECTOR)).max(1) as usize;
         let extent = Self {
             storage,
             directory,
             tables: Mutex::new(LruCache::new(TABLES_KEPT)),
-            grains: Mutex::new(LruCache::new(NonZeroUsize::new(kept).unwrap_or(NonZeroUsize::MIN))),
+            grains: InflatedUnits::new(),
             header,
         };
         extent.check_directory(tables)?;
@@ -266,14 +263,14 @@ impl BlockMap for SparseExtent {
     }
 
     fn read_compressed(&self, host: FileOffset, within: u64, target: &mut [u8]) -> Result<()> {
-        let known = self.grains.lock().get(&host).cloned();
+        let known = self.grains.get(host.bytes());
         let grain = match known {
             Some(grain) => grain,
             None => {
                 let grain = Arc::new(self.inflate(host)?);
                 // Who reads a whole grain has no use for it a second time.
                 if (target.len() as u64) < BlockMap::block_size(self) {
-                    self.grains.lock().put(host, Arc::clone(&grain));
+                    self.grains.put(host.bytes(), Arc::clone(&grain));
                 }
                 grain
             }
