@@ -12,9 +12,9 @@ pub use write::write_file;
 
 use crate::error::Result;
 use crate::extent::{Extent, ExtentKind};
-use crate::image::DiskImage;
+use crate::image::{DiskImage, read_padded};
 use crate::layout::{Layout, RegionSource};
-use crate::units::{FileOffset, VirtualOffset};
+use crate::units::FileOffset;
 use crate::vfile::{VirtualFile, readable};
 
 /// A file of some format over an image.
@@ -32,13 +32,6 @@ impl ConvertedFile {
     }
 }
 
-/// Fills `buf` with guest bytes from `at`; what lies past the disk's end is zeros.
-fn read_guest(image: &dyn DiskImage, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
-    let inside = readable(image.virtual_size(), FileOffset(at.bytes()), buf.len());
-    buf[inside..].fill(0);
-    if inside > 0 { image.read_at(at, &mut buf[..inside]) } else { Ok(()) }
-}
-
 impl VirtualFile for ConvertedFile {
     fn file_size(&self) -> u64 {
         self.layout.file_size()
@@ -54,7 +47,7 @@ impl VirtualFile for ConvertedFile {
             let target = &mut buf[done..done + piece];
             match region.source {
                 RegionSource::Metadata => self.layout.metadata(here, target),
-                RegionSource::Guest(from) => read_guest(&*self.image, from, target)?,
+                RegionSource::Guest(from) => read_padded(&*self.image, from, target)?,
                 RegionSource::Zero => target.fill(0),
             }
             done += piece;

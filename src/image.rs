@@ -291,14 +291,21 @@ fn begins_as(format: ImageFormat, storage: &dyn Storage) -> Result<bool> {
     Ok(start == signature)
 }
 
-/// Fills `target` from `at` of the image below another one; what it does not have is zeros. It may be smaller.
+/// Fills `buf` from `at`; what lies past the disk's end is zeros.
+pub fn read_padded(image: &dyn DiskImage, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
+    let inside = readable(image.virtual_size(), FileOffset(at.bytes()), buf.len());
+    buf[inside..].fill(0);
+    if inside > 0 { image.read_at(at, &mut buf[..inside]) } else { Ok(()) }
+}
+
+/// Fills `target` from `at` of the image below another one, which may be smaller; zeros where there is none.
 fn read_below(below: Option<&dyn DiskImage>, at: VirtualOffset, target: &mut [u8]) -> Result<()> {
-    let size = below.map_or(0, |image| image.virtual_size());
-    let inside = readable(size, FileOffset(at.bytes()), target.len());
-    target[inside..].fill(0);
     match below {
-        Some(image) if inside > 0 => image.read_at(at, &mut target[..inside]),
-        _ => Ok(()),
+        Some(image) => read_padded(image, at, target),
+        None => {
+            target.fill(0);
+            Ok(())
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod compressed;
 pub mod compressed_qcow2;
 pub mod qcow2;
+mod qcow2_frame;
 pub mod raw;
 pub mod stream_vmdk;
 pub mod vdi;

@@ -12,11 +12,10 @@ use parking_lot::{Mutex, RwLock};
 use rayon::prelude::*;
 use tracing::debug;
 
-use super::read_guest;
 use super::workspace::{Body, Workspace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{AllocationMap, Extent, ExtentKind, is_zero};
-use crate::image::DiskImage;
+use crate::image::{DiskImage, read_padded};
 use crate::layout::CompressedLayout;
 use crate::layout::compressed::{Ends, LengthIndex, Piece, Record};
 use crate::units::{FileOffset, MIB, VirtualOffset};
@@ -164,7 +163,7 @@ impl CompressedFile {
     /// Reads a unit and compresses it; empty when it is all zeros.
     fn payload(&self, unit: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; self.unit_size as usize];
-        read_guest(&*self.image, VirtualOffset(unit * self.unit_size), &mut bytes)?;
+        read_padded(&*self.image, VirtualOffset(unit * self.unit_size), &mut bytes)?;
         if is_zero(&bytes) { Ok(Vec::new()) } else { self.layout.payload(&bytes) }
     }
 
