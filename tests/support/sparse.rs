@@ -110,3 +110,32 @@ impl Storage for SparseFile {
         Ok(())
     }
 }
+
+/// The same file, opened once more.
+pub struct Reopened(pub Arc<SparseFile>);
+
+impl Storage for Reopened {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn file_size(&self) -> u64 {
+        self.0.file_size()
+    }
+
+    fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        self.0.read_exact_at(at, buf)
+    }
+
+    fn extent_at(&self, at: FileOffset) -> Result<Extent> {
+        self.0.extent_at(at)
+    }
+
+    fn generation(&self) -> &Generation {
+        self.0.generation()
+    }
+
+    fn verify_unchanged(&self) -> Result<()> {
+        self.0.verify_unchanged()
+    }
+}
