@@ -169,6 +169,11 @@ impl Policy {
         }
     }
 
+    /// Whether it refuses anything.
+    pub fn judges_content(&self) -> bool {
+        self.formats.is_some() || !self.rules.is_empty()
+    }
+
     /// Decides about a disk image that a program writes: of the image that its bytes come from nothing is known.
     ///
     /// # Errors

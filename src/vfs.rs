@@ -15,15 +15,15 @@ mod export_options;
 mod handle;
 mod inode;
 mod lanes;
+mod made;
 mod objects;
 mod permit;
 mod tree;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::Mutex;
 use tokio::runtime::Handle as Runtime;
 
 pub use attr::{Attr, AttrChange, NodeKind};
@@ -45,6 +45,8 @@ use export_options::ExportOptions;
 use handle::Handles;
 use inode::InodeTable;
 use lanes::{Lane, Lanes};
+use made::MadeDirectories;
+use permit::Permits;
 
 /// How a mount behaves; made by the command line.
 #[derive(Clone, Debug)]
@@ -57,6 +59,8 @@ pub struct VfsSettings {
     pub policy: Arc<Policy>,
     /// What the policy is told of the buckets, by name.
     pub bucket_facts: BTreeMap<String, BucketFacts>,
+    /// Whether programs may write disk images that a rule about images cannot judge.
+    pub plain_images: bool,
     /// Whether closing a copy waits until its job has ended.
     pub wait: bool,
     /// How long fsync and `wait` wait before they give up; the job goes on.
@@ -91,12 +95,13 @@ pub struct Vfs {
     drafts: Drafts,
     publisher: Publisher,
     /// Directories that were made and may have no object in them yet.
-    made_directories: Mutex<HashSet<ObjectName>>,
+    made_directories: MadeDirectories,
     attributes: Arc<Attributes>,
     recent: RecentObjects,
     /// What clients set for the next exports.
     requests: Arc<ExportOptions>,
     lanes: Arc<Lanes>,
+    permits: Arc<Permits>,
 }
 
 impl Vfs {
@@ -111,7 +116,13 @@ impl Vfs {
     ) -> Self {
         let (lanes, attributes) = (Arc::<Lanes>::default(), Arc::<Attributes>::default());
         let requests = Arc::<ExportOptions>::default();
+        let permits = Arc::new(Permits {
+            policy: Arc::clone(&settings.policy),
+            buckets: settings.bucket_facts.clone(),
+            plain_images: settings.plain_images,
+        });
         let publisher = Publisher {
+            permits: Arc::clone(&permits),
             jobs: jobs.clone(),
             buckets: buckets.clone(),
             lanes: Arc::clone(&lanes),
@@ -136,11 +147,12 @@ impl Vfs {
             handles: Handles::default(),
             drafts: Drafts::default(),
             publisher,
-            made_directories: Mutex::default(),
+            made_directories: MadeDirectories::default(),
             attributes,
             recent: RecentObjects::default(),
             requests,
             lanes,
+            permits,
         }
     }
 

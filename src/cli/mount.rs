@@ -308,6 +308,7 @@ fn vfs_settings(
         formats,
         policy: Arc::clone(policy),
         bucket_facts: buckets.keys().map(|name| (name.clone(), settings.bucket_facts(name))).collect(),
+        plain_images: settings.plain_images,
         read_to_end: settings.read_to_end.clone(),
         wait: settings.wait,
         wait_limit: WAIT_LIMIT,

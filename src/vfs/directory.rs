@@ -157,7 +157,8 @@ impl Vfs {
         }
         // Where an object and a directory have one name, the directory is what the name leads to.
         for name in listing.prefixes {
-            let key = self.child_key(rest.prefix.as_ref(), &name)?;
+            // Below a long directory a key may be longer than one has.
+            let Ok(key) = self.child_key(rest.prefix.as_ref(), &name) else { continue };
             self.recent.forget(&(rest.bucket.clone(), key.clone()));
             names.insert(name, Node::Directory { bucket: rest.bucket.clone(), prefix: Some(key) });
         }

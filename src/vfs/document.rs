@@ -90,7 +90,7 @@ impl Vfs {
         };
         let facts = self.image_facts(image, &disk.name);
         let document = |&format| {
-            let permit = self.permit_image(&facts, format, (&image.id, &disk.name));
+            let permit = self.permits.image(&facts, format, (&image.id, &disk.name));
             format_document(&disk.name, format, &open.clone().and_then(|open| permit.map(|()| open)))
         };
         let formats = self.settings.formats.iter().map(document).collect();

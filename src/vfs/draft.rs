@@ -230,6 +230,7 @@ impl Draft {
     pub(super) async fn write(&self, publisher: &Publisher, at: FileOffset, bytes: Vec<u8>) -> Result<()> {
         let mut state = self.lock().await;
         state.check()?;
+        self.check_written_name(publisher, &mut state)?;
         let result = match self.stage(publisher, &mut state, u64::MAX).await {
             Ok(()) => {
                 let write = move |staged: &mut Staged| staged.write(at, &bytes);
@@ -310,6 +311,18 @@ impl Draft {
         state.with_staged(&publisher.lanes, lane, copy).await
     }
 
+    /// Refuses a program's bytes before they are staged and sent, where the name tells that the policy will refuse them. By
+    /// their content it is asked at the end.
+    fn check_written_name(&self, publisher: &Publisher, state: &mut State) -> Result<()> {
+        if matches!(state.content, Content::Staged(_)) {
+            return Ok(());
+        }
+        match self.published_name().map(|object| publisher.permits.written_name(&object)) {
+            Some(Err(error)) => state.refuse(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Begins to send what is staged when there is enough of it.
     fn send_early(&self, publisher: &Publisher, state: &mut State) {
         let linked = state.linked;
@@ -368,6 +381,7 @@ impl Draft {
             }
             _ => {}
         }
+        self.check_written_name(publisher, &mut state)?;
         let resize = move |staged: &mut Staged| staged.set_size(size);
         let result = match self.stage(publisher, &mut state, size).await {
             Ok(()) => state.with_staged(&publisher.lanes, Lane::Staging, resize).await,

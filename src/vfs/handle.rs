@@ -141,7 +141,7 @@ impl Vfs {
     async fn open_object(self: &Arc<Self>, object: &ObjectName, how: Opening) -> Result<Handle> {
         if how.write {
             self.bucket(&object.0)?.check_writable()?;
-            self.permit_target(object)?;
+            self.permits.target(object)?;
         } else if let Some(job) = self.status_job(&object.0, &object.1) {
             return Ok(Handle::Document(job.status().to_json()));
         }
@@ -174,7 +174,7 @@ impl Vfs {
             Err(error) if error.kind() == ErrorKind::NotFound => (truncate, is_new) = (true, true),
             Err(error) => return Err(error),
         }
-        self.permit_target(&object)?;
+        self.permits.target(&object)?;
         let how = Opening { write: true, truncate, create: true };
         let draft = self.open_draft(&object, how).await?;
         if is_new {
@@ -296,7 +296,7 @@ impl Vfs {
         let object = draft.object();
         self.note_written(&draft);
         let first = draft.refusal().is_none();
-        let copied = match self.permit_export(&source.facts, source.format, &object) {
+        let copied = match self.permits.export(&source.facts, source.format, &object) {
             Ok(()) => draft.copy_range(&self.publisher, source, from, at, length).await,
             Err(error) => {
                 draft.refuse(&error).await;

@@ -77,7 +77,10 @@ impl Vfs {
             Some(object) => (Some(object), false),
             None => tokio::try_join!(store.head(&name.1), store.has_prefix(&name.1))?,
         };
-        if listing || self.made_directories.lock().contains(&name) {
+        if listing {
+            self.made_directories.remove(&name);
+        }
+        if listing || object.is_none() && self.is_made(&name) {
             let node = Node::Directory { bucket: name.0.clone(), prefix: Some(name.1.clone()) };
             let attr = self.overridden_directory(&name, self.directory_attr(&node, self.mounted)).await;
             return Ok((node, attr));
@@ -104,18 +107,19 @@ impl Vfs {
         for job in self.jobs.shown_in(bucket) {
             let key = &job.request().key;
             if here(key) {
-                let status = key.with_suffix(STATUS_SUFFIX)?;
                 if !job.status().status.is_final() {
                     entries.insert(key.file_name().to_owned(), object(key.clone()));
                 }
-                entries.insert(status.file_name().to_owned(), object(status));
+                if let Ok(status) = key.with_suffix(STATUS_SUFFIX) {
+                    entries.insert(status.file_name().to_owned(), object(status));
+                }
             }
         }
         let drafts = self.drafts.unpublished_names();
         for (_, key) in drafts.into_iter().filter(|(b, key): &ObjectName| b == bucket && here(key)) {
             entries.insert(key.file_name().to_owned(), object(key));
         }
-        for (_, key) in self.made_directories.lock().iter().filter(|(b, key)| b == bucket && here(key)) {
+        for key in self.made_in(bucket, prefix) {
             let node = Node::Directory { bucket: bucket.to_owned(), prefix: Some(key.clone()) };
             entries.insert(key.file_name().to_owned(), node);
         }
@@ -186,7 +190,7 @@ impl Vfs {
         }
         let store = self.bucket(&object.0)?;
         store.make_directory(&object.1).await?;
-        self.made_directories.lock().insert(object.clone());
+        self.made_directories.insert(object.clone());
         self.set_directory_mode(&object, mode).await?;
         self.lookup(parent, name).await
     }
@@ -206,7 +210,7 @@ impl Vfs {
         self.bucket(&bucket)?.remove_directory(&key).await?;
         let directory = (bucket, key);
         self.forget_attributes(&directory, true).await;
-        self.made_directories.lock().remove(&directory);
+        self.made_directories.remove(&directory);
         let (bucket, key) = directory;
         self.inodes.unlink(&Node::Directory { bucket, prefix: Some(key) });
         Ok(())
@@ -270,10 +274,7 @@ impl Vfs {
         {
             self.jobs.forget(bucket, &base);
         }
-        // The directory stays, as it does on a disk, although the store has no object in it any more.
-        if let Some(parent) = key.parent() {
-            self.made_directories.lock().insert((bucket.clone(), parent));
-        }
+        self.keep_directory_of(object).await;
         Ok(())
     }
 
@@ -356,6 +357,11 @@ impl Vfs {
             return Err(error);
         }
         self.renamed(from, to, replaced);
+        if let Some(parent) = to.1.parent() {
+            // The store has it now.
+            self.made_directories.remove(&(to.0.clone(), parent));
+        }
+        self.keep_directory_of(from).await;
         self.forget_attributes(from, false).await;
         self.move_attributes(to, set).await
     }
@@ -403,6 +409,7 @@ impl Vfs {
             }
             _ => {}
         }
+        self.permit_rename(&from, &to).await?;
         match self.drafts.named(&from).filter(|draft| draft.is_parked()) {
             Some(draft) => {
                 self.check_settled(&to).await?;

@@ -247,7 +247,7 @@ impl Vfs {
     ) -> Result<(Arc<dyn VirtualFile>, StatusImage, ImageFacts)> {
         let image = self.catalog.image(id)?;
         let facts = self.image_facts(&image, disk);
-        self.permit_image(&facts, format, (id, disk))?;
+        self.permits.image(&facts, format, (id, disk))?;
         let (file, status) = self.image_file(id, disk, format)?;
         Ok((file, status, facts))
     }

@@ -32,7 +32,13 @@ impl Target {
     }
 
     pub fn mount(&self) -> Mount {
-        self.world.mount_exactly(&self.arguments.iter().map(String::as_str).collect::<Vec<_>>())
+        self.mount_with(&[])
+    }
+
+    /// A mount with more options.
+    pub fn mount_with(&self, options: &[&str]) -> Mount {
+        let arguments: Vec<_> = self.arguments.iter().map(String::as_str).collect();
+        self.world.mount_exactly(&[&arguments, options].concat())
     }
 }
 

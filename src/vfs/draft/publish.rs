@@ -12,6 +12,7 @@ use super::super::ObjectName;
 use super::super::attributes::Attributes;
 use super::super::export_options::ExportOptions;
 use super::super::lanes::{Lane, Lanes};
+use super::super::permit::Permits;
 use super::Draft;
 use super::content::{Content, Place, Published, State};
 use super::staged::Staged;
@@ -21,7 +22,7 @@ use crate::export::{EarlyUpload, Job, JobQueue, JobRequest, JobSource, JobState,
 use crate::failpoint::{self, Step};
 use crate::format::OutputFormat;
 use crate::image;
-use crate::storage::FileStorage;
+use crate::storage::{FileStorage, Storage};
 use crate::units::{FileOffset, MIB};
 use crate::vfile::VirtualFile;
 
@@ -52,6 +53,7 @@ pub(in super::super) struct Publisher {
     pub(in super::super) attributes: Arc<Attributes>,
     pub(in super::super) requests: Arc<ExportOptions>,
     pub(in super::super) options: PublishOptions,
+    pub(in super::super) permits: Arc<Permits>,
     pub(in super::super) runtime: Runtime,
 }
 
@@ -364,12 +366,16 @@ impl Draft {
                 state.dirty = false;
                 return Ok(None);
             }
-            Content::Ranges { .. } if self.covers(publisher, state).await? => {
+            Content::Ranges { source, .. } if self.covers(publisher, state).await? => {
+                // It may have been copied under another name.
+                self.check_name(source.format)?;
+                publisher.permits.export(&source.facts, source.format, &object)?;
                 (self.submit_image(publisher, state, &object).await?, publisher.options.wait)
             }
             content => {
                 let wait = !matches!(content, Content::Empty);
                 self.stage(publisher, state, u64::MAX).await?;
+                self.check_permitted(publisher, state, &object).await?;
                 (submit_staged(publisher, state, &object).await?, wait)
             }
         };
@@ -388,6 +394,24 @@ impl Draft {
         state.content = Content::Published(published);
         state.dirty = false;
         Ok(wait.then_some(job))
+    }
+
+    /// Whether the policy lets a program's bytes be published, now that they are all there. Nothing is asked of an empty
+    /// file but its name.
+    async fn check_permitted(&self, publisher: &Publisher, state: &State, object: &ObjectName) -> Result<()> {
+        let size = state.file_size();
+        match &state.content {
+            Content::Staged(staged) if size > 0 && publisher.permits.judges_content() => {
+                let path = staged.path.to_path_buf();
+                let recognize = move || {
+                    let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&path)?);
+                    image::recognize(&storage)
+                };
+                let recognized = publisher.lanes.run(Lane::Staging, recognize).await?;
+                publisher.permits.written(object, size, recognized)
+            }
+            _ => publisher.permits.target(object),
+        }
     }
 
     /// Whether recorded ranges are the whole of an image's file.
