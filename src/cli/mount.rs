@@ -286,7 +286,7 @@ fn job_queue(
         lease: settings.shared.then(|| Duration::from_secs(settings.lease.into())),
         policy: Arc::clone(policy),
         retries: Retries { count: settings.retries, ..Retries::default() },
-        all_sidecars: true,
+        all_sidecars: settings.sidecars,
         ..QueueSettings::default()
     };
     JobQueue::new(buckets.clone(), state.journal(), Arc::clone(metrics), queue_settings, runtime.clone())

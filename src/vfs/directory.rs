@@ -14,6 +14,7 @@ use super::tree::DirectoryEntry;
 use super::{ObjectName, Vfs};
 use crate::bucket::{ObjectKey, ObjectMeta};
 use crate::error::Result;
+use crate::export::sidecars::Sidecar;
 
 /// How long a listing answers look-ups of the objects in it, so that `ls -l` asks once a page and not once a name.
 const RECENT: Duration = Duration::from_secs(5);
@@ -170,7 +171,9 @@ impl Vfs {
             let kind = kind(&node);
             (node, name, kind)
         });
-        reading.names.extend(self.numbered(entries.collect()));
+        let (sidecars, others): (Vec<_>, Vec<_>) = entries.partition(|(node, _, _)| is_sidecar_name(node));
+        // Who removes what is listed finds sidecars before the objects that would take them along.
+        reading.names.extend(self.numbered([sidecars, others].concat()));
         if next.is_some() {
             rest.page = next;
             reading.rest = Some(rest);
@@ -185,4 +188,9 @@ impl Vfs {
             kind,
         })
     }
+}
+
+/// Whether an object has the name of a sidecar.
+fn is_sidecar_name(node: &Node) -> bool {
+    matches!(node, Node::Object { key, .. } if Sidecar::parse(key).is_some())
 }

@@ -25,6 +25,9 @@ use crate::vfile::{VirtualFile, readable};
 /// Most bytes that one copy_file_range records: a program sees progress, and the kernel's reply is 32 bits wide.
 const MAX_RANGE: u64 = GIB;
 
+/// The attribute that has the status of the newest job of an object, as its status file would.
+const STATUS_XATTR: &str = "user.freightfs.status";
+
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenOptions {
@@ -420,6 +423,9 @@ impl Vfs {
             }
             Some((object, false)) if name.starts_with(TAG_PREFIX) => {
                 Ok(self.requests.tags(&object).remove(&name[TAG_PREFIX.len()..]).map(String::into_bytes))
+            }
+            Some(((bucket, key), false)) if name == STATUS_XATTR => {
+                Ok(self.jobs.newest(&bucket, &key).map(|job| job.status().to_json()))
             }
             Some((object, is_directory)) => self.user_xattr(&object, is_directory, name).await,
             None => Ok(None),

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use tracing::warn;
+
 use super::attr::{Attr, AttrChange, NodeKind};
 use super::draft::Draft;
 use super::drafts::{Detached, Opening, object_node};
@@ -12,6 +14,7 @@ use super::{ObjectName, Vfs};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Job;
+use crate::export::sidecars::Sidecar;
 use crate::failpoint::{self, Step};
 use std::sync::Arc;
 
@@ -43,7 +46,7 @@ impl Vfs {
     /// The job whose status the key is, when the key ends with `.status` and the job knows better than the bucket.
     pub(super) fn status_job(&self, bucket: &str, key: &ObjectKey) -> Option<Arc<Job>> {
         let base = ObjectKey::parse(key.as_str().strip_suffix(STATUS_SUFFIX)?).ok()?;
-        self.jobs.newest(bucket, &base).filter(|job| job.holds_status())
+        self.jobs.newest(bucket, &base).filter(|job| job.holds_status() && self.jobs.has_sidecars(&base))
     }
 
     /// What a key is: a draft, a running job's status or object, an object in the store, or a directory.
@@ -110,7 +113,9 @@ impl Vfs {
                 if !job.status().status.is_final() {
                     entries.insert(key.file_name().to_owned(), object(key.clone()));
                 }
-                if let Ok(status) = key.with_suffix(STATUS_SUFFIX) {
+                if let Ok(status) = key.with_suffix(STATUS_SUFFIX)
+                    && self.jobs.has_sidecars(key)
+                {
                     entries.insert(status.file_name().to_owned(), object(status));
                 }
             }
@@ -267,6 +272,7 @@ impl Vfs {
             None if is_known => {}
             None => return Err(no_entry(key.as_str())),
         }
+        self.remove_sidecars(object).await;
         self.forget_attributes(object, false).await;
         self.requests.forget(object);
         if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
@@ -276,6 +282,41 @@ impl Vfs {
         }
         self.keep_directory_of(object).await;
         Ok(())
+    }
+
+    /// The sidecars of an object that is gone go too. One that cannot be removed now does no harm but being there.
+    async fn remove_sidecars(&self, (bucket, key): &ObjectName) {
+        if !self.jobs.has_sidecars(key) {
+            return;
+        }
+        let removed = async { self.jobs.remove_sidecars(self.bucket(bucket)?, key).await };
+        if let Err(error) = removed.await {
+            warn!(%key, "sidecars stay although their object is gone: {}", error.report());
+        }
+        self.jobs.forget(bucket, key);
+        self.forget_recent_sidecars(bucket, key);
+    }
+
+    /// The sidecars of an object that has another name now get that too, in place of those of what had it before.
+    async fn rename_sidecars(&self, from: &ObjectName, to: &ObjectName) {
+        if !self.jobs.has_sidecars(&from.1) && !self.jobs.has_sidecars(&to.1) {
+            return;
+        }
+        let renamed = async {
+            let store = self.bucket(&from.0)?;
+            self.jobs.remove_sidecars(store, &to.1).await?;
+            self.jobs.rename_sidecars(store, &from.1, &to.1).await
+        };
+        if let Err(error) = renamed.await {
+            warn!(key = %to.1, "sidecars did not go with their object: {}", error.report());
+        }
+        self.forget_recent_sidecars(&from.0, &from.1);
+        self.forget_recent_sidecars(&to.0, &to.1);
+    }
+
+    fn forget_recent_sidecars(&self, bucket: &str, key: &ObjectKey) {
+        let sidecars = Sidecar::ALL.into_iter().filter_map(|sidecar| sidecar.key_for(key).ok());
+        sidecars.for_each(|sidecar| self.recent.forget(&(bucket.to_owned(), sidecar)));
     }
 
     /// Removing the file of a job that runs cancels it; what the object's name has stays.
@@ -357,6 +398,9 @@ impl Vfs {
             return Err(error);
         }
         self.renamed(from, to, replaced);
+        if draft.is_none_or(|draft| draft.is_published()) {
+            self.rename_sidecars(from, to).await;
+        }
         if let Some(parent) = to.1.parent() {
             // The store has it now.
             self.made_directories.remove(&(to.0.clone(), parent));
