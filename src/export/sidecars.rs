@@ -225,9 +225,11 @@ where
     }
 }
 
-/// Whether a status is that of an object: the bucket may have had another name when it was written.
+/// Whether a status is that of an object, or of one of that name elsewhere: the bucket may have had another name when it
+/// was written, and a directory may have been copied. A checksum file too says no more than the name.
 fn is_status_of(status: &Status, bucket: &Bucket, object: &ObjectKey) -> bool {
-    (status.bucket == bucket.name() && status.key == object.as_str()) || status.url == bucket.url_of(object)
+    let name = status.key.rsplit('/').next();
+    name == Some(object.file_name()) || status.url == bucket.url_of(object)
 }
 
 /// A line of coreutils' checksum files; names with a backslash or a newline are escaped as coreutils does.

@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 
 use crate::bucket::ObjectKey;
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::sidecars::Sidecar;
 use crate::format::OutputFormat;
 
 /// An inode number.
@@ -95,6 +96,9 @@ impl fmt::Display for Node {
         }
     }
 }
+
+/// What the numbers of objects end with; those of their sidecars end with less.
+const OBJECT_RANK: u64 = 3;
 
 /// The nodes that the kernel knows, by number.
 ///
@@ -190,16 +194,28 @@ impl InodeTable {
 }
 
 impl Table {
-    /// A hash of the path, so that it is the same in every mount; the next free number where another file has it.
+    /// A hash of the path, so that it is the same in every mount; the next free number where another file has it. cp -r
+    /// copies a directory's files by their numbers: those of an object's sidecars come just before its own, because a copy
+    /// of the object makes new ones.
     fn number(&self, node: &Node) -> (Ino, u64) {
         if let Some(ino) = self.by_node.get(node) {
             return (*ino, self.by_number.get(ino).map_or(self.generation, |known| known.generation));
         }
-        let digest = Md5::digest(node.to_string().as_bytes());
+        let (path, rank) = match node {
+            Node::Object { bucket, key } => match Sidecar::parse(key) {
+                Some((key, sidecar)) => {
+                    (Node::Object { bucket: bucket.clone(), key }.to_string(), sidecar as u64)
+                }
+                None => (node.to_string(), OBJECT_RANK),
+            },
+            _ => (node.to_string(), 0),
+        };
+        let digest = Md5::digest(path.as_bytes());
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&digest[..8]);
         // 0 is no inode, 1 is the root.
-        let mut ino = Ino((u64::from_le_bytes(bytes) >> 1).max(2));
+        let hash = u64::from_le_bytes(bytes) >> 1 & !OBJECT_RANK;
+        let mut ino = Ino(hash.max(OBJECT_RANK + 1) | rank);
         while self.by_number.contains_key(&ino) {
             ino = Ino(ino.0 + 1);
         }
@@ -236,6 +252,22 @@ mod tests {
         assert!(a.node(ino).is_err());
         a.forget(ROOT_INO, 100);
         assert_eq!(a.node(ROOT_INO).unwrap(), Node::Root);
+    }
+
+    #[test]
+    fn sidecars_have_the_numbers_before_their_objects() {
+        let table = InodeTable::new();
+        let number = |key: &str| {
+            let node = Node::Object { bucket: "b".into(), key: ObjectKey::parse(key).unwrap() };
+            table.number(&node).0.0
+        };
+        for object in ["k.vhd", "d/k.raw", "notes"] {
+            let own = number(object);
+            let mut sidecars =
+                [".status", ".md5", ".sha256"].map(|suffix| number(&format!("{object}{suffix}")));
+            sidecars.sort_unstable();
+            assert_eq!(sidecars, [own - 3, own - 2, own - 1]);
+        }
     }
 
     #[test]
