@@ -137,9 +137,8 @@ fn a_second_rsync_transfers_nothing_and_the_way_out_is_the_same() {
         sh(&format!("touch -d '2020-01-02 03:04:05' {0}/a {0}/sub/b", tree.display()));
         let mount = target.mount();
         let to = mount.key("copy");
-        let exclude = "--exclude=*.status --exclude=*.sha256 --exclude=*.md5";
-        sh(&format!("rsync -a {exclude} {}/ {}/", tree.display(), to.display()));
-        let again = format!("rsync -a -i {exclude} {}/ {}/", tree.display(), to.display());
+        sh(&format!("rsync -a {}/ {}/", tree.display(), to.display()));
+        let again = format!("rsync -a -i {}/ {}/", tree.display(), to.display());
         let listed = |out: &str| -> Vec<String> {
             out.lines().filter(|l| l.starts_with(">f") || l.starts_with(".f")).map(str::to_owned).collect()
         };
@@ -148,18 +147,17 @@ fn a_second_rsync_transfers_nothing_and_the_way_out_is_the_same() {
         let mount = target.mount();
         assert_eq!(listed(&sh(&again)), Vec::<String>::new(), "{}: after another mount", target.name);
         let back = target.world.out("back");
-        sh(&format!("rsync -a {exclude} {}/ {}/", to.display(), back.display()));
+        sh(&format!("rsync -a {}/ {}/", to.display(), back.display()));
         sh(&format!("diff -r {} {}", tree.display(), back.display()));
         let times = |root: &Path| {
             sh(&format!("cd {} && find . -type f -printf '%p %T@ %m\\n' | sort", root.display()))
         };
         assert_eq!(times(&tree), times(&back), "{}", target.name);
-        // --delete takes away what is gone at the source, and nothing else; the excluded sidecars stay.
+        // --delete takes away what is gone at the source, and nothing else.
         std::fs::remove_file(tree.join("sub/b")).unwrap();
-        sh(&format!("rsync -a --delete {exclude} {}/ {}/", tree.display(), to.display()));
+        sh(&format!("rsync -a --delete {}/ {}/", tree.display(), to.display()));
         assert!(!to.join("sub/b").exists() && to.join("a").exists());
-        let leftovers =
-            sh(&format!("find {} -name '.*.??????' ! -name '*.status' ! -name '*.sha256'", to.display()));
+        let leftovers = sh(&format!("find {} -name '.*.??????'", to.display()));
         assert_eq!(leftovers, "", "{}: files under rsync's temporary names", target.name);
         assert_same(&to.join("a"), &tree.join("a"));
         mount.unmount();
@@ -176,17 +174,17 @@ fn what_people_look_with_works() {
         let mount = target.mount();
         let directory = mount.key("dir");
         std::fs::create_dir(&directory).unwrap();
-        sh(&format!("cp {} {}/x.bin; echo two > {1}/y", source.display(), directory.display()));
-        mount.wait("dir/x.bin");
-        sh(&format!("cd {} && sha256sum -c x.bin.sha256 && md5sum -c x.bin.md5", directory.display()));
+        sh(&format!("cp {} {}/x.raw; echo two > {1}/y", source.display(), directory.display()));
+        mount.wait("dir/x.raw");
+        sh(&format!("cd {} && sha256sum -c x.raw.sha256 && md5sum -c x.raw.md5", directory.display()));
         let found = sh(&format!(
             "cd {} && find . -type f ! -name '*.status' ! -name '*.md5' ! -name '*.sha256' | sort",
             directory.display()
         ));
-        assert_eq!(found, "./x.bin\n./y\n");
+        assert_eq!(found, "./x.raw\n./y\n");
         assert!(sh(&format!("ls -la {}", directory.display())).contains(&format!(" {} ", (20 << 20) + 777)));
         assert!(
-            sh(&format!("du -s --apparent-size -B1 {}/x.bin", directory.display())).starts_with("20972297")
+            sh(&format!("du -s --apparent-size -B1 {}/x.raw", directory.display())).starts_with("20972297")
         );
         let numbers = || sh(&format!("ls -i {} | sort", directory.display()));
         assert_eq!(numbers(), numbers(), "inode numbers are stable");
