@@ -244,6 +244,7 @@ impl Draft {
     /// # Errors
     /// The refusal or failure of this draft, every time until it is truncated.
     pub(in super::super) async fn flush(&self, publisher: &Publisher) -> Result<()> {
+        self.wait_for_turn(publisher).await;
         let mut state = self.lock().await;
         state.check()?;
         state.flushed = true;
@@ -280,6 +281,14 @@ impl Draft {
         }
     }
 
+    /// Waits until what was written before is published, if there is more to publish. Not under the lock: whoever removes
+    /// or renames the file does not wait for that, and neither do listings of its directory.
+    async fn wait_for_turn(&self, publisher: &Publisher) {
+        if self.is_unpublished() && self.file_size() > 0 && !self.is_parked() {
+            publisher.wait_for_previous(&self.object(), publisher.options.wait_limit).await;
+        }
+    }
+
     /// How the job ended; its failure is the draft's, unless something else was written by then.
     async fn outcome(&self, publisher: &Publisher, job: Arc<Job>) -> Result<()> {
         let ended = publisher.wait_for(Some(Arc::clone(&job))).await;
@@ -312,6 +321,7 @@ impl Draft {
     /// What the last close publishes: an empty file that nobody refused becomes an empty object, and what a flush
     /// left alone because more could come is published now, or refused. Afterwards there is nothing to publish.
     pub(in super::super) async fn publish_last(&self, publisher: &Publisher) {
+        self.wait_for_turn(publisher).await;
         let mut state = self.lock().await;
         if state.check().is_err() || !state.dirty || !state.linked {
             return;
