@@ -114,8 +114,8 @@
 //! | Recorded | the record: request, source, what the object replaces; staged bytes | start an upload, create its log | begins; waits while its bucket or image is not in this mount |
 //! | Sending | the log: the upload's id, parts that the store has, states of the hashes | send and hash the other parts; record what is about to be put in place | sends what the log does not have |
 //! | Publishing | the intent: the entity tag to come, or size and digests | put the object in place, over what it replaces only | asks the bucket: in place, or resumes; another object there stays |
-//! | Placed | the object; the log: its size, digests and entity tag | put the checksums, record the end | SUCCESS, whatever the source and the bucket are by now |
-//! | Ended | the record: the final status, and that the bucket lacks it | put the final status; end the lease; wake who waits | puts the final status, and tries again while mounted |
+//! | Placed | the object; the log: its size, digests and entity tag | put the checksums, record the end | SUCCESS, whatever the source is by now; what stands beside another object stays |
+//! | Ended | the record: the final status, and that the bucket lacks it | put the final status; end the lease; wake who waits | puts the final status, unless that of a newer job is there; tries again while mounted |
 //! | Told | the final status in the bucket; the record says so | none; the oldest records are removed | shown in jobs/ |
 //!
 //! Every step is intent, act, done, and each is a [`failpoint`]. A damaged record costs its own job, whose status ends with

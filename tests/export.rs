@@ -253,3 +253,83 @@ fn objects_that_a_store_does_not_copy_are_copied_in_parts() {
         assert_eq!(logs, 0, "request {failing}");
     }
 }
+
+/// The record of the newest job in the state directory, changed.
+fn edit_record(setup: &Setup, change: impl Fn(&mut serde_json::Value)) -> serde_json::Value {
+    let jobs = std::fs::read_dir(setup.directory.path().join("state/jobs")).unwrap().flatten();
+    let path = jobs.map(|job| job.path()).filter(|path| path.extension().is_some()).max().unwrap();
+    let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let before = record.clone();
+    change(&mut record);
+    std::fs::write(&path, record.to_string()).unwrap();
+    before
+}
+
+/// Makes of an ended job one that was running when its daemon died, with a log of these lines.
+fn unfinish(setup: &Setup, lines: &[serde_json::Value]) {
+    let record = edit_record(setup, |record| {
+        let status = &mut record["status"];
+        status["status"] = "RUNNING".into();
+        for field in ["end_time", "md5", "sha256", "etag"] {
+            status[field] = serde_json::Value::Null;
+        }
+    });
+    let log = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
+    let id = record["status"]["job_id"].as_str().unwrap();
+    std::fs::write(setup.directory.path().join(format!("state/uploads/{id}.parts")), log).unwrap();
+}
+
+fn read(setup: &Setup, bucket: &Bucket, key: &str) -> Option<Bytes> {
+    let key = ObjectKey::parse(key).unwrap();
+    setup.runtime.block_on(async {
+        let meta = bucket.head(&key).await.unwrap()?;
+        Some(bucket.read(&key, 0..meta.object_size, None).await.unwrap())
+    })
+}
+
+fn unchanged(setup: &Setup) -> impl Fn(&StatusImage) -> freightfs::error::Result<RecordedFile> + use<> {
+    let file = setup.file();
+    move |image| Ok(RecordedFile { file: Arc::clone(&file), image: image.clone(), continues: true })
+}
+
+#[test]
+fn what_is_told_late_stays_away_from_a_newer_object() {
+    for is_ended in [false, true] {
+        let (setup, other) = (Setup::new(9 << 20), Setup::new(1000));
+        let bucket = setup.bucket(&FaultyStore::new(0));
+        {
+            let state = setup.state();
+            let queue = setup.queue(&bucket, &state);
+            queue.submit(request("k.raw"), setup.file(), &mut None).unwrap().wait(LIMIT).unwrap();
+            setup.runtime.block_on(queue.stop());
+        }
+        if is_ended {
+            edit_record(&setup, |record| record["status_unwritten"] = true.into());
+        } else {
+            let record = edit_record(&setup, |_| {});
+            let status = &record["status"];
+            let upload = serde_json::json!({"bucket": "b", "key": "k.raw", "id": "u", "part_size": 8 << 20});
+            let placed = serde_json::json!({
+                "size": 9 << 20, "etag": status["etag"], "sha256": status["sha256"], "md5": status["md5"],
+            });
+            unfinish(&setup, &[serde_json::json!({"upload": upload}), serde_json::json!({"placed": placed})]);
+        }
+        let state = other.state();
+        let queue = other.queue(&bucket, &state);
+        queue.submit(request("k.raw"), other.file(), &mut None).unwrap().wait(LIMIT).unwrap();
+        let names = ["k.raw", "k.raw.status", "k.raw.sha256", "k.raw.md5"];
+        let newer = names.map(|name| read(&other, &bucket, name).unwrap());
+
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        queue.resume(unchanged(&setup)).unwrap();
+        let job = queue.jobs().pop().unwrap();
+        assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
+        while job.holds_status() {
+            std::thread::yield_now();
+        }
+        setup.runtime.block_on(queue.stop());
+        assert!(names.map(|name| read(&setup, &bucket, name).unwrap()) == newer, "ended: {is_ended}");
+        assert!(edit_record(&setup, |_| {})["status_unwritten"] == false, "it is not tried again");
+    }
+}

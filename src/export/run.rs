@@ -447,11 +447,17 @@ impl Run {
 
     /// The last question before something in the bucket is replaced: whether no other host has taken the job over.
     async fn fence(&self) -> Result<()> {
+        match self.is_holder().await? {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Busy, "another host has taken the job over")),
+        }
+    }
+
+    /// Whether no other host has taken the job over.
+    async fn is_holder(&self) -> Result<bool> {
         match self.lease() {
-            Some(lease) if !lease.is_newest().await? => {
-                Err(Error::new(ErrorKind::Busy, "another host has taken the job over"))
-            }
-            _ => Ok(()),
+            Some(lease) => lease.is_newest().await,
+            None => Ok(true),
         }
     }
 

@@ -52,6 +52,8 @@ pub(super) enum Written {
     Done(Replaces),
     /// Somebody else's object is there and stays.
     Foreign,
+    /// A sidecar of ours is there that stays: it is that of a newer object or job.
+    Superseded,
 }
 
 impl Sidecar {
@@ -164,10 +166,14 @@ pub async fn remove(bucket: &Bucket, object: &ObjectKey) -> Result<()> {
 pub async fn rename(bucket: &Bucket, from: &ObjectKey, to: &ObjectKey, all: bool) -> Result<()> {
     if has_sidecars(to, all) {
         for sidecar in Sidecar::ALL {
-            let Ok(Beside::Ours { bytes, .. }) = look(bucket, from, sidecar).await else { continue };
+            if sidecar.key_for(from).is_err() {
+                continue;
+            }
+            // What cannot be looked at now must not be removed below.
+            let Beside::Ours { bytes, .. } = look(bucket, from, sidecar).await? else { continue };
             let renamed = renamed(bucket, to, sidecar, &bytes)?;
             failpoint::pass(Step::SidecarMove)?;
-            write(bucket, to, sidecar, renamed, Replaces::Nothing, || async { Ok(()) }).await?;
+            write(bucket, to, sidecar, renamed, Replaces::Nothing, |_| async { Ok(true) }).await?;
         }
     } else {
         remove(bucket, to).await?;
@@ -190,7 +196,7 @@ fn renamed(bucket: &Bucket, to: &ObjectKey, sidecar: Sidecar, bytes: &Bytes) -> 
 }
 
 /// Writes a sidecar over `known`, or over what is ours by its content. Before it replaces anything else than `known`,
-/// `may` is asked whether this host still is the one that writes it.
+/// `may` is given that and asked whether it is to be replaced.
 ///
 /// # Errors
 /// What `may` gives; [`Conflict`](ErrorKind::Conflict) when it changes all the time.
@@ -200,10 +206,10 @@ pub(super) async fn write<F>(
     sidecar: Sidecar,
     bytes: Bytes,
     known: Replaces,
-    may: impl Fn() -> F,
+    may: impl Fn(Option<Bytes>) -> F,
 ) -> Result<Written>
 where
-    F: Future<Output = Result<()>>,
+    F: Future<Output = Result<bool>>,
 {
     let key = sidecar.key_for(object)?;
     let mut replaces = known;
@@ -214,14 +220,17 @@ where
             Err(error) if error.kind() == ErrorKind::Conflict && tries < TRIES => tries += 1,
             Err(error) => return Err(error),
         }
-        replaces = match look(bucket, object, sidecar).await? {
-            Beside::Nothing => Replaces::Nothing,
+        let there;
+        (there, replaces) = match look(bucket, object, sidecar).await? {
+            Beside::Nothing => (None, Replaces::Nothing),
             // The put had been done, and its answer was lost.
             Beside::Ours { bytes: there, replaces } if there == bytes => return Ok(Written::Done(replaces)),
-            Beside::Ours { replaces, .. } => replaces,
+            Beside::Ours { bytes, replaces } => (Some(bytes), replaces),
             Beside::Foreign => return Ok(Written::Foreign),
         };
-        may().await?;
+        if !may(there).await? {
+            return Ok(Written::Superseded);
+        }
     }
 }
 

@@ -94,14 +94,14 @@ pub const TABLE: [Row; 6] = [
         durable: "the object; the log: its size, digests and entity tag",
         next: "put the checksums, record the end",
         recovery: Recovery::Conclude,
-        found: "SUCCESS, whatever the source and the bucket are by now",
+        found: "SUCCESS, whatever the source is by now; what stands beside another object stays",
     },
     Row {
         stage: Stage::Ended,
         durable: "the record: the final status, and that the bucket lacks it",
         next: "put the final status; end the lease; wake who waits",
         recovery: Recovery::Tell,
-        found: "puts the final status, and tries again while mounted",
+        found: "puts the final status, unless that of a newer job is there; tries again while mounted",
     },
     Row {
         stage: Stage::Told,

@@ -184,6 +184,25 @@ impl Status {
         (self.valid_seconds, self.waiting) = (None, None);
     }
 
+    /// Whether this status may take the place of `there`, that of another job, beside an object with the entity tag
+    /// `object`. `was_there` says that the bucket had a status of this job before, so that `there` came after it.
+    ///
+    /// A success is told beside the object that it made. Everything else gives way to a later job, whose id is greater, and
+    /// to the success that made the object and came after this job began.
+    pub(super) fn may_replace(&self, there: &Self, object: Option<&str>, was_there: bool) -> bool {
+        if self.status == JobState::Success {
+            return self.is_of(object);
+        }
+        let came_after = was_there || there.end_time.is_some_and(|end| end >= self.begin_time);
+        let made_it = there.status == JobState::Success && there.etag.is_some() && there.is_of(object);
+        there.job_id < self.job_id && !(made_it && came_after)
+    }
+
+    /// Whether an object with this entity tag is the one of this status, as far as that has one.
+    pub(super) fn is_of(&self, object: Option<&str>) -> bool {
+        self.etag.is_none() || self.etag.as_deref() == object
+    }
+
     /// The file's bytes: one indented JSON object and a newline.
     pub fn to_json(&self) -> Vec<u8> {
         let mut json =
@@ -197,4 +216,44 @@ impl Status {
 pub(super) fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(job: u32, status: &str, etag: Option<&str>) -> Status {
+        let second = |n: u32| format!("2026-01-01T00:00:{n:02}Z");
+        serde_json::from_value(serde_json::json!({
+            "version": 1, "job_id": job.to_string(), "status": status, "progress": 0, "image": null, "bucket": "b",
+            "key": "k", "url": "u", "size": null, "bytes_done": 0, "bytes_uploaded": 0, "begin_time": second(job),
+            "end_time": etag.map(|_| second(job + 2)), "eta_seconds": null, "md5": null, "sha256": null, "etag": etag,
+            "client_token": null, "host": "h", "attempt": 1, "error": null,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_status_gives_way_to_what_is_newer() {
+        let object = Some("new");
+        let success = |job, etag| status(job, "SUCCESS", Some(etag));
+        let failed = |job| status(job, "FAIL", None);
+        for (own, there, was_there, may) in [
+            // The success that made the object, and one that did not.
+            (success(1, "new"), success(5, "old"), true, true),
+            (success(5, "old"), failed(1), true, false),
+            // A failure leaves the success of whoever won, and takes the place of one from before it.
+            (failed(5), success(4, "new"), false, false),
+            (failed(9), success(4, "new"), false, true),
+            (failed(9), success(4, "new"), true, false),
+            (failed(9), success(4, "old"), true, true),
+            // Later jobs have the word.
+            (failed(5), failed(6), true, false),
+            (status(5, "RUNNING", None), status(6, "RUNNING", None), true, false),
+            (status(6, "RUNNING", None), status(5, "RUNNING", None), true, true),
+        ] {
+            let text = format!("{own:?}\n{there:?}");
+            assert_eq!(own.may_replace(&there, object, was_there), may, "{text}");
+        }
+    }
 }

@@ -181,9 +181,14 @@ impl Run {
         let request = self.job.request();
         let bucket = &self.context.mounted(&request.bucket)?.bucket;
         let (json, known) = (Bytes::from(status.to_json()), known.clone());
-        let fence = || self.fence();
-        match sidecars::write(bucket, &request.key, Sidecar::Status, json, known, fence).await? {
+        let was_there = known != Replaces::Nothing;
+        if !was_there && self.is_late(bucket, status).await? {
+            return Ok(());
+        }
+        let may = |there| self.may_tell(bucket, status, there, was_there);
+        match sidecars::write(bucket, &request.key, Sidecar::Status, json, known, may).await? {
             Written::Done(replaces) => *told = Told::Ours(replaces),
+            Written::Superseded => info!(job = self.job.id(), "a newer status is there, and stays"),
             Written::Foreign => {
                 *told = Told::Foreign;
                 self.note_foreign(Sidecar::Status);
@@ -193,22 +198,73 @@ impl Run {
         Ok(())
     }
 
+    /// Whether a success is told so late that another object is there by then, and nothing of this job beside it.
+    async fn is_late(&self, bucket: &Bucket, status: &Status) -> Result<bool> {
+        if status.status != JobState::Success || status.is_of(self.object(bucket).await?.as_deref()) {
+            return Ok(false);
+        }
+        match sidecars::look(bucket, &self.job.request().key, Sidecar::Status).await? {
+            Beside::Ours { bytes, .. } => {
+                Ok(status_in(&bytes).is_none_or(|there| there.job_id != status.job_id))
+            }
+            Beside::Nothing | Beside::Foreign => Ok(true),
+        }
+    }
+
+    /// Whether a status may take the place of what is there, of which this run has not known.
+    async fn may_tell(
+        &self,
+        bucket: &Bucket,
+        status: &Status,
+        there: Option<Bytes>,
+        was_there: bool,
+    ) -> Result<bool> {
+        if !self.is_newest() || !self.is_holder().await? {
+            return Ok(false);
+        }
+        match there.as_ref().and_then(status_in) {
+            Some(there) if there.job_id == status.job_id => Ok(true),
+            Some(there) => Ok(status.may_replace(&there, self.object(bucket).await?.as_deref(), was_there)),
+            // It was removed, perhaps with its object.
+            None => {
+                Ok(status.status != JobState::Success || status.is_of(self.object(bucket).await?.as_deref()))
+            }
+        }
+    }
+
+    /// The entity tag of the object that is at the key.
+    async fn object(&self, bucket: &Bucket) -> Result<Option<String>> {
+        Ok(bucket.head(&self.job.request().key).await?.and_then(|meta| meta.etag))
+    }
+
+    /// Whether what stands beside the object is this job's to write: the object is its own still, and no later job or other
+    /// host has the key.
+    async fn is_ours(&self, bucket: &Bucket, placed: &Placed) -> Result<bool> {
+        let is_ours = self.is_newest() && self.is_holder().await?;
+        Ok(is_ours && (placed.etag.is_none() || self.object(bucket).await? == placed.etag))
+    }
+
     /// `KEY.sha256` and `KEY.md5`, as `sha256sum -c` and `md5sum -c` read them in the object's directory.
     ///
     /// The object is in place by now, so a failure here does not fail the job, whose status has the digests. But an
     /// older object's checksum must not stay beside the new one.
     pub(super) async fn put_checksums(&self, bucket: &Bucket, placed: &Placed) {
+        // Before anything is replaced that may be another's, it is asked again.
+        if matches!(self.is_ours(bucket, placed).await, Ok(false)) {
+            info!(job = self.job.id(), "another object is there by now; what stands beside it stays");
+            return;
+        }
         if !self.has_status {
             self.remove_old_sidecars(bucket).await;
             return;
         }
         for (sidecar, digest) in [(Sidecar::Sha256, &placed.sha256), (Sidecar::Md5, &placed.md5)] {
-            match self.put_checksum(bucket, sidecar, digest).await {
-                Ok(Written::Done(_)) => {}
+            match self.put_checksum(bucket, placed, sidecar, digest).await {
+                Ok(Written::Done(_) | Written::Superseded) => {}
                 Ok(Written::Foreign) => self.note_foreign(sidecar),
                 Err(error) => {
                     warn!(job = self.job.id(), "a checksum file could not be written: {}", error.report());
-                    let removed = self.remove_old_checksum(bucket, sidecar).await;
+                    let removed = self.remove_old_checksum(bucket, placed, sidecar).await;
                     if removed.is_err() {
                         self.job
                             .note(format!("KEY{} could not be written, and may be old", sidecar.suffix()));
@@ -218,18 +274,27 @@ impl Run {
         }
     }
 
-    async fn put_checksum(&self, bucket: &Bucket, sidecar: Sidecar, digest: &str) -> Result<Written> {
+    async fn put_checksum(
+        &self,
+        bucket: &Bucket,
+        placed: &Placed,
+        sidecar: Sidecar,
+        digest: &str,
+    ) -> Result<Written> {
         failpoint::pass(Step::ChecksumPut)?;
         let key = &self.job.request().key;
         let line = Bytes::from(checksum_line(digest, key.file_name()));
-        sidecars::write(bucket, key, sidecar, line, Replaces::Nothing, || self.fence()).await
+        let may = |_| self.is_ours(bucket, placed);
+        sidecars::write(bucket, key, sidecar, line, Replaces::Nothing, may).await
     }
 
-    async fn remove_old_checksum(&self, bucket: &Bucket, sidecar: Sidecar) -> Result<()> {
+    async fn remove_old_checksum(&self, bucket: &Bucket, placed: &Placed, sidecar: Sidecar) -> Result<()> {
         let key = &self.job.request().key;
         match sidecars::look(bucket, key, sidecar).await? {
-            Beside::Ours { replaces, .. } => bucket.delete_if(&sidecar.key_for(key)?, &replaces).await,
-            Beside::Nothing | Beside::Foreign => Ok(()),
+            Beside::Ours { replaces, .. } if self.is_ours(bucket, placed).await? => {
+                bucket.delete_if(&sidecar.key_for(key)?, &replaces).await
+            }
+            _ => Ok(()),
         }
     }
 
@@ -254,4 +319,8 @@ impl Run {
         let (key, suffix) = (&self.job.request().key, sidecar.suffix());
         self.job.note(format!("{key}{suffix} was not written by freightfs and was left alone"));
     }
+}
+
+fn status_in(bytes: &Bytes) -> Option<Status> {
+    serde_json::from_slice(bytes).ok()
 }
