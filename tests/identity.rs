@@ -242,15 +242,22 @@ fn hosts_over_a_catalog_in_a_bucket_tell_images_of_one_size_apart() {
 
 #[test]
 fn three_conversions_of_a_raw_image_that_was_just_written_are_identical() {
+    for allocate in ["truncate -s", "fallocate -l"] {
+        three_conversions(allocate);
+    }
+}
+
+fn three_conversions(allocate: &str) {
     let world = World::new();
     let raw = world.out("fresh.raw");
-    let file = File::create(&raw).unwrap();
-    file.set_len(64 << 20).unwrap();
+    // Preallocated, what a conversion reads ahead is data to the filesystem at the next one.
+    sh(&format!("{allocate} 64M {}", raw.display()));
+    let file = File::options().write(true).open(&raw).unwrap();
     let mut random = Random(8);
     for _ in 0..80 {
         file.write_all_at(&random.bytes(4096), random.below(60 << 20)).unwrap();
     }
-    for format in ["vhdx", "vdi", "stream.vmdk"] {
+    for format in ["vhdx", "stream.vmdk"] {
         let sums: Vec<_> = (0..3)
             .map(|run| {
                 std::fs::create_dir_all(world.out(&format!("{run}.d"))).unwrap();
@@ -259,6 +266,6 @@ fn three_conversions_of_a_raw_image_that_was_just_written_are_identical() {
                 sha256(&named)
             })
             .collect();
-        assert!(sums.iter().all(|sum| *sum == sums[0]), "{format}: {sums:?}");
+        assert!(sums.iter().all(|sum| *sum == sums[0]), "{allocate}: {format}: {sums:?}");
     }
 }

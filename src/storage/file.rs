@@ -6,13 +6,19 @@ use std::path::Path;
 use std::sync::Once;
 use std::time::SystemTime;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::{Whence, lseek64};
 use tracing::debug;
 
 use super::{Generation, Storage, changed, check_range};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
-use crate::units::FileOffset;
+use crate::units::{FileOffset, SECTOR};
+
+/// Bytes that a filesystem may allocate for an extent's record, and for whatever else belongs to a file: what is allocated
+/// beyond those and the data was preallocated.
+const EXTENT_RECORD: u64 = 64;
+const ALLOCATION_SLACK: u64 = 64 << 10;
 
 /// A local file, read with pread; holes come from SEEK_DATA and SEEK_HOLE.
 #[derive(Debug)]
@@ -23,8 +29,8 @@ pub struct FileStorage {
     generation: Generation,
     /// Names of the file when it was opened.
     links: u64,
-    /// Whether what writers left in the page cache was written back since the file was opened.
-    written_back: Once,
+    /// Done when the filesystem was asked to tell the same holes from then on.
+    settled: Once,
 }
 
 impl FileStorage {
@@ -53,7 +59,7 @@ impl FileStorage {
             return Err(Error::unsupported("is not a regular file").in_file(name));
         }
         let (generation, links) = (generation_of(&meta), meta.nlink());
-        Ok(Self { name, file_size: meta.len(), generation, links, written_back: Once::new(), file })
+        Ok(Self { name, file_size: meta.len(), generation, links, settled: Once::new(), file })
     }
 
     /// The generation that a path has now, without opening it.
@@ -63,15 +69,39 @@ impl FileStorage {
         Ok(generation_of(&meta))
     }
 
-    /// Writes the file's data back: before that a filesystem has not decided where it stands, and SEEK_DATA tells
-    /// other holes than after it. A descriptor for reading is enough. Where it fails, the holes are those of now, and
-    /// the digest of the map that is made of them tells whether they stay.
-    fn write_back(&self) {
-        self.written_back.call_once(|| {
-            if let Err(error) = self.file.sync_data() {
-                debug!(file = self.name, "data could not be written back: {error}");
+    /// Has the filesystem tell the same holes now and later, as far as it can; done once.
+    ///
+    /// What writers left in the page cache is written back: before that it is not decided where it stands. A descriptor
+    /// for reading is enough. What was preallocated and never written is a hole, but is told as data where somebody has
+    /// read it and it is in the page cache, from which it is dropped. Whether the holes were the same is told by the digest
+    /// of the map that is made of them.
+    fn settle_holes(&self) {
+        self.settled.call_once(|| {
+            let dropped = || posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            let settled = self.file.sync_data().and_then(|()| match self.has_preallocated()? {
+                true => dropped().map_err(std::io::Error::from),
+                false => Ok(()),
+            });
+            if let Err(error) = settled {
+                debug!(file = self.name, "its holes may be others later: {error}");
             }
         });
+    }
+
+    /// Whether clearly more is allocated than is told as data.
+    fn has_preallocated(&self) -> std::io::Result<bool> {
+        let (mut at, mut data, mut runs) = (0, 0, 0);
+        while let Ok(start) = lseek64(&self.file, at, Whence::SeekData) {
+            let end = lseek64(&self.file, start, Whence::SeekHole)?;
+            if end <= at {
+                break;
+            }
+            data += (end - start) as u64;
+            runs += 1;
+            at = end;
+        }
+        let allocated = self.file.metadata()?.blocks() * SECTOR;
+        Ok(allocated > data + runs * EXTENT_RECORD + ALLOCATION_SLACK)
     }
 }
 
@@ -102,7 +132,7 @@ impl Storage for FileStorage {
     }
 
     fn extent_at(&self, at: FileOffset) -> Result<Extent> {
-        self.write_back();
+        self.settle_holes();
         let left = self.file_size - at.bytes();
         // lseek moves the descriptor's position, which nothing here uses: reads are positional.
         let seek = |whence| lseek64(&self.file, at.bytes() as i64, whence).map(|to| to as u64);
