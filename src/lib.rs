@@ -94,7 +94,7 @@
 //! meanwhile; the job at the end takes that upload over and sends what is missing or was written again.
 //!
 //! What may be exported is a [`policy::Policy`], data: the vfs asks it when an image's file is opened, when a name in a
-//! bucket is created, and when a copy brings both together.
+//! bucket is created, when a copy brings both together, and by name and content when anything is published or renamed.
 //!
 //! The job is a value to display and to wait for; its run owns the work. It waits for a place among those of its bucket,
 //! opens a multipart upload, begins its log, and then reads the converted file part by part to its end, which of a

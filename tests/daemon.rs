@@ -128,6 +128,36 @@ fn the_daemon_may_open_as_many_files_as_its_hard_limit_allows() {
     mount.unmount();
 }
 
+/// A status file that its host has not written again for years, and one whose host says that it still holds.
+#[test]
+fn hosts_that_are_not_heard_from_are_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let status = |name: &str, updated: &str, valid: u64| {
+        let json = serde_json::json!({
+            "version": 1, "job_id": "j", "status": "RUNNING", "progress": 1, "image": null, "bucket": "b", "key": name,
+            "url": "u", "size": null, "bytes_done": 0, "bytes_uploaded": 0, "begin_time": "2020-01-01T00:00:00Z",
+            "end_time": null, "eta_seconds": null, "md5": null, "sha256": null, "etag": null, "client_token": null,
+            "host": "a-dead-host", "attempt": 1, "error": null, "updated": updated, "valid_seconds": valid,
+        });
+        let path = directory.path().join(name);
+        std::fs::write(directory.path().join(format!("{name}.status")), json.to_string()).unwrap();
+        path
+    };
+    let dead = status("dead.raw", "2020-01-01T00:00:05Z", 60);
+    for command in ["wait", "status"] {
+        let output = run(freightfs().arg(command).arg(&dead));
+        assert_eq!(output.status.code(), Some(1), "{command}: {}", text(&output));
+        let said = text(&output);
+        assert!(said.contains("not heard from since 2020-01-01T00:00:05Z"), "{command}: {said}");
+        assert!(said.contains("a-dead-host"), "{command}: {said}");
+    }
+    let alive = status("alive.raw", "2020-01-01T00:00:05Z", u64::from(u32::MAX));
+    let output = run(freightfs().arg("status").arg(&alive));
+    assert!(output.status.success() && !text(&output).contains("heard"), "{}", text(&output));
+    let output = run(freightfs().args(["wait", "--quiet", "--timeout", "0"]).arg(&alive));
+    assert!(text(&output).contains("have not ended"), "{}", text(&output));
+}
+
 #[test]
 fn completions_are_those_of_the_shells() {
     for (shell, checker) in [("bash", "bash"), ("zsh", "zsh"), ("fish", "fish")] {

@@ -360,5 +360,7 @@ async fn unmount(
             false
         }
     });
-    if unmounted.await.unwrap_or(false) { ended.await } else { Ok(Ok(())) }
+    let ended = async { if unmounted.await.unwrap_or(false) { ended.await } else { Ok(Ok(())) } };
+    // A thread of the session may be reading from a disk that does not answer.
+    tokio::time::timeout(STOP_LIMIT, ended).await.unwrap_or(Ok(Ok(())))
 }

@@ -42,3 +42,43 @@ pub(super) fn check(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exports_of_a_second_are_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rate.toml");
+        let policy = |word: &str| {
+            let text = format!("[limits]\nrequests_per_second = 2\non_limit = '{word}'\n");
+            std::fs::write(&path, text).unwrap();
+            Policy::load(path.to_str().unwrap()).unwrap()
+        };
+        let begin = Instant::now();
+        let accepted = |policy: &Policy| -> Vec<bool> {
+            let mut asked = VecDeque::new();
+            let at = [0, 1, 999, 1000, 1000, 1001, 3000].map(Duration::from_millis);
+            at.iter().map(|at| check(policy, "i", &[], &mut asked, begin + *at).is_ok()).collect()
+        };
+        // What was refused does not count, and what is a second old does not either.
+        assert_eq!(accepted(&policy("fail")), [true, true, false, true, false, true, true]);
+        assert_eq!(accepted(&policy("queue")), [true; 7]);
+    }
+
+    #[test]
+    fn exports_under_way_are_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("jobs.toml");
+        std::fs::write(&path, "[limits]\njobs = 2\njobs_of_image = 1\non_limit = 'fail'\n").unwrap();
+        let policy = Policy::load(path.to_str().unwrap()).unwrap();
+        let refused = |active: &[&str]| {
+            let active: Vec<_> = active.iter().map(|&id| id.to_owned()).collect();
+            check(&policy, "i", &active, &mut VecDeque::new(), Instant::now()).err().map(|e| e.kind())
+        };
+        assert_eq!(refused(&["a"]), None);
+        assert_eq!(refused(&["i"]), Some(ErrorKind::Busy));
+        assert_eq!(refused(&["a", "b"]), Some(ErrorKind::TooManyJobs));
+    }
+}
