@@ -149,7 +149,10 @@
 //!
 //! Images and object names are hostile input. A file that an image names is opened only through an
 //! [`image::ReferenceGate`]; a raw image is never probed for another format; header fields are checked against
-//! the file's length before anything is allocated. Objects in a local bucket are opened beneath its directory by
+//! the file's length before anything is allocated. No disk above [`image::MAX_VIRTUAL_SIZE`] is read. A walk over an
+//! image's tables ([`image::DiskImage::visit_extents`]) is bounded by the bytes of its files: tables that overlap are
+//! refused, those in holes are not read, a file below another is walked only where the one above has nothing. What is
+//! inflated of all images has one bound ([`image::inflated`]). Objects in a local bucket are opened beneath its directory by
 //! the kernel (openat2), so that no symbolic link leads out. There is no unsafe code.
 
 pub mod bucket;
