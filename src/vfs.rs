@@ -18,7 +18,9 @@ mod lanes;
 mod made;
 mod objects;
 mod permit;
+mod recent;
 mod tree;
+mod xattr;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -39,7 +41,6 @@ use crate::format::OutputFormat;
 use crate::metrics::Metrics;
 use crate::policy::{BucketFacts, Policy};
 use attributes::Attributes;
-use directory::RecentObjects;
 use draft::{Drafts, PublishOptions, Publisher};
 use export_options::ExportOptions;
 use handle::Handles;
@@ -47,6 +48,7 @@ use inode::InodeTable;
 use lanes::{Lane, Lanes};
 use made::MadeDirectories;
 use permit::Permits;
+use recent::RecentObjects;
 
 /// How a mount behaves; made by the command line.
 #[derive(Clone, Debug)]
