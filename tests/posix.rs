@@ -23,9 +23,6 @@ type Case = (&'static str, fn(&Path));
 
 /// What is known to fail, and whose it is. The list is exact.
 const KNOWN: &[(&str, &str)] = &[
-    ("pjdfstest chmod/00: chmod moves the ctime", "identity, 30"),
-    ("pjdfstest open/00, mkdir/00: the mode at creation, less the umask", "identity, 30"),
-    ("pjdfstest */02: a name of 255 bytes, and one of 256", "cli, 24 and 30"),
     (
         "pjdfstest rename/00: the ctime and the inode of what was renamed",
         "identity: a rename moves the mtime",
