@@ -2,7 +2,7 @@
 //!
 //! Whatever may wait, for a store, a job or a file, is an `async fn`, and [`crate::fuse`] runs it as a task: nothing
 //! here holds a thread while it waits. What is not `async` answers at once and may be called on any thread.
-//! Synchronous work that may take long goes to a thread of its lane ([`lanes`]). A call answers with an
+//! Synchronous work that may take long goes to a thread of its lane (`lanes.rs`). A call answers with an
 //! [`Error`](crate::error::Error) whose errno the program gets.
 
 mod attr;

@@ -45,7 +45,7 @@ pub(super) enum Place {
     /// In a staged file that is being written.
     Staged(Arc<File>),
     /// In the ranges of an image's file, with zeros between them.
-    Ranges(RangeSource, Ranges, u64),
+    Ranges(Box<RangeSource>, Ranges, u64),
     /// In a computed or local file.
     File(Lane, Arc<dyn VirtualFile>),
     /// In the bucket.

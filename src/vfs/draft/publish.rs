@@ -488,7 +488,7 @@ impl Draft {
         let published = match &mut state.content {
             Content::Empty => return Ok(Place::Nowhere),
             Content::Ranges { source, ranges, file_size } => {
-                return Ok(Place::Ranges(source.clone(), ranges.clone(), *file_size));
+                return Ok(Place::Ranges(Box::new(source.clone()), ranges.clone(), *file_size));
             }
             Content::Staged(staged) => return Ok(Place::Staged(Arc::clone(&staged.file))),
             Content::Published(published) => published,
