@@ -32,11 +32,11 @@ const ACTIONS: [&str; 3] = ["kill", "error", "full"];
 const UNREACHED: &[(&str, &str)] = &[
     ("status-renew", "a job that runs for ten seconds"),
     ("record-prune", "a state directory with many ended jobs"),
-    ("sidecar-move", "not done yet (cli, 27)"),
     ("attributes-save", "not marked yet (identity)"),
 ];
 
-/// Whether the objects beside an export follow it when it is renamed and removed.
+/// Whether the objects beside an export follow it when it is renamed and removed, whatever happens: after a crash in between
+/// they are left over.
 const SIDECARS_FOLLOW: bool = false;
 
 /// What is known to fail: operation, step, and whose it is.
