@@ -12,11 +12,14 @@ use bytes::Bytes;
 use freightfs::bucket::{Bucket, ObjectKey, Replaces, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
-    JobQueue, JobRequest, JobSource, JobState, QueueSettings, RecordedFile, Retries, StateDir, Status,
+    Job, JobQueue, JobRequest, JobSource, JobState, QueueSettings, RecordedFile, Retries, StateDir, Status,
     StatusImage, staged_file,
 };
 use freightfs::metrics::Metrics;
 use freightfs::vfile::VirtualFile;
+use md5::Md5;
+use sha2::digest::common::hazmat::SerializableState;
+use sha2::{Digest, Sha256};
 use support::faulty::FaultyStore;
 use support::images::Random;
 
@@ -332,4 +335,115 @@ fn what_is_told_late_stays_away_from_a_newer_object() {
         assert!(names.map(|name| read(&setup, &bucket, name).unwrap()) == newer, "ended: {is_ended}");
         assert!(edit_record(&setup, |_| {})["status_unwritten"] == false, "it is not tried again");
     }
+}
+
+/// A request for what a program wrote, staged in the state directory.
+fn staged(setup: &Setup, key: &str, replaces: Option<Replaces>) -> (JobRequest, Arc<dyn VirtualFile>) {
+    let path = setup.directory.path().join("state/staging/written");
+    std::fs::write(&path, &setup.content).unwrap();
+    let file = staged_file(&path).unwrap();
+    (JobRequest { source: JobSource::Staged(path), replaces, ..request(key) }, file)
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + LIMIT;
+    while !is_so() {
+        assert!(std::time::Instant::now() < deadline, "{what}: not within {LIMIT:?}");
+        std::thread::yield_now();
+    }
+}
+
+/// Submits what a program wrote; the store puts it in place and goes down before it says so.
+fn lose_the_answer(setup: &Setup, store: &FaultyStore, bucket: &Bucket, queue: &JobQueue) -> Arc<Job> {
+    let key = ObjectKey::parse("k.bin").unwrap();
+    let old = setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"), &Replaces::Anything));
+    store.die_completing();
+    let (request, file) = staged(setup, "k.bin", Some(Replaces::found(Some(old.unwrap().as_deref()))));
+    let job = queue.submit(request, file, &mut None).unwrap();
+    assert!(job.wait(LIMIT).is_err(), "close gets the error");
+    until("waiting", || job.is_waiting());
+    assert!(!job.has_ended(), "it is not known how it ended: {:?}", job.status());
+    job
+}
+
+#[test]
+fn an_answer_that_was_lost_is_asked_for_until_the_store_answers() {
+    let setup = Setup::new(9 << 20);
+    let store = FaultyStore::new(0);
+    let (bucket, state) = (setup.bucket(&store), setup.state());
+    let queue = setup.queue(&bucket, &state);
+    let job = lose_the_answer(&setup, &store, &bucket, &queue);
+    store.set_down(false);
+    until("the end", || job.has_ended());
+    assert_eq!(job.status().status, JobState::Success);
+    assert!(read(&setup, &bucket, "k.bin").unwrap() == setup.content);
+    assert_eq!(store.open_uploads(), 0);
+}
+
+#[test]
+fn a_job_in_doubt_is_asked_about_by_the_next_mount_and_a_cancellation_is_kept() {
+    for cancels in [false, true] {
+        let setup = Setup::new(9 << 20);
+        let store = FaultyStore::new(0);
+        let bucket = setup.bucket(&store);
+        {
+            let state = setup.state();
+            let queue = setup.queue(&bucket, &state);
+            let job = lose_the_answer(&setup, &store, &bucket, &queue);
+            if cancels {
+                job.cancel();
+            }
+            setup.runtime.block_on(queue.stop());
+            assert!(!job.has_ended(), "{:?}", job.status());
+        }
+        store.set_down(false);
+        assert_eq!(edit_record(&setup, |_| {})["is_cancelled"] == true, cancels);
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        queue.resume(unchanged(&setup)).unwrap();
+        let job = queue.jobs().pop().unwrap();
+        // What is in place was not cancelled.
+        assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
+    }
+}
+
+/// A part that was written again after it was sent early, was sent again by the job: what is in place has it.
+#[test]
+fn parts_that_were_sent_again_before_the_end_are_not_stale_after_it() {
+    let setup = Setup::new(9 << 20);
+    let bucket = setup.bucket(&FaultyStore::new(0));
+    {
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        let (request, file) = staged(&setup, "k.bin", Some(Replaces::Nothing));
+        queue.submit(request, file, &mut None).unwrap().wait(LIMIT).unwrap();
+        setup.runtime.block_on(queue.stop());
+    }
+    let meta = setup.runtime.block_on(bucket.head(&ObjectKey::parse("k.bin").unwrap())).unwrap().unwrap();
+    // Neither the source nor hashes nor part 0: only the log can tell that the object is in place.
+    edit_record(&setup, |record| {
+        (record["stale"], record["upload_log"]) =
+            (serde_json::json!([0]), record["status"]["job_id"].clone());
+    });
+    let digest = |name: &str| {
+        let (sha, md5) = (Sha256::new_with_prefix(&setup.content), Md5::new_with_prefix(&setup.content));
+        let state = if name == "md5" { hex::encode(md5.serialize()) } else { hex::encode(sha.serialize()) };
+        serde_json::json!({"digest": {"name": name, "bytes": setup.content.len(), "state": state}})
+    };
+    unfinish(
+        &setup,
+        &[
+            serde_json::json!({"upload": {"bucket": "b", "key": "k.bin", "id": "u", "part_size": 8 << 20}}),
+            serde_json::json!({"part": {"index": 0, "length": 8 << 20, "id": "0"}}),
+            serde_json::json!({"part": {"index": 1, "length": 1 << 20, "id": "1"}}),
+            digest("sha256"),
+            digest("md5"),
+            serde_json::json!({"completing": {"mark": meta.etag.unwrap()}}),
+        ],
+    );
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    queue.resume(unchanged(&setup)).unwrap();
+    let job = queue.jobs().pop().unwrap();
+    assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
 }

@@ -56,6 +56,8 @@ struct State {
     status: Status,
     /// The error as it happened, for waiters; the status has it in words.
     failure: Option<Error>,
+    /// Why it is not known whether the object is in place: who waits is told of that instead of the end.
+    doubt: Option<Error>,
     file: Option<Arc<dyn VirtualFile>>,
     attempt: Option<Attempt>,
 }
@@ -118,7 +120,7 @@ impl Job {
         Self {
             request,
             id,
-            state: Mutex::new(State { status, failure: None, file, attempt: None }),
+            state: Mutex::new(State { status, failure: None, doubt: None, file, attempt: None }),
             ended: Condvar::new(),
             ended_async: Notify::new(),
             holds: AtomicU8::new(Holds::UntilEnd as u8),
@@ -179,6 +181,9 @@ impl Job {
         let deadline = Instant::now() + limit;
         let mut state = self.state.lock();
         while !state.status.status.is_final() {
+            if let Some(doubt) = &state.doubt {
+                return Err(doubt.clone());
+            }
             if self.ended.wait_until(&mut state, deadline).timed_out() && !state.status.status.is_final() {
                 return Err(timed_out(&state.status, limit));
             }
@@ -191,22 +196,38 @@ impl Job {
     /// The same for tasks: no thread waits.
     ///
     /// # Errors
-    /// As [`wait`](Self::wait).
+    /// As [`wait`](Self::wait), and that of a store that does not say whether the object is in place, while the job goes on.
     pub async fn ended(&self, limit: Duration) -> Result<Status> {
         let ended = async {
             let mut ended = std::pin::pin!(self.ended_async.notified());
             // Waited for from here on, so that an end between the look and the wait wakes it.
             ended.as_mut().enable();
-            if !self.has_ended() {
+            if !self.has_ended() && self.doubt().is_none() {
                 ended.await;
             }
         };
         let is_late = tokio::time::timeout(limit, ended).await.is_err();
+        if let Some(doubt) = self.doubt().filter(|_| !self.has_ended()) {
+            return Err(doubt);
+        }
         let status = self.state.lock().status.clone();
         if is_late && !status.status.is_final() {
             return Err(timed_out(&status, limit));
         }
         self.outcome(&status).map(|()| status)
+    }
+
+    fn doubt(&self) -> Option<Error> {
+        self.state.lock().doubt.clone()
+    }
+
+    /// Tells who waits that it is not known whether the object is in place, and why; or that it is known again.
+    pub(super) fn set_doubt(&self, doubt: Option<&Error>) {
+        self.state.lock().doubt = doubt.cloned();
+        if doubt.is_some() {
+            self.ended.notify_all();
+            self.ended_async.notify_waiters();
+        }
     }
 
     /// The failure of a job that has failed.

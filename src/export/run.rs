@@ -9,9 +9,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::Bytes;
 use parking_lot::Mutex;
-use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
 use super::context::{Context, MountedBucket, Permits, Resolved};
@@ -66,6 +64,8 @@ pub(super) struct Run {
     follows: AtomicBool,
     /// Whether the object is being put in place, which cannot be taken back.
     publishes: AtomicBool,
+    /// Whether the mount ends before the store has said whether the object is in place.
+    in_doubt: AtomicBool,
     /// Held by a step that must not be cut off half-way; the job ends after it.
     step: Arc<tokio::sync::Mutex<()>>,
 }
@@ -95,6 +95,7 @@ impl Run {
             is_announced: AtomicBool::new(false),
             follows: AtomicBool::new(false),
             publishes: AtomicBool::new(false),
+            in_doubt: AtomicBool::new(false),
             step: Arc::default(),
         })
     }
@@ -115,6 +116,9 @@ impl Run {
             }
         };
         let stopped = *stop.borrow();
+        if self.in_doubt.load(Ordering::SeqCst) && matches!(result, Some(Err(_))) {
+            return self.leave_in_doubt(stopped == Stop::Cancel).await;
+        }
         match (result, stopped) {
             (Some(Ok(placed)), _) => self.end(Ok(placed)).await,
             (Some(Err(error)), Stop::No) => self.end(Err(error)).await,
@@ -127,6 +131,16 @@ impl Run {
                 drop(self.step.lock().await);
                 info!(job = self.job.id(), "stopped; the next mount resumes it");
             }
+        }
+    }
+
+    /// The next mount asks the store what came of the job.
+    async fn leave_in_doubt(&self, is_cancelled: bool) {
+        drop(self.step.lock().await);
+        info!(job = self.job.id(), "stopped; the next mount asks whether the object is in place");
+        let saved = self.save(Step::JobRecord, |record| record.is_cancelled |= is_cancelled).await;
+        if let Err(error) = saved {
+            warn!(job = self.job.id(), "{}", error.report());
         }
     }
 
@@ -144,6 +158,10 @@ impl Run {
             };
             let placed = match placed {
                 Some(placed) => placed,
+                None if self.is_given_up() => {
+                    let what = Error::new(ErrorKind::Cancelled, "the export was cancelled");
+                    return Err(what.in_file(self.job.status().url));
+                }
                 None => self.make(mounted).await?,
             };
             if !self.follows() {
@@ -159,40 +177,66 @@ impl Run {
 
     /// The object that an earlier process put in place; asked until the store answers.
     async fn find(self: &Arc<Self>, bucket: &Bucket) -> Result<Option<Placed>> {
+        // A cancellation waits for the answer: what is in place was not cancelled.
+        self.publishes.store(true, Ordering::SeqCst);
+        let ask = || async {
+            let intent = self.record.lock().publishing.clone();
+            let found = match self.upload() {
+                Some(log) => place::find(bucket, &log).await?,
+                None => None,
+            };
+            match intent {
+                Some(intent) if found.is_none() => self.find_whole(bucket, intent).await,
+                _ => Ok(found),
+            }
+        };
+        let found = self.answer(|_| {}, ask).await;
+        self.publishes.store(matches!(found, Ok(Some(_))), Ordering::SeqCst);
+        found
+    }
+
+    /// Whether a job that is not in place is not to be made either.
+    fn is_given_up(&self) -> bool {
+        *self.job.stop.borrow() != Stop::No || self.record.lock().is_cancelled
+    }
+
+    /// Asks the store about an object that may be in place until it answers, and waits visibly meanwhile: neither SUCCESS nor
+    /// FAIL would be true before. `missed` is told of every failure.
+    ///
+    /// # Errors
+    /// When the mount ends before that, which leaves the job in doubt.
+    async fn answer<T, F>(self: &Arc<Self>, missed: impl Fn(&Error), ask: impl Fn() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let mut stopping = self.context.stopping.subscribe();
         let mut failures = 0;
         loop {
-            let intent = self.record.lock().publishing.clone();
-            let found = match (self.upload(), intent) {
-                (Some(log), _) => place::find(bucket, &log).await,
-                (None, Some(intent)) => self.find_whole(bucket, intent).await,
-                (None, None) => return Ok(None),
-            };
-            match found {
-                Err(error) if error.is_transient() => {
-                    self.wait_for(&error, failures).await;
-                    failures += 1;
-                }
-                found => {
+            let error = match ask().await {
+                Ok(answer) => {
                     self.job.set_waiting(None);
-                    return found;
+                    return Ok(answer);
                 }
+                Err(error) => error,
+            };
+            missed(&error);
+            tokio::select! {
+                biased;
+                _ = stopping.wait_for(|stopping| *stopping) => {
+                    self.in_doubt.store(true, Ordering::SeqCst);
+                    return Err(error);
+                }
+                () = self.wait_for(&error, failures) => failures += 1,
             }
         }
     }
 
-    /// The object that was put in place whole, by its bytes.
+    /// The object that was put in place, by its bytes.
     async fn find_whole(&self, bucket: &Bucket, intent: Publishing) -> Result<Option<Placed>> {
         let Publishing { size, sha256, md5 } = intent;
         let key = &self.job.request().key;
-        let Some(meta) = bucket.head(key).await?.filter(|meta| meta.object_size == size) else {
-            return Ok(None);
-        };
-        let bytes = match size {
-            0 => Bytes::new(),
-            _ => bucket.read(key, 0..size, meta.etag.as_deref()).await?,
-        };
-        let is_ours = hex::encode(Sha256::digest(&bytes)) == sha256;
-        Ok(is_ours.then_some(Placed { size, etag: meta.etag, sha256, md5 }))
+        let found = place::with_content(bucket, key, size, &sha256).await?;
+        Ok(found.map(|meta| Placed { size, etag: meta.etag, sha256, md5 }))
     }
 
     /// Sends what the job exports, when its source is there and it has a place among those that run.
@@ -223,7 +267,7 @@ impl Run {
                 Ok(placed) => return Ok(placed),
                 Err(error) => error,
             };
-            if *self.job.stop.borrow() != Stop::No {
+            if *self.job.stop.borrow() != Stop::No || self.in_doubt.load(Ordering::SeqCst) {
                 return Err(error);
             }
             let lost = self.upload().filter(|_| error.kind() == ErrorKind::NotFound && !is_restarted);
@@ -273,17 +317,28 @@ impl Run {
     }
 
     /// Records what is about to be put in place, and puts it there.
-    async fn publish(&self, bucket: &Bucket, sent: &Sent, replaces: &Replaces) -> Result<Placed> {
+    async fn publish(self: &Arc<Self>, bucket: &Bucket, sent: &Sent, replaces: &Replaces) -> Result<Placed> {
         let request = self.job.request();
         let is_whole = matches!(sent.body, Body::Whole(_));
         // Staged bytes are there to be compared with what is in place; an image may be another by then.
         if is_whole && request.source.image().is_some() {
-            let (sha256, md5) = (sent.sha256.clone(), sent.md5.clone());
-            let intent = Publishing { size: sent.size, sha256, md5 };
+            let intent = intent(sent);
             self.save(Step::PublishRecord, |record| record.publishing = Some(intent)).await?;
         }
-        let target = Target { bucket, key: &request.key, tags: &request.tags, replaces };
-        let placed = target.place(sent, self.fence()).await?;
+        let (key, tags, is_tried) = (&request.key, &request.tags, AtomicBool::new(false));
+        let target = Target { bucket, key, tags, replaces, is_tried };
+        let placed = match target.place(sent, self.fence()).await {
+            Err(error) if target.is_tried.load(Ordering::SeqCst) => {
+                // Who waits in close gets the error now; the job ends when the store has said what came of it.
+                let found = self.answer(|_| self.job.set_doubt(Some(&error)), || target.outcome(sent)).await;
+                self.job.set_doubt(None);
+                if found.is_err() {
+                    self.record.lock().publishing = Some(intent(sent));
+                }
+                found?.ok_or(error)?
+            }
+            placed => placed?,
+        };
         if is_whole {
             super::multipart::transfer::Observer::sent(&*self.job, sent.size, true);
         }
@@ -472,6 +527,10 @@ impl Run {
         let table = self.context.table.lock();
         table.newest(&request.bucket, &request.key).is_none_or(|newest| newest.id() <= self.job.id())
     }
+}
+
+fn intent(sent: &Sent) -> Publishing {
+    Publishing { size: sent.size, sha256: sent.sha256.clone(), md5: sent.md5.clone() }
 }
 
 /// What a put replaces that replaces what is there now.

@@ -51,6 +51,9 @@ pub struct Record {
     /// What the object replaces, where the request does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<Replaces>,
+    /// Whether it was cancelled while the store did not say whether the object is in place.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_cancelled: bool,
     /// What is about to be put in place by one put, or is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publishing: Option<Publishing>,
@@ -94,6 +97,7 @@ impl Record {
             upload_log: None,
             status_unwritten: false,
             replaces: None,
+            is_cancelled: false,
             publishing: None,
             stale: Vec::new(),
         }

@@ -1,8 +1,9 @@
 //! A store in memory that fails the nth of its writing requests, and counts them.
 
+use std::collections::HashSet;
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
@@ -22,8 +23,12 @@ pub struct FaultyStore {
     requests: AtomicUsize,
     /// The request, counted from 1, that fails; 0 for none.
     failing: AtomicUsize,
-    /// Uploads started, less those completed or aborted.
-    open_uploads: AtomicUsize,
+    /// Uploads started, and neither completed nor aborted.
+    open_uploads: Mutex<HashSet<MultipartId>>,
+    /// Whether no request is answered.
+    down: AtomicBool,
+    /// Whether the store goes down between the next completion and its answer.
+    dies_completing: AtomicBool,
     /// While this is true, parts wait.
     held: watch::Sender<bool>,
 }
@@ -52,10 +57,34 @@ impl FaultyStore {
     }
 
     pub fn open_uploads(&self) -> usize {
-        self.open_uploads.load(Ordering::SeqCst)
+        self.open_uploads.lock().unwrap().len()
+    }
+
+    /// Answers no request any more, or all again.
+    pub fn set_down(&self, down: bool) {
+        self.down.store(down, Ordering::SeqCst);
+    }
+
+    pub fn is_down(&self) -> bool {
+        self.down.load(Ordering::SeqCst)
+    }
+
+    /// Does the next completion, does not answer it, and goes down.
+    pub fn die_completing(&self) {
+        self.dies_completing.store(true, Ordering::SeqCst);
+    }
+
+    fn reached(&self) -> Result<()> {
+        match self.is_down() {
+            true => {
+                Err(Error::Generic { store: "faulty", source: "the store is down, and so this fails".into() })
+            }
+            false => Ok(()),
+        }
     }
 
     fn count(&self, what: &str) -> Result<()> {
+        self.reached()?;
         let number = self.requests.fetch_add(1, Ordering::SeqCst) + 1;
         if number == self.failing.load(Ordering::SeqCst) {
             return Err(Error::Generic {
@@ -89,6 +118,7 @@ impl ObjectStore for FaultyStore {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.reached()?;
         self.inner.get_opts(location, options).await
     }
 
@@ -113,8 +143,9 @@ impl ObjectStore for FaultyStore {
 impl MultipartStore for FaultyStore {
     async fn create_multipart(&self, path: &Path) -> Result<MultipartId> {
         self.count("create")?;
-        self.open_uploads.fetch_add(1, Ordering::SeqCst);
-        self.inner.create_multipart(path).await
+        let id = self.inner.create_multipart(path).await?;
+        self.open_uploads.lock().unwrap().insert(id.clone());
+        Ok(id)
     }
 
     async fn put_part(
@@ -137,12 +168,19 @@ impl MultipartStore for FaultyStore {
     ) -> Result<PutResult> {
         self.count("complete")?;
         let result = self.inner.complete_multipart(path, id, parts).await?;
-        self.open_uploads.fetch_sub(1, Ordering::SeqCst);
+        self.open_uploads.lock().unwrap().remove(id);
+        if self.dies_completing.swap(false, Ordering::SeqCst) {
+            self.set_down(true);
+            self.reached()?;
+        }
         Ok(result)
     }
 
     async fn abort_multipart(&self, path: &Path, id: &MultipartId) -> Result<()> {
-        self.open_uploads.fetch_sub(1, Ordering::SeqCst);
+        self.reached()?;
+        if !self.open_uploads.lock().unwrap().remove(id) {
+            return Err(Error::NotFound { path: path.to_string(), source: "no such upload".into() });
+        }
         self.inner.abort_multipart(path, id).await
     }
 }

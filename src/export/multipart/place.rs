@@ -1,14 +1,20 @@
 //! Putting an object in place, once, over what it replaces and nothing else; and finding it there.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
+use sha2::{Digest, Sha256};
 
 use super::digests::Digests;
 use super::log::{Placed, UploadLog};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
+use crate::units::MIB;
+
+/// Bytes of an object that are read at once, to compare it with what was sent.
+const PIECE: u64 = 8 * MIB;
 
 /// All bytes of an object, hashed, and at the store or in memory.
 pub(in crate::export) struct Sent {
@@ -32,6 +38,8 @@ pub(in crate::export) struct Target<'a> {
     pub(in crate::export) key: &'a ObjectKey,
     pub(in crate::export) tags: &'a Tags,
     pub(in crate::export) replaces: &'a Replaces,
+    /// Whether the store was asked to put the object in place.
+    pub(in crate::export) is_tried: AtomicBool,
 }
 
 impl Sent {
@@ -64,6 +72,7 @@ impl Target<'_> {
     async fn put(&self, sent: &Sent, bytes: &Bytes, may: impl Future<Output = Result<()>>) -> Result<Placed> {
         may.await?;
         failpoint::pass(Step::ObjectPlace)?;
+        self.is_tried.store(true, Ordering::SeqCst);
         match self.bucket.put_tagged(self.key, bytes.clone(), self.tags, self.replaces).await {
             Ok(meta) => Ok(sent.placed(meta)),
             // An earlier process, or a request whose answer was lost, may have done it.
@@ -104,17 +113,57 @@ impl Target<'_> {
         }
         may.await?;
         failpoint::pass(Step::ObjectPlace)?;
+        self.is_tried.store(true, Ordering::SeqCst);
         let upload = &log.name().id;
         match self.bucket.complete_upload(self.key, upload, ids, sent.size, self.replaces).await {
             Ok(meta) => Ok(sent.placed(meta)),
             // The store may have done it, and its answer been lost: asked again, it knows no such upload, or finds
             // another object than the one to replace.
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
-                in_place(self.bucket, log, sent.size).await?.map(|meta| sent.placed(meta)).ok_or(error)
+                self.outcome(sent).await?.ok_or(error)
             }
             Err(error) => Err(error),
         }
     }
+
+    /// The object that is in place, after a request to put it there whose answer says nothing, or was lost.
+    pub(in crate::export) async fn outcome(&self, sent: &Sent) -> Result<Option<Placed>> {
+        let found = match &sent.body {
+            Body::Whole(bytes) => self.has(bytes).await?,
+            Body::Parts(log, _) => match in_place(self.bucket, log, sent.size).await? {
+                None => self.has_content(sent).await?,
+                found => found,
+            },
+        };
+        Ok(found.map(|meta| sent.placed(meta)))
+    }
+
+    /// The object, if it has what was sent by its SHA-256 and is not the one that was to be replaced: not every store's entity
+    /// tags tell that before.
+    async fn has_content(&self, sent: &Sent) -> Result<Option<ObjectMeta>> {
+        let before = |meta: &ObjectMeta| matches!(self.replaces, Replaces::Tag(tag) if meta.etag.as_ref() == Some(tag));
+        let found = with_content(self.bucket, self.key, sent.size, &sent.sha256).await?;
+        Ok(found.filter(|meta| !before(meta)))
+    }
+}
+
+/// The object, if it has that content, read in pieces.
+pub(in crate::export) async fn with_content(
+    bucket: &Bucket,
+    key: &ObjectKey,
+    size: u64,
+    sha256: &str,
+) -> Result<Option<ObjectMeta>> {
+    let Some(meta) = bucket.head(key).await?.filter(|meta| meta.object_size == size) else {
+        return Ok(None);
+    };
+    let (mut digest, mut at) = (Sha256::new(), 0);
+    while at < size {
+        let end = size.min(at + PIECE);
+        digest.update(bucket.read(key, at..end, meta.etag.as_deref()).await?);
+        at = end;
+    }
+    Ok((hex::encode(digest.finalize()) == sha256).then_some(meta))
 }
 
 /// The object that an earlier process put in place by this upload, as far as the log tells without the source.

@@ -146,7 +146,8 @@ fn object_of(record: &Record) -> (String, ObjectKey) {
 /// The log of a job's upload. Parts that were written again after they were sent are not in it.
 fn take_log(record: &Record, logs: &mut Logs) -> Option<Arc<UploadLog>> {
     let early = record.upload_log.as_ref().and_then(|id| logs.remove(id));
-    if let Some(log) = &early {
+    // When the object was about to be put in place, those had been sent again, which the log says by then.
+    if let Some(log) = early.as_ref().filter(|log| log.completing().is_none()) {
         record.stale.iter().for_each(|&index| log.stale(index));
     }
     early.or_else(|| logs.remove(&record.status.job_id)).map(Arc::new)
