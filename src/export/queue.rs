@@ -125,6 +125,8 @@ impl JobQueue {
             record.stale = early.rewritten();
         }
         if let Err(error) = self.context.journal.save(Step::JobRecord, &record) {
+            // It may be there all the same, and nobody has been told that the job is accepted.
+            self.context.journal.forget(&job.id());
             let mut last = job.status();
             last.fail(&error);
             job.end(last, Some(&error));
@@ -201,7 +203,12 @@ impl JobQueue {
     pub async fn stop(&self) {
         self.context.stopping.send_replace(true);
         for job in self.jobs() {
-            job.stop.send_if_modified(|stop| std::mem::replace(stop, Stop::Shutdown) == Stop::No);
+            // One that was cancelled stays cancelled.
+            job.stop.send_if_modified(|stop| {
+                let runs = *stop == Stop::No;
+                *stop = if runs { Stop::Shutdown } else { *stop };
+                runs
+            });
         }
         while Arc::strong_count(&self.context.tasks) > 1 {
             tokio::time::sleep(Duration::from_millis(5)).await;
