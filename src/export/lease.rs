@@ -85,7 +85,7 @@ pub(super) async fn claim(
     follow: impl Fn(),
 ) -> Result<Claimed> {
     let mut follows = false;
-    let directory = format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32]);
+    let directory = directory_of(key);
     let held = |epoch| Lease { bucket: bucket.clone(), directory: directory.clone(), epoch, lease };
     let mut seen: Option<(u64, Beat, Instant)> = None;
     loop {
@@ -97,8 +97,9 @@ pub(super) async fn claim(
             if let Some(status) = done {
                 return Ok(Claimed::Done(Box::new(status)));
             }
-            if create(bucket, &directory, epoch + 1, own).await? {
-                return Ok(Claimed::Held(held(epoch + 1), None));
+            let next = after(epoch)?;
+            if create(bucket, &directory, next, own).await? {
+                return Ok(Claimed::Held(held(next), None));
             }
             // Another host was faster.
             tokio::time::sleep(lease / LOOKS).await;
@@ -113,10 +114,10 @@ pub(super) async fn claim(
             Some((known, ..)) => (*known == epoch, Instant::now()),
             None => (false, Instant::now()),
         };
-        if since.elapsed() > lease && create(bucket, &directory, epoch + 1, own).await? {
+        if since.elapsed() > lease && create(bucket, &directory, after(epoch)?, own).await? {
             info!(job = own.job_id, host = claim.host, "taking over the job of a host that is silent");
             let inherited = beat.upload.map(|upload| Inherited { upload, is_same });
-            return Ok(Claimed::Held(held(epoch + 1), inherited));
+            return Ok(Claimed::Held(held(after(epoch)?), inherited));
         }
         if is_alive && !is_same {
             let what = format!("host {} is making something else of this key", claim.host);
@@ -146,6 +147,17 @@ impl Lease {
     /// Whether no other host has taken the job over.
     pub(super) async fn is_newest(&self) -> Result<bool> {
         Ok(newest(&self.bucket, &self.directory).await? == self.epoch)
+    }
+
+    /// Whether another host has taken the job over and goes on with its upload, or may be about to.
+    pub(super) async fn is_inherited(&self, upload: &str) -> Result<bool> {
+        let epoch = newest(&self.bucket, &self.directory).await?;
+        if epoch == self.epoch {
+            return Ok(false);
+        }
+        let beat: Option<Beat> = read(&self.bucket, &beat_name(&self.directory, epoch)).await?;
+        let goes_on = |beat: Beat| !beat.ended && beat.upload.is_some_and(|log| log.contains(upload));
+        Ok(beat.is_none_or(goes_on))
     }
 
     /// The job has ended, and its status is in the bucket, or is given here: who follows reads that. Older epochs are of
@@ -203,6 +215,32 @@ async fn same_before(
 /// Whether two hosts mean the same bytes. What a program wrote is like nothing else.
 fn is_same(a: Option<&StatusImage>, b: Option<&StatusImage>) -> bool {
     a.zip(b).is_some_and(|(a, b)| a.is_same_elsewhere(b))
+}
+
+/// The lease that an earlier process of this host has held for its job, if nobody has taken it over.
+pub(super) async fn held_by(
+    bucket: &Bucket,
+    key: &ObjectKey,
+    job_id: &str,
+    lease: Duration,
+) -> Result<Option<Lease>> {
+    let directory = directory_of(key);
+    let epoch = newest(bucket, &directory).await?;
+    let claim: Option<Claim> = read(bucket, &epoch_name(&directory, epoch)).await?;
+    let is_own = claim.is_some_and(|claim| claim.job_id == job_id);
+    Ok(is_own.then(|| Lease { bucket: bucket.clone(), directory, epoch, lease }))
+}
+
+/// The name below our own files of a key's leases.
+fn directory_of(key: &ObjectKey) -> String {
+    format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32])
+}
+
+/// The next epoch. Names in the bucket are anybody's.
+fn after(epoch: u64) -> Result<u64> {
+    let last =
+        || Error::new(ErrorKind::Malformed, format!("the key's leases in the bucket end with {epoch}"));
+    epoch.checked_add(1).ok_or_else(last)
 }
 
 fn epoch_name(directory: &str, epoch: u64) -> String {

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::context::{Context, MountedBucket, Permits, Resolved};
 use super::job::{Job, Stop};
-use super::lease::Lease;
+use super::lease::{self, Lease};
 use super::multipart::digests::joined;
 use super::multipart::early::EarlyUpload;
 use super::multipart::log::{Placed, UploadLog};
@@ -157,12 +157,21 @@ impl Run {
                 _ => None,
             };
             let placed = match placed {
-                Some(placed) => placed,
+                Some(placed) => {
+                    self.take_lease_back(&mounted.bucket).await;
+                    placed
+                }
                 None if self.is_given_up() => {
                     let what = Error::new(ErrorKind::Cancelled, "the export was cancelled");
                     return Err(what.in_file(self.job.status().url));
                 }
-                None => self.make(mounted).await?,
+                None => {
+                    // What hosts that share a bucket replace, the order of their leases says.
+                    if self.context.lease.is_none() {
+                        self.replaces(&mounted.bucket).await?;
+                    }
+                    self.make(mounted).await?
+                }
             };
             if !self.follows() {
                 self.put_checksums(&mounted.bucket, &placed).await;
@@ -193,6 +202,38 @@ impl Run {
         let found = self.answer(|_| {}, ask).await;
         self.publishes.store(matches!(found, Ok(Some(_))), Ordering::SeqCst);
         found
+    }
+
+    /// Holds the lease again under which an earlier process put the object in place, so that it ends with the job. Without
+    /// it others wait until it is over.
+    pub(super) async fn take_lease_back(&self, bucket: &Bucket) {
+        let Some(period) = self.context.lease else { return };
+        match lease::held_by(bucket, &self.job.request().key, &self.job.id(), period).await {
+            Ok(held) => *self.lease.lock() = held.map(Arc::new),
+            Err(error) => warn!(job = self.job.id(), "its lease is not ended: {}", error.report()),
+        }
+    }
+
+    /// Asks the store again, as often as the job is retried, while its failures may go away; waits visibly meanwhile.
+    async fn retried<T, F>(&self, ask: impl Fn() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let mut failures = 0;
+        loop {
+            let result = ask().await;
+            // Who wrote the bytes waits in close, and gets the error instead.
+            let may_wait =
+                |error: &Error| error.is_transient() && self.job.request().source.image().is_some();
+            let pause = match &result {
+                Err(error) if may_wait(error) => self.context.retries.pause_after(failures),
+                _ => None,
+            };
+            self.job.set_waiting(result.as_ref().err().filter(|_| pause.is_some()).map(Error::report));
+            let Some(pause) = pause else { return result };
+            failures += 1;
+            tokio::time::sleep(pause).await;
+        }
     }
 
     /// Whether a job that is not in place is not to be made either.
@@ -275,13 +316,11 @@ impl Run {
             let may_wait = self.job.request().source.image().is_some() && error.is_transient();
             let pause = self.context.retries.pause_after(failures).filter(|_| may_wait);
             match (lost, pause) {
-                (Some(log), _) => {
+                (Some(_), _) => {
                     // Somebody, or a rule of the bucket, has aborted the upload; or something else is not there.
                     warn!(job = self.job.id(), "the upload is restarted: {}", error.report());
                     is_restarted = true;
-                    *self.upload.lock() = None;
-                    abort(&mounted.bucket, &log).await;
-                    log.remove();
+                    self.restart().await?;
                 }
                 (None, Some(pause)) => {
                     failures += 1;
@@ -368,7 +407,7 @@ impl Run {
         if let Some(known) = known {
             return Ok(known);
         }
-        let found = found(bucket, key).await?;
+        let found = self.retried(|| found(bucket, key)).await?;
         let recorded = found.clone();
         self.save(Step::JobRecord, |record| record.replaces = Some(recorded)).await?;
         Ok(found)

@@ -15,6 +15,10 @@ use tracing::{debug, warn};
 use crate::bucket::{MAX_PARTS, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
+use crate::units::{GIB, MIB};
+
+/// Largest part that a store takes (S3 User Guide, "Amazon S3 multipart upload limits").
+const MAX_PART_SIZE: u64 = 5 * GIB;
 
 /// Which upload it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +30,14 @@ pub(in crate::export) struct UploadName {
     pub(in crate::export) id: String,
     /// Bytes of each part but the last.
     pub(in crate::export) part_size: u64,
+}
+
+impl UploadName {
+    /// Whether there can be parts of this size.
+    fn is_possible(&self) -> bool {
+        let size = self.part_size;
+        size > 0 && size <= MAX_PART_SIZE && size.is_multiple_of(MIB)
+    }
 }
 
 /// A part that the store has.
@@ -217,7 +229,8 @@ impl UploadLog {
 
     /// How many bytes the parts have together, if none before the last one is missing.
     pub(in crate::export) fn sent_bytes(&self) -> Option<u64> {
-        self.inner.lock().parts.iter().map(|part| part.as_ref().map(|part| part.length)).sum()
+        let inner = self.inner.lock();
+        inner.parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.as_ref()?.length))
     }
 
     /// The object that is in place, if a process recorded that it is.
@@ -268,10 +281,30 @@ impl UploadLog {
         fs::read_to_string(&self.inner.lock().path).ok()
     }
 
-    /// The log that another host wrote, as one of this host's.
-    pub(in crate::export) fn adopt(path: &Path, text: &str) -> Result<Option<Self>> {
+    /// The log that another host wrote of an upload of this key, as one of this host's, where the bucket may have another
+    /// name. `None` when it is not one.
+    pub(in crate::export) fn adopt(
+        path: &Path,
+        text: &str,
+        bucket: &str,
+        key: &ObjectKey,
+    ) -> Result<Option<Self>> {
         let failed = |e| Error::from_io("cannot record the upload", e).in_file(path.display().to_string());
-        fs::write(path, text).map_err(failed)?;
+        let mut adopted = String::new();
+        for line in text.split_inclusive('\n') {
+            match Line::decode(line.as_bytes()) {
+                Some(Line::Upload(name)) if name.key == *key && name.is_possible() => {
+                    let line = Line::Upload(UploadName { bucket: bucket.to_owned(), ..name });
+                    adopted += &line.encode().map_err(std::io::Error::other).map_err(failed)?;
+                }
+                Some(Line::Upload(name)) => {
+                    warn!("another host's upload {name:?} is not one of this key, and is not gone on with");
+                    return Ok(None);
+                }
+                _ => adopted += line,
+            }
+        }
+        fs::write(path, adopted).map_err(failed)?;
         Self::open(path)
     }
 
@@ -279,7 +312,7 @@ impl UploadLog {
     /// until the upload was aborted. Durable when this returns.
     pub(in crate::export) fn set_aside(&self) -> Result<()> {
         let mut inner = self.inner.lock();
-        let path = inner.path.with_extension("given-up.parts");
+        let path = inner.path.with_extension(format!("given-up-{:016x}.parts", fastrand::u64(..)));
         let directory = path.parent().unwrap_or(Path::new("."));
         fs::rename(&inner.path, &path)
             .and_then(|()| File::open(directory)?.sync_all())
@@ -415,6 +448,38 @@ mod tests {
             assert_eq!(again.part(7).unwrap().id, "x", "cut off at {length}");
         }
         assert!(UploadLog::open(&directory.path().join("none")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_log_of_another_host_is_checked_before_it_is_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(format!("{name}.parts"));
+        let key = ObjectKey::parse("k").unwrap();
+        let adopt = |change: &dyn Fn(&mut UploadName)| {
+            let mut name = UploadName { part_size: 8 * MIB, ..name() };
+            change(&mut name);
+            let parts =
+                (0..2).map(|index| Line::Part { index, part: Part { length: u64::MAX, id: "x".into() } });
+            let lines = std::iter::once(Line::Upload(name)).chain(parts);
+            let text = lines.map(|line| line.encode().unwrap()).collect::<String>();
+            UploadLog::adopt(&path("own"), &text, "mine", &key).unwrap()
+        };
+        let log = adopt(&|name| name.bucket = "theirs".into()).unwrap();
+        assert_eq!((log.name().bucket.as_str(), log.sent_bytes()), ("mine", None));
+        for part_size in [0, 1, MIB + 1, 6 * GIB, u64::MAX] {
+            assert!(adopt(&|name| name.part_size = part_size).is_none(), "{part_size}");
+        }
+        assert!(adopt(&|name| name.key = ObjectKey::parse("other").unwrap()).is_none());
+    }
+
+    #[test]
+    fn uploads_that_are_given_up_keep_a_log_each() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.parts");
+        for _ in 0..2 {
+            UploadLog::create(path.clone(), name()).unwrap().set_aside().unwrap();
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::{Run, Told};
 use crate::bucket::{Bucket, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::job::Holds;
-use crate::export::multipart::log::Placed;
+use crate::export::multipart::log::{Placed, UploadLog};
 use crate::export::multipart::uploads::abort;
 use crate::export::request::JobSource;
 use crate::export::sidecars::{self, Beside, Sidecar, Written, checksum_line};
@@ -26,10 +26,8 @@ impl Run {
     /// Ends a job for good: leaves nothing of a failed upload, writes record and status file, wakes who waits.
     pub(in crate::export) async fn end(self: &Arc<Self>, result: Result<Placed>) {
         drop(self.step.lock().await);
-        if let (Err(_), Some(log)) = (&result, self.upload())
-            && let Ok(mounted) = self.context.mounted(&log.name().bucket)
-        {
-            abort(&mounted.bucket, &log).await;
+        if let (Err(_), Some(log)) = (&result, self.upload()) {
+            self.give_up(&log).await;
         }
         let last = self.last_status(&result);
         let tells = self.tells();
@@ -54,6 +52,21 @@ impl Run {
                 run.settle(recorded, told).await;
                 drop(task);
             });
+        }
+    }
+
+    /// Gives up what is left of an upload, unless another host that has taken the job over goes on with it.
+    async fn give_up(&self, log: &UploadLog) {
+        let Ok(mounted) = self.context.mounted(&log.name().bucket) else { return };
+        let lease = self.lease();
+        let is_inherited = match &lease {
+            Some(lease) => lease.is_inherited(&log.name().id).await,
+            None => Ok(false),
+        };
+        match is_inherited {
+            Ok(true) => log.remove(),
+            Ok(false) => abort(&mounted.bucket, log).await,
+            Err(error) => warn!(job = self.job.id(), "its upload stays for now: {}", error.report()),
         }
     }
 
@@ -89,8 +102,10 @@ impl Run {
             return false;
         }
         let succeeded = self.record.lock().status.status == JobState::Success;
-        if let Some(log) = self.upload().filter(|_| succeeded) {
-            log.remove();
+        let left = self.upload.lock().take_if(|_| succeeded);
+        if let Some(log) = left {
+            // The object may have come otherwise: from another host, or from an upload before this one.
+            self.give_up(&log).await;
         }
         if let JobSource::Staged(path) = &self.job.request().source
             && path != Path::new("")

@@ -26,8 +26,9 @@ impl Run {
         loop {
             let status = job.status();
             let own = Claim { host: status.host, job_id: status.job_id, image: status.image };
+            let follow = || self.set_follows(true);
             let claimed =
-                lease::claim(bucket, &job.request().key, &own, lease, || self.set_follows(true)).await?;
+                self.retried(|| lease::claim(bucket, &job.request().key, &own, lease, follow)).await?;
             for log in lost.drain(..) {
                 // That one has completed it, or has never known of it; or it comes back to this host.
                 let inherited = match &claimed {
@@ -47,7 +48,8 @@ impl Run {
             };
             self.set_follows(false);
             if let Some(before) = before {
-                let log = UploadLog::adopt(&self.context.uploads.path(&job.id()), &before.upload)?;
+                let path = self.context.uploads.path(&job.id());
+                let log = UploadLog::adopt(&path, &before.upload, bucket.name(), &job.request().key)?;
                 match log.map(Arc::new) {
                     Some(log) if !before.is_same => abort(bucket, &log).await,
                     log => *self.upload.lock() = log,
@@ -87,7 +89,7 @@ impl Run {
             return Err(error.in_file(format!("{}, on host {}", status.url, status.host)));
         }
         let key = &self.job.request().key;
-        let meta = bucket.head(key).await?.ok_or_else(|| gone(bucket, key))?;
+        let meta = self.retried(|| bucket.head(key)).await?.ok_or_else(|| gone(bucket, key))?;
         self.job.update(|s| {
             s.size = status.size;
             (s.bytes_done, s.repeated) = (status.bytes_done, s.repeated + 1);
