@@ -29,5 +29,5 @@ pub use queue::{JobQueue, QueueSettings};
 pub use request::{JobRequest, JobSource, RecordedFile};
 pub use retry::Retries;
 pub use staged::{StagedFile, staged_file};
-pub use state_dir::{DamagedRecord, Journal, Publishing, Record, StateDir};
+pub use state_dir::{DamagedRecord, Journal, Loaded, Publishing, Record, StateDir};
 pub use status::{JobState, Status, StatusError, StatusImage};

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use freightfs::bucket::{Bucket, ObjectKey, Replaces, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
-    Job, JobQueue, JobRequest, JobSource, JobState, QueueSettings, RecordedFile, Retries, StateDir, Status,
-    StatusImage, staged_file,
+    Job, JobQueue, JobRequest, JobSource, JobState, Loaded, QueueSettings, RecordedFile, Retries, StateDir,
+    Status, StatusImage, staged_file,
 };
 use freightfs::metrics::Metrics;
 use freightfs::vfile::VirtualFile;
@@ -219,12 +219,14 @@ fn records_of_another_version_are_refused_by_name_and_set_aside() {
     let state = setup.state();
     let path = setup.directory.path().join("state/jobs/x.json");
     std::fs::write(&path, "{\"version\": 99}").unwrap();
-    let (records, damaged) = state.journal().load().unwrap();
+    let Loaded { records, damaged, .. } = state.journal().load().unwrap();
     assert!(records.is_empty());
     assert!(damaged[0].error.to_string().contains("99"), "{}", damaged[0].error);
-    assert!(!path.exists() && damaged[0].path.ends_with("damaged/x.json") && damaged[0].path.exists());
-    assert!(state.journal().load().unwrap().1.is_empty(), "what was set aside stays there");
-    assert!(damaged[0].path.exists());
+    assert!(path.exists(), "it stays until its status was ended");
+    let aside = state.journal().set_aside(&damaged[0]);
+    assert!(!path.exists() && aside.ends_with("damaged/x.json") && aside.exists());
+    assert!(state.journal().load().unwrap().damaged.is_empty(), "what was set aside stays there");
+    assert!(aside.exists());
 }
 
 #[test]
@@ -446,4 +448,105 @@ fn parts_that_were_sent_again_before_the_end_are_not_stale_after_it() {
     queue.resume(unchanged(&setup)).unwrap();
     let job = queue.jobs().pop().unwrap();
     assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
+}
+
+#[test]
+fn a_damaged_record_is_tried_until_its_status_was_ended() {
+    let setup = Setup::new(1000);
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let jobs = setup.directory.path().join("state/jobs");
+    let path = {
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        let job = queue.submit(request("k.raw"), setup.file(), &mut None).unwrap();
+        job.wait(LIMIT).unwrap();
+        setup.runtime.block_on(queue.stop());
+        jobs.join(format!("{}.json", job.id()))
+    };
+    edit_record(&setup, |record| record["version"] = 99.into());
+    // As it is while the job runs.
+    let key = ObjectKey::parse("k.raw.status").unwrap();
+    let status = String::from_utf8(read(&setup, &bucket, "k.raw.status").unwrap().to_vec()).unwrap();
+    let running = Bytes::from(status.replace("\"SUCCESS\"", "\"RUNNING\""));
+    setup.runtime.block_on(bucket.put(&key, running, &Replaces::Anything)).unwrap();
+    for down in [true, false] {
+        store.set_down(down);
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        queue.resume(unchanged(&setup)).unwrap();
+        if down {
+            until("the store was asked", || store.refused() > 0);
+        } else {
+            until("the record is set aside", || !path.exists());
+        }
+        setup.runtime.block_on(queue.stop());
+        assert_eq!(path.exists(), down);
+    }
+    let status = read(&setup, &bucket, "k.raw.status").unwrap();
+    assert!(String::from_utf8_lossy(&status).contains("\"FAIL\""), "{status:?}");
+}
+
+#[test]
+fn records_are_of_their_own_job_and_their_staged_file_is_below_the_state_directory() {
+    let setup = Setup::new(1000);
+    let bucket = setup.bucket(&FaultyStore::new(0));
+    let outside = setup.directory.path().join("source");
+    {
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        let (request, file) = staged(&setup, "k.bin", Some(Replaces::Nothing));
+        queue.submit(request, file, &mut None).unwrap().wait(LIMIT).unwrap();
+        setup.runtime.block_on(queue.stop());
+    }
+    unfinish(&setup, &[]);
+    let record = edit_record(&setup, |record| {
+        record["request"]["source"]["staged"] = outside.to_str().unwrap().into()
+    });
+    let id = record["status"]["job_id"].as_str().unwrap();
+    let jobs = setup.directory.path().join("state/jobs");
+    std::fs::copy(jobs.join(format!("{id}.json")), jobs.join("copy.json")).unwrap();
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    queue.resume(unchanged(&setup)).unwrap();
+    let jobs = queue.jobs();
+    assert_eq!(jobs.len(), 1, "the copy is no job");
+    assert!(jobs[0].wait(LIMIT).is_err(), "nothing is read from elsewhere: {:?}", jobs[0].status());
+    assert!(outside.exists());
+}
+
+/// The object came by another upload than the one that this job has begun.
+#[test]
+fn a_job_that_succeeds_by_what_another_one_made_leaves_no_upload() {
+    let setup = Setup::new(9 << 20);
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    store.hold(true);
+    let job = queue.submit(request("k.raw"), setup.file(), &mut None).unwrap();
+    until("an upload", || store.open_uploads() == 1);
+    let key = ObjectKey::parse("k.raw").unwrap();
+    let same = Bytes::from(setup.content.clone());
+    setup.runtime.block_on(bucket.put(&key, same, &Replaces::Nothing)).unwrap();
+    store.hold(false);
+    assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
+    assert_eq!(store.open_uploads(), 0);
+}
+
+#[test]
+fn look_ups_before_the_upload_are_tried_again_and_what_is_replaced_is_recorded_while_a_job_waits() {
+    let setup = Setup::new(1000);
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let key = ObjectKey::parse("k.raw").unwrap();
+    setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"), &Replaces::Anything)).unwrap();
+    let state = setup.state();
+    let queue = setup.retrying(&bucket, &state, 20);
+    store.set_down(true);
+    let job = queue.submit(request("k.raw"), setup.file(), &mut None).unwrap();
+    until("waiting", || job.is_waiting() || job.has_ended());
+    store.set_down(false);
+    assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
+    assert!(edit_record(&setup, |_| {})["replaces"]["tag"].is_string());
 }

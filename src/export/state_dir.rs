@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use super::multipart::uploads::Uploads;
 use super::request::{JobRequest, JobSource};
@@ -73,12 +74,23 @@ pub struct Publishing {
     pub md5: String,
 }
 
+/// What is in a journal.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// The records, oldest first.
+    pub records: Vec<Record>,
+    /// What cannot be used, and stays where it is until it is set aside.
+    pub damaged: Vec<DamagedRecord>,
+    /// Whether some records could not be read now. They stay, with whatever may be theirs.
+    pub is_partial: bool,
+}
+
 /// A record that cannot be used: damaged, half-written, or of another version.
 #[derive(Debug)]
 pub struct DamagedRecord {
     /// The job, by the record's name.
     pub job_id: String,
-    /// Where it is now.
+    /// Where it is.
     pub path: PathBuf,
     /// The object that the job was to make, where that can be known.
     pub object: Option<(String, ObjectKey)>,
@@ -227,33 +239,46 @@ impl Journal {
         }
     }
 
-    /// All records, oldest first, and what cannot be used, which is set aside.
-    pub fn load(&self) -> Result<(Vec<Record>, Vec<DamagedRecord>)> {
+    /// All records, and what cannot be used.
+    pub fn load(&self) -> Result<Loaded> {
         let place = self.directory.display().to_string();
         let entries = fs::read_dir(&self.directory)
             .map_err(|e| Error::from_io("cannot list the journal", e).in_file(&place))?;
-        let (mut records, mut damaged) = (Vec::new(), Vec::new());
+        let mut loaded = Loaded::default();
         for path in entries.flatten().map(|e| e.path()) {
             if path.extension().is_none_or(|e| e != "json") {
                 // What a crash left between writing and renaming: never a record. The directory of damaged ones stays.
                 let _ = fs::remove_file(&path);
                 continue;
             }
-            match read_record(&path) {
-                Ok(record) => records.push(record),
-                Err(error) => damaged.push(self.set_aside(&path, error)),
+            match fs::read(&path) {
+                Ok(json) => match read_record(&path, &json) {
+                    Ok(record) => loaded.records.push(self.contained(record)),
+                    Err(error) => loaded.damaged.push(damaged(path, &json, error)),
+                },
+                Err(error) => {
+                    warn!("a job's record cannot be read now and is left alone: {}: {error}", path.display());
+                    loaded.is_partial = true;
+                }
             }
         }
-        records.sort_by(|a: &Record, b| a.status.job_id.cmp(&b.status.job_id));
-        Ok((records, damaged))
+        loaded.records.sort_by(|a, b| a.status.job_id.cmp(&b.status.job_id));
+        Ok(loaded)
     }
 
-    /// Moves a record out of the way, where somebody can look at it.
-    fn set_aside(&self, path: &Path, error: Error) -> DamagedRecord {
-        let job_id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
-        let object = text_field(&text, "bucket").zip(text_field(&text, "key"));
-        let object = object.and_then(|(bucket, key)| Some((bucket, ObjectKey::parse(&key).ok()?)));
+    /// A record whose staged file is one of this directory, whatever it says: that file is removed when the job ends.
+    fn contained(&self, mut record: Record) -> Record {
+        if let JobSource::Staged(path) = &mut record.request.source
+            && let Some(name) = path.file_name()
+        {
+            *path = self.staging.join(name);
+        }
+        record
+    }
+
+    /// Moves a record out of the way, where somebody can look at it. Returns where it is then.
+    pub fn set_aside(&self, record: &DamagedRecord) -> PathBuf {
+        let path = &record.path;
         let directory = self.directory.join(DAMAGED);
         let kept = fs::create_dir_all(&directory).and_then(|()| {
             let is_full = fs::read_dir(&directory)?.count() >= DAMAGED_KEPT;
@@ -264,7 +289,7 @@ impl Journal {
                 fs::rename(path, &aside).map(|()| aside)
             }
         });
-        DamagedRecord { job_id, path: kept.unwrap_or_else(|_| path.to_owned()), object, error }
+        kept.unwrap_or_else(|_| path.clone())
     }
 
     /// Removes the staged files that no record needs: those of writers that died with their daemon. Nobody writes yet.
@@ -297,16 +322,28 @@ fn text_field(json: &str, name: &str) -> Option<String> {
     serde_json::Deserializer::from_str(after).into_iter::<String>().next()?.ok()
 }
 
-fn read_record(path: &Path) -> Result<Record> {
+/// What can be known of a record that cannot be used.
+fn damaged(path: PathBuf, json: &[u8], error: Error) -> DamagedRecord {
+    let job_id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let text = String::from_utf8_lossy(json);
+    let object = text_field(&text, "bucket").zip(text_field(&text, "key"));
+    let object = object.and_then(|(bucket, key)| Some((bucket, ObjectKey::parse(&key).ok()?)));
+    DamagedRecord { job_id, path, object, error }
+}
+
+fn read_record(path: &Path, json: &[u8]) -> Result<Record> {
     let place = path.display().to_string();
-    let json =
-        fs::read(path).map_err(|e| Error::from_io("cannot read the job's record", e).in_file(&place))?;
     let damaged =
         |e| Error::new(ErrorKind::Malformed, "the job's record is damaged").in_file(&place).because(e);
-    let value: serde_json::Value = serde_json::from_slice(&json).map_err(damaged)?;
+    let value: serde_json::Value = serde_json::from_slice(json).map_err(damaged)?;
     match value.get("version").and_then(serde_json::Value::as_u64) {
         Some(version) if (u64::from(OLDEST_VERSION)..=u64::from(RECORD_VERSION)).contains(&version) => {
-            serde_json::from_value(value).map_err(damaged)
+            let record: Record = serde_json::from_value(value).map_err(damaged)?;
+            if path.file_stem() != Some(record.status.job_id.as_ref()) {
+                let what = format!("this is a copy of the record of job {}", record.status.job_id);
+                return Err(Error::new(ErrorKind::Malformed, what).in_file(place));
+            }
+            Ok(record)
         }
         version => {
             let what = format!(

@@ -30,8 +30,10 @@ impl Table {
         if self.jobs.len() <= ENDED_KEPT {
             return Vec::new();
         }
+        // The record of one whose end the bucket lacks is all that can still tell it.
+        let is_over = |job: &Job| job.has_ended() && !job.holds_status();
         let ended: Vec<_> =
-            self.jobs.iter().filter(|(_, job)| job.has_ended()).map(|(id, _)| id.clone()).collect();
+            self.jobs.iter().filter(|(_, job)| is_over(job)).map(|(id, _)| id.clone()).collect();
         let surplus = ended.len().saturating_sub(ENDED_KEPT);
         let forgotten: Vec<_> = ended.into_iter().take(surplus).collect();
         for id in &forgotten {

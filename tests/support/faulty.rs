@@ -25,6 +25,8 @@ pub struct FaultyStore {
     failing: AtomicUsize,
     /// Uploads started, and neither completed nor aborted.
     open_uploads: Mutex<HashSet<MultipartId>>,
+    /// Requests that were refused while it was down.
+    refused: AtomicUsize,
     /// Whether no request is answered.
     down: AtomicBool,
     /// Whether the store goes down between the next completion and its answer.
@@ -65,6 +67,10 @@ impl FaultyStore {
         self.down.store(down, Ordering::SeqCst);
     }
 
+    pub fn refused(&self) -> usize {
+        self.refused.load(Ordering::SeqCst)
+    }
+
     pub fn is_down(&self) -> bool {
         self.down.load(Ordering::SeqCst)
     }
@@ -77,8 +83,10 @@ impl FaultyStore {
     fn reached(&self) -> Result<()> {
         match self.is_down() {
             true => {
+                self.refused.fetch_add(1, Ordering::SeqCst);
                 Err(Error::Generic { store: "faulty", source: "the store is down, and so this fails".into() })
             }
+
             false => Ok(()),
         }
     }

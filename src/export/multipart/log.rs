@@ -140,6 +140,11 @@ impl Line {
     }
 }
 
+/// How the name of a log ends that is no job's any more, each differently.
+pub(super) fn given_up() -> String {
+    format!("given-up-{:016x}.parts", fastrand::u64(..))
+}
+
 fn checksum(text: &str) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32IsoHdlc, text.as_bytes()) as u32
 }
@@ -312,7 +317,7 @@ impl UploadLog {
     /// until the upload was aborted. Durable when this returns.
     pub(in crate::export) fn set_aside(&self) -> Result<()> {
         let mut inner = self.inner.lock();
-        let path = inner.path.with_extension(format!("given-up-{:016x}.parts", fastrand::u64(..)));
+        let path = inner.path.with_extension(given_up());
         let directory = path.parent().unwrap_or(Path::new("."));
         fs::rename(&inner.path, &path)
             .and_then(|()| File::open(directory)?.sync_all())

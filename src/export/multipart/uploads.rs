@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use super::log::{UploadLog, UploadName};
+use super::log::{UploadLog, UploadName, given_up};
 use crate::bucket::{Bucket, ObjectKey, Tags};
 use crate::error::{Error, Result};
 use crate::failpoint::{self, Step};
@@ -37,7 +37,11 @@ impl Uploads {
             match (path.file_stem().and_then(|stem| stem.to_str()), UploadLog::open(&path)) {
                 (Some(id), Ok(Some(log))) => logs.push((id.to_owned(), log)),
                 (_, Ok(_)) => drop(std::fs::remove_file(&path)),
-                (_, Err(error)) => warn!("the log of an upload cannot be used: {}", error.report()),
+                (_, Err(error)) => {
+                    // Out of the way of the job's next upload, and read again by the next mount.
+                    warn!("the log of an upload cannot be used: {}", error.report());
+                    let _ = std::fs::rename(&path, path.with_extension(given_up()));
+                }
             }
         }
         Ok(logs)

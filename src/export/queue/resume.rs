@@ -15,7 +15,7 @@ use crate::export::request::RecordedFile;
 use crate::export::run::{Begin, Run};
 use crate::export::sidecars::{self, Beside, Sidecar};
 use crate::export::stage::{Facts, Recovery, Stage};
-use crate::export::state_dir::{DamagedRecord, Record};
+use crate::export::state_dir::{DamagedRecord, Loaded, Record};
 use crate::export::status::{Status, StatusImage};
 
 /// The logs that earlier processes left, by their ids.
@@ -33,8 +33,10 @@ impl JobQueue {
         resolver: impl Fn(&StatusImage) -> Result<RecordedFile> + Send + Sync + 'static,
     ) -> Result<()> {
         *self.context.resolver.lock() = Some(Arc::new(resolver));
-        let (records, damaged) = self.context.journal.load()?;
-        self.context.journal.sweep_staging(&records, &damaged);
+        let Loaded { records, damaged, is_partial } = self.context.journal.load()?;
+        if !is_partial {
+            self.context.journal.sweep_staging(&records, &damaged);
+        }
         let mut logs: Logs = self.context.uploads.load()?.into_iter().collect();
         let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
         for mounted in self.context.buckets.values() {
@@ -50,7 +52,8 @@ impl JobQueue {
             let is_newest = newest[&object_of(&record)] == record.status.job_id;
             self.resume_job(record, &mut logs, is_newest);
         }
-        for log in logs.into_values() {
+        // What cannot be read now may need them.
+        for log in logs.into_values().filter(|_| !is_partial) {
             let context = Arc::clone(&self.context);
             self.context.runtime.spawn(async move {
                 if let Ok(mounted) = context.mounted(&log.name().bucket) {
@@ -72,6 +75,9 @@ impl JobQueue {
         let file = file.map(|size| self.deferred(&record.request.source, size, known));
         let metrics = Arc::clone(&self.context.metrics);
         let job = Arc::new(Job::from_record(record.request.clone(), record.status.clone(), file, metrics));
+        if recovery == Recovery::Tell {
+            job.set_holds(Holds::Always);
+        }
         self.add(&mut self.context.table.lock(), &job);
         if let Some(upload) = record.upload.clone() {
             self.abort_of_version_1(record.request.bucket.clone(), record.request.key.clone(), upload);
@@ -81,7 +87,6 @@ impl JobQueue {
         match recovery {
             Recovery::Remember => {}
             Recovery::Tell => {
-                job.set_holds(Holds::Always);
                 self.spawn_counted(async move { run.settle(true, false).await });
             }
             _ if !is_newest => {
@@ -109,16 +114,20 @@ impl JobQueue {
 
     /// Ends the status of a job whose record cannot be used, where it can be known which that is.
     fn end_damaged(&self, record: DamagedRecord, logs: &Logs) {
-        let place = record.path.display().to_string();
-        warn!("a job's record cannot be used and was set aside as {place}: {}", record.error.report());
+        warn!("a job's record cannot be used: {}: {}", record.path.display(), record.error.report());
         let named = |log: &UploadLog| (log.name().bucket.clone(), log.name().key.clone());
         let object = record.object.clone().or_else(|| logs.get(&record.job_id).map(named));
-        let Some((bucket, key)) = object else { return };
         let context = Arc::clone(&self.context);
+        let Some((bucket, key)) = object else {
+            context.journal.set_aside(&record);
+            return;
+        };
         self.context.runtime.spawn(async move {
             let Ok(mounted) = context.mounted(&bucket) else { return };
-            if let Err(error) = end_status(&mounted.bucket, &key, &record).await {
-                warn!("its status could not be ended: {}", error.report());
+            match end_status(&mounted.bucket, &key, &record).await {
+                Ok(()) => drop(context.journal.set_aside(&record)),
+                // The record stays where it is, and the next mount tries again.
+                Err(error) => warn!("its status could not be ended: {}", error.report()),
             }
         });
     }
