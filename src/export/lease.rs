@@ -271,3 +271,52 @@ async fn read<T: serde::de::DeserializeOwned>(bucket: &Bucket, name: &str) -> Re
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(60);
+
+    fn claim_of(job_id: &str) -> Claim {
+        Claim { host: "h".to_owned(), job_id: job_id.to_owned(), image: None }
+    }
+
+    async fn held(bucket: &Bucket, key: &ObjectKey, job_id: &str) -> Lease {
+        match claim(bucket, key, &claim_of(job_id), LEASE, || {}).await.unwrap() {
+            Claimed::Held(lease, _) => lease,
+            Claimed::Done(status) => panic!("{status:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_upload_is_given_up_unless_the_holder_after_us_goes_on_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let bucket = Bucket::open("b", &format!("file://{}", directory.path().display())).unwrap();
+        let key = ObjectKey::parse("k").unwrap();
+        let first = held(&bucket, &key, "first").await;
+        assert!(!first.is_inherited("upload").await.unwrap());
+        assert!(create(&bucket, &first.directory, 2, &claim_of("second")).await.unwrap());
+        assert!(first.is_inherited("upload").await.unwrap(), "the next holder may be about to go on with it");
+        let second = held_by(&bucket, &key, "second", LEASE).await.unwrap().unwrap();
+        assert!(held_by(&bucket, &key, "first", LEASE).await.unwrap().is_none(), "it was taken over");
+        let mut beat = Beat { upload: Some("the log of upload".to_owned()), ..Beat::default() };
+        second.put(&beat).await.unwrap();
+        assert!(first.is_inherited("upload").await.unwrap());
+        assert!(!first.is_inherited("another").await.unwrap());
+        beat.ended = true;
+        second.put(&beat).await.unwrap();
+        assert!(!first.is_inherited("upload").await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn the_last_of_all_epochs_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let bucket = Bucket::open("b", &format!("file://{}", directory.path().display())).unwrap();
+        let key = ObjectKey::parse("k").unwrap();
+        let name = epoch_name(&directory_of(&key), u64::MAX);
+        bucket.put_control(&name, Bytes::from_static(b"{}"), &Replaces::Nothing).await.unwrap();
+        let claimed = claim(&bucket, &key, &claim_of("job"), LEASE, || {}).await;
+        assert_eq!(claimed.err().unwrap().kind(), ErrorKind::Malformed);
+    }
+}
