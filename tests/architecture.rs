@@ -93,7 +93,7 @@ fn named(code: &str) -> Vec<Vec<String>> {
     let (mut found, mut rest) = (Vec::new(), String::new());
     for statement in code.split_inclusive(';') {
         let lines: Vec<_> = statement.split('\n').collect();
-        let first = lines.iter().position(|line| is_use(&line)).unwrap_or(lines.len());
+        let first = lines.iter().position(is_use).unwrap_or(lines.len());
         rest += &lines[..first].join("\n");
         if let Some((_, tree)) = lines[first..].join(" ").split_once("use ") {
             expand(tree.trim_end_matches(';'), &[], &mut found);

@@ -34,7 +34,7 @@ const DAMAGED: &str = "damaged";
 /// What is known of a job after a crash.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// [`RECORD_VERSION`].
+    /// The version of these fields.
     pub version: u32,
     /// What was asked for.
     pub request: JobRequest,
