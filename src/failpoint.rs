@@ -45,6 +45,8 @@ steps! {
     RecordWrite = "record-write",
     /// That file takes the place of the record before.
     RecordRename = "record-rename",
+    /// The record's new name is synced.
+    RecordSync = "record-sync",
     /// A new job is recorded; close(2) returns after this.
     JobRecord = "job-record",
     /// A job's first status is put into the bucket.

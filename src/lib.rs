@@ -119,7 +119,8 @@
 //! | Told | the final status in the bucket; the record says so | none; the oldest records are removed | shown in jobs/ |
 //!
 //! Every step is intent, act, done, and each is a [`failpoint`]. A damaged record costs its own job, whose status ends with
-//! the reason; a damaged line of a log costs the parts before it. Jobs that wait for a bucket or an image of theirs stay,
+//! the reason; a damaged line of a log costs the parts before it. A job whose store does not say whether the object is in
+//! place stays in Publishing and asks, and who waits in close gets the error meanwhile. Jobs that wait for a bucket or an image of theirs stay,
 //! visibly, until it is there again or somebody cancels them.
 //!
 //! Hosts that share a bucket agree in it: an object for each epoch of a key's lease, created by a put that fails when it

@@ -550,3 +550,18 @@ fn look_ups_before_the_upload_are_tried_again_and_what_is_replaced_is_recorded_w
     assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
     assert!(edit_record(&setup, |_| {})["replaces"]["tag"].is_string());
 }
+
+#[test]
+#[cfg(debug_assertions)]
+fn a_record_that_may_be_there_after_an_error_is_removed() {
+    use freightfs::failpoint::{Action, Step, arm};
+    let setup = Setup::new(1000);
+    let bucket = setup.bucket(&FaultyStore::new(0));
+    let state = setup.state();
+    let queue = setup.queue(&bucket, &state);
+    arm(Some((Step::RecordSync, 1, Action::Error)));
+    let submitted = queue.submit(request("k.raw"), setup.file(), &mut None);
+    arm(None);
+    assert_eq!(submitted.err().unwrap().kind(), ErrorKind::Io);
+    assert_eq!(std::fs::read_dir(setup.directory.path().join("state/jobs")).unwrap().count(), 0);
+}

@@ -229,6 +229,7 @@ impl Journal {
         file.as_file().sync_all().map_err(failed)?;
         failpoint::pass(Step::RecordRename)?;
         file.persist(&path).map_err(|e| failed(e.error))?;
+        failpoint::pass(Step::RecordSync)?;
         File::open(&self.directory).and_then(|d| d.sync_all()).map_err(failed)
     }
 
