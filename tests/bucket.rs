@@ -229,6 +229,29 @@ fn a_local_directory_conforms() {
     assert_eq!(std::fs::read_dir(directory.path().join(".freightfs/uploads")).unwrap().count(), 0);
 }
 
+/// What a remount goes by that wants to know whether an earlier process put the object in place.
+#[test]
+fn a_local_upload_knows_its_objects_tag_and_another_file_in_the_same_inode_has_another_one() {
+    let (directory, bucket) = local();
+    runtime().block_on(async {
+        let k = key("k");
+        let upload = bucket.start_upload(&k, 5 << 20, &Tags::new()).await.unwrap();
+        // The end of the last part is zeros, which are left out.
+        let mut bytes = vec![0; 1 << 20];
+        bytes[0] = 1;
+        let part = bucket.put_part(&k, &upload, 0, bytes.into()).await.unwrap();
+        let expected = bucket.expected_etag_prefix(&upload, std::slice::from_ref(&part), 1 << 20).await.unwrap();
+        let made = bucket.complete_upload(&k, &upload, vec![part], 1 << 20, &Replaces::Nothing).await.unwrap();
+        assert_eq!(made.etag, expected);
+        // Inodes are given again: such a file has been written at another time.
+        let other = std::fs::File::options().write(true).open(directory.path().join("k")).unwrap();
+        other.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let found = bucket.head(&k).await.unwrap().unwrap();
+        assert_eq!(found.object_size, made.object_size);
+        assert!(!found.etag.unwrap().starts_with(&expected.unwrap()), "another object is taken for ours");
+    });
+}
+
 #[test]
 fn a_store_in_memory_conforms() {
     let store = FaultyStore::new(0);

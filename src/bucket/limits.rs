@@ -203,8 +203,13 @@ impl<S: Store> Store for LimitedStore<S> {
         self.writing(&self.parts, limit, self.store.put_part(key, upload, part)).await
     }
 
-    async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>> {
-        self.store.expected_etag_prefix(upload, parts).await
+    async fn expected_etag_prefix(
+        &self,
+        upload: &str,
+        parts: &[String],
+        size: u64,
+    ) -> Result<Option<String>> {
+        self.store.expected_etag_prefix(upload, parts, size).await
     }
 
     async fn complete_upload(

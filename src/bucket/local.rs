@@ -217,8 +217,7 @@ impl LocalStore {
     /// Gives an upload its size and its name, durably, where that replaces what it is to replace. Returns the object's tag.
     fn publish(&self, upload: &str, key: &ObjectKey, size: u64, replaces: &Replaces) -> Result<String> {
         let (file, _) = self.open_upload(upload)?;
-        // The last blocks may be zeros that were left out.
-        file.set_len(size).map_err(|e| failed("cannot size the object", e))?;
+        resize(&file, size)?;
         file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
         let (parent, name) = self.parent(key.as_str(), true)?;
         let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
@@ -439,13 +438,16 @@ impl Store for LocalStore {
         self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(drop)).await
     }
 
-    /// The inode stays when the file gets its name; it is what a [`tag`] begins with.
-    async fn expected_etag_prefix(&self, upload: &str, _: &[String]) -> Result<Option<String>> {
+    /// The file stays what it is when it gets its name. Its inode alone would not do: filesystems give it to the next file.
+    async fn expected_etag_prefix(&self, upload: &str, _: &[String], size: u64) -> Result<Option<String>> {
         let upload = upload.to_owned();
         self.blocking(move |store| {
             let (file, _) = store.open_upload(&upload)?;
+            resize(&file, size)?;
+            // A filesystem far away decides now when the last bytes were written.
+            file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
             let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
-            Ok(Some(format!("\"{:x}-", stat.st_ino)))
+            Ok(Some(tag(&stat)))
         })
         .await
     }
@@ -454,6 +456,15 @@ impl Store for LocalStore {
         let upload = upload.to_owned();
         self.blocking(move |store| store.remove_upload(&upload)).await
     }
+}
+
+/// Gives a file its size: its last blocks may be zeros that were left out. One that has it keeps its mtime.
+fn resize(file: &File, size: u64) -> Result<()> {
+    let stat = fstat(file).map_err(|e| failed("cannot stat the upload", e))?;
+    if u64::try_from(stat.st_size) == Ok(size) {
+        return Ok(());
+    }
+    file.set_len(size).map_err(|e| failed("cannot size the object", e))
 }
 
 /// Makes zeros of what is there, without taking room where the filesystem can do that.

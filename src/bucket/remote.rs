@@ -364,7 +364,7 @@ impl Store for RemoteStore {
         sent.map(|part| part.content_id).map_err(|e| translated(&what(), ErrorKind::UploadFailed, e))
     }
 
-    async fn expected_etag_prefix(&self, _: &str, parts: &[String]) -> Result<Option<String>> {
+    async fn expected_etag_prefix(&self, _: &str, parts: &[String], _: u64) -> Result<Option<String>> {
         Ok(composite_etag(parts))
     }
 

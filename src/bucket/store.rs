@@ -171,8 +171,10 @@ pub(super) trait Store: Send + Sync {
     /// Sends a part; returns the id by which it is put together.
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String>;
 
-    /// What the entity tag of the object begins with that these parts will make, where that is known before.
-    async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>>;
+    /// What the entity tag of the object begins with that these parts, `size` bytes together, will make, where that is
+    /// known before.
+    async fn expected_etag_prefix(&self, upload: &str, parts: &[String], size: u64)
+    -> Result<Option<String>>;
 
     /// Makes the object out of its parts.
     async fn complete_upload(

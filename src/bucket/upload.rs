@@ -104,9 +104,15 @@ impl Bucket {
         }
     }
 
-    /// What the entity tag of the object begins with that these parts will make, where that is known before.
-    pub async fn expected_etag_prefix(&self, upload: &str, parts: &[String]) -> Result<Option<String>> {
-        self.store().expected_etag_prefix(upload, parts).await
+    /// What the entity tag of the object begins with that these parts, `size` bytes together, will make, where that is
+    /// known before.
+    pub async fn expected_etag_prefix(
+        &self,
+        upload: &str,
+        parts: &[String],
+        size: u64,
+    ) -> Result<Option<String>> {
+        self.store().expected_etag_prefix(upload, parts, size).await
     }
 
     /// Makes the object out of its parts, and asks the store whether it is what was sent.

@@ -108,7 +108,7 @@ impl Target<'_> {
         if let Some(meta) = in_place(self.bucket, log, sent.size).await? {
             return Ok(sent.placed(meta));
         }
-        if let Some(mark) = self.bucket.expected_etag_prefix(&log.name().id, &ids).await? {
+        if let Some(mark) = self.bucket.expected_etag_prefix(&log.name().id, &ids, sent.size).await? {
             log.complete(&mark)?;
         }
         may.await?;
