@@ -240,8 +240,10 @@ fn a_local_upload_knows_its_objects_tag_and_another_file_in_the_same_inode_has_a
         let mut bytes = vec![0; 1 << 20];
         bytes[0] = 1;
         let part = bucket.put_part(&k, &upload, 0, bytes.into()).await.unwrap();
-        let expected = bucket.expected_etag_prefix(&upload, std::slice::from_ref(&part), 1 << 20).await.unwrap();
-        let made = bucket.complete_upload(&k, &upload, vec![part], 1 << 20, &Replaces::Nothing).await.unwrap();
+        let expected =
+            bucket.expected_etag_prefix(&upload, std::slice::from_ref(&part), 1 << 20).await.unwrap();
+        let made =
+            bucket.complete_upload(&k, &upload, vec![part], 1 << 20, &Replaces::Nothing).await.unwrap();
         assert_eq!(made.etag, expected);
         // Inodes are given again: such a file has been written at another time.
         let other = std::fs::File::options().write(true).open(directory.path().join("k")).unwrap();
@@ -259,6 +261,57 @@ fn a_store_in_memory_conforms() {
     let bucket = Bucket::with_stores("b", "memory://b", objects, uploads);
     runtime().block_on(conformance(&bucket));
     runtime().block_on(conditions(&bucket));
+}
+
+fn in_memory() -> (Arc<FaultyStore>, Bucket) {
+    let store = FaultyStore::new(0);
+    let (objects, uploads) = (Arc::<FaultyStore>::clone(&store), Arc::<FaultyStore>::clone(&store));
+    (store, Bucket::with_stores("b", "memory://b", objects, uploads))
+}
+
+#[test]
+fn an_object_that_was_replaced_at_once_is_not_taken_for_ours() {
+    let (store, bucket) = in_memory();
+    runtime().block_on(async {
+        bucket.probe().await.unwrap();
+        let k = key("k");
+        let (tags, content) = (Tags::new(), Bytes::from_static(b"ours"));
+        store.replace_next(b"them");
+        let put = bucket.put_tagged(&k, content.clone(), &tags, &Replaces::Anything).await;
+        let upload = bucket.start_upload(&k, 5 << 20, &tags).await.unwrap();
+        let part = bucket.put_part(&k, &upload, 0, content.clone()).await.unwrap();
+        store.replace_next(b"they");
+        let made = bucket.complete_upload(&k, &upload, vec![part], 4, &Replaces::Anything).await;
+        for refused in [put, made] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::Conflict);
+        }
+        assert_eq!(bucket.read(&k, 0..4, None).await.unwrap(), "they");
+        bucket.put_tagged(&k, content, &tags, &Replaces::Anything).await.unwrap();
+    });
+}
+
+/// A copy has another tag than an object that was made of parts: only its bytes tell.
+#[test]
+fn a_copy_whose_answer_was_lost_is_no_conflict() {
+    let (store, bucket) = in_memory();
+    runtime().block_on(async {
+        bucket.probe().await.unwrap();
+        let content = Bytes::from(Random(3).bytes((16 << 20) + 5));
+        let size = content.len() as u64;
+        let (from, to) = (key("from"), key("to"));
+        bucket.put(&from, content.clone(), &Replaces::Anything).await.unwrap();
+        let source = bucket.head(&from).await.unwrap().unwrap();
+        store.lose_answer();
+        assert!(bucket.copy(&source, &to, &Replaces::Nothing).await.unwrap_err().is_transient());
+        let copied = bucket.copy(&source, &to, &Replaces::Nothing).await.unwrap();
+        assert_ne!(copied.etag, source.etag);
+        assert!(bucket.read(&to, 0..size, copied.etag.as_deref()).await.unwrap() == content);
+        let mut other = content.to_vec();
+        other[16 << 20] ^= 1;
+        bucket.put(&to, other.into(), &Replaces::Anything).await.unwrap();
+        let refused = bucket.copy(&source, &to, &Replaces::Nothing).await;
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Conflict);
+    });
 }
 
 /// Runs the suite in two places of a bucket at a server that scripts/test started.

@@ -153,6 +153,33 @@ fn a_job_goes_on_after_a_failure_and_sends_no_part_twice() {
     }
 }
 
+/// The store of these tests has tags that nobody can tell before.
+#[test]
+fn a_completion_whose_answer_was_lost_is_known_by_the_objects_bytes() {
+    let setup = Setup::new(20 << 20);
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let key = ObjectKey::parse("k.raw").unwrap();
+    setup.runtime.block_on(bucket.put(&key, Bytes::from_static(b"old"), &Replaces::Anything)).unwrap();
+    let state = setup.state();
+    let queue = setup.retrying(&bucket, &state, 1);
+    store.hold(true);
+    let job = queue.submit(request("k.raw"), setup.file(), &mut None).unwrap();
+    // The old object is one of the requests; the status file is not to take the place of the completion.
+    while store.open_uploads() == 0 {
+        std::thread::yield_now();
+    }
+    store.lose_answer();
+    store.hold(false);
+    job.wait(LIMIT).unwrap();
+    assert_eq!(job.status().status, JobState::Success);
+    let object = setup.runtime.block_on(bucket.read(&key, 0..20 << 20, None)).unwrap();
+    assert!(object == setup.content);
+    assert_eq!(store.open_uploads(), 0);
+    // Old object, status, start, parts, completion, checksums and status: nothing was sent twice.
+    assert_eq!(store.requests(), 1 + 1 + 5 + 2 + 1);
+}
+
 #[test]
 fn the_same_key_is_busy_and_other_buckets_are_unknown() {
     let setup = Setup::new(20 << 20);

@@ -1,9 +1,11 @@
-//! Checksums of bodies, which a store compares with what it received.
+//! Checksums of bodies, which a store compares with what it received, and entity tags of what was sent.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use crc_fast::CrcAlgorithm;
 use md5::{Digest, Md5};
+
+use crate::error::{Error, ErrorKind, Result};
 
 /// A checksum that a store may check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,39 @@ pub(super) fn composite_etag(parts: &[String]) -> Option<String> {
         md5.update(digest);
     }
     Some(format!("\"{}-{}\"", hex::encode(md5.finalize()), parts.len()))
+}
+
+/// What is known of the entity tag of an object that was just sent.
+#[derive(Debug, Default)]
+pub(super) struct SentTags {
+    /// That of what was sent, where it can be told.
+    pub(super) sent: Option<String>,
+    /// The one that the store has answered with.
+    pub(super) returned: Option<String>,
+}
+
+impl SentTags {
+    /// Fails when an object is seen with another tag.
+    pub(super) fn check(&self, found: Option<&str>) -> Result<()> {
+        let found = found.unwrap_or_default();
+        match (&self.sent, &self.returned) {
+            (Some(sent), _) if sent != found => {
+                let what =
+                    format!("the object's entity tag is {found} after its upload; what was sent has {sent}");
+                Err(Error::new(ErrorKind::UploadFailed, what))
+            }
+            (None, Some(returned)) if !is_same_tag(returned, found) => {
+                let what = "the object was written, and somebody else has replaced it since";
+                Err(Error::new(ErrorKind::Conflict, what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether two entity tags are the same: some stores leave out the quotation marks in the answer to a completion.
+pub(super) fn is_same_tag(one: &str, other: &str) -> bool {
+    one.trim_matches('"') == other.trim_matches('"')
 }
 
 #[cfg(test)]

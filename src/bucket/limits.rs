@@ -219,7 +219,7 @@ impl<S: Store> Store for LimitedStore<S> {
         parts: Vec<String>,
         object_size: u64,
         replaces: &Replaces,
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let complete = self.store.complete_upload(key, upload, parts, object_size, replaces);
         self.writing(&self.writes, self.timeout * STORE_WORK, complete).await
     }

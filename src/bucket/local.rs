@@ -242,7 +242,7 @@ impl LocalStore {
 impl Store for LocalStore {
     fn abilities(&self) -> Abilities {
         let conditions = Conditions::ALL;
-        Abilities { largest_copy: u64::MAX, conditions, ..Abilities::default() }
+        Abilities { largest_copy: u64::MAX, conditions, returns_tags: true, ..Abilities::default() }
     }
 
     async fn sweep(&self, kept: Vec<String>) -> Result<()> {
@@ -433,9 +433,9 @@ impl Store for LocalStore {
         _: Vec<String>,
         size: u64,
         replaces: &Replaces,
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let (key, upload, replaces) = (key.clone(), upload.to_owned(), replaces.clone());
-        self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(drop)).await
+        self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(Some)).await
     }
 
     /// The file stays what it is when it gets its name. Its inode alone would not do: filesystems give it to the next file.

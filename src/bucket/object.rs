@@ -5,12 +5,16 @@ use std::ops::Range;
 use bytes::Bytes;
 use tracing::warn;
 
-use super::checksum::md5_etag;
+use super::checksum::{SentTags, md5_etag};
 use super::key::CONTROL_PREFIX;
 use super::reply::conflict;
 use super::store::Put;
 use super::{Bucket, Listing, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::MIB;
+
+/// Bytes of an object that are read at once to be compared.
+const PIECE: u64 = 8 * MIB;
 
 /// How many times bytes are sent that arrive damaged.
 pub(super) const SENDINGS: u32 = 4;
@@ -121,8 +125,9 @@ impl Bucket {
         self.throttle(bytes.len()).await;
         let size = bytes.len() as u64;
         let etag = abilities.has_md5_etags.then(|| md5_etag(&bytes));
-        self.put_now(key, bytes, tags, replaces).await?;
-        self.verify(key, size, etag.as_deref()).await
+        let returned = self.put_now(key, bytes, tags, replaces).await?;
+        let tags = SentTags { sent: etag, returned: returned.filter(|_| abilities.returns_tags) };
+        self.verify(key, size, &tags).await
     }
 
     async fn put_now(
@@ -218,19 +223,40 @@ impl Bucket {
         if !looks {
             self.check_source(from).await?;
         }
-        let replaces = self.looked_for(to, replaces, looks).await?;
-        if let Err(error) = self.store().copy(&from.key, etag, to, &replaces).await {
+        let copied = async {
+            let replaces = self.looked_for(to, replaces, looks).await?;
+            self.store().copy(&from.key, etag, to, &replaces).await
+        };
+        if let Err(error) = copied.await {
             if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::SourceChanged) {
                 self.check_source(from).await?;
                 // The answer to an earlier try of the same copy may have been lost.
-                let is_same = |meta: &ObjectMeta| meta.object_size == size && meta.etag.as_deref() == etag;
-                if let Some(meta) = self.head(to).await?.filter(|meta| etag.is_some() && is_same(meta)) {
+                if let Some(meta) = self.head(to).await?.filter(|meta| !replaces.is(meta.etag.as_deref()))
+                    && self.is_copy(from, &meta).await?
+                {
                     return Ok(meta);
                 }
             }
             return Err(self.named(error, &from.key));
         }
-        self.verify(to, size, None).await
+        self.verify(to, size, &SentTags::default()).await
+    }
+
+    /// Whether two objects have the same bytes. A copy of an object that was made of parts has another tag than that.
+    async fn is_copy(&self, one: &ObjectMeta, other: &ObjectMeta) -> Result<bool> {
+        if one.object_size != other.object_size || one.etag.is_some() && one.etag == other.etag {
+            return Ok(one.object_size == other.object_size);
+        }
+        for range in pieces(one.object_size) {
+            let (a, b) = tokio::try_join!(
+                self.read(&one.key, range.clone(), one.etag.as_deref()),
+                self.read(&other.key, range, other.etag.as_deref())
+            )?;
+            if a != b {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Fails unless an object is still what it was.
@@ -256,4 +282,9 @@ impl Bucket {
         self.check_writable()?;
         self.store().remove_directory(key).await.map_err(|e| self.named(e, key))
     }
+}
+
+/// An object's bytes in the ranges in which they are read.
+fn pieces(size: u64) -> impl Iterator<Item = Range<u64>> {
+    (0..size.div_ceil(PIECE)).map(move |n| n * PIECE..size.min((n + 1) * PIECE))
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use md5::{Digest, Md5};
 
-use super::checksum::{Checksum, composite_etag, md5_etag};
+use super::checksum::{Checksum, composite_etag, is_same_tag, md5_etag};
 use super::key::{CONTROL_PREFIX, ObjectKey, unique};
 use super::replaces::Conditions;
 use super::store::{Abilities, Put, PutPart, Tags};
@@ -44,7 +44,7 @@ impl Bucket {
         let mut found = self.abilities();
         if found.is_remote {
             let (puts, parts) = tokio::join!(self.probe_puts(&found), self.probe_parts(&found));
-            (found.checks_puts, (found.checks_parts, found.has_md5_etags)) = (puts?, parts?);
+            found = Abilities { checks_puts: puts?, ..parts? };
             found.conditions = self.probe_conditions(&key).await?;
             tracing::debug!("bucket {}: {found:?}", self.name());
             *self.inner.abilities.lock() = found;
@@ -88,8 +88,8 @@ impl Bucket {
         Ok(found)
     }
 
-    /// The checksum by which the store refuses damaged parts, and whether entity tags are MD5s.
-    async fn probe_parts(&self, abilities: &Abilities) -> Result<(Option<Checksum>, bool)> {
+    /// The checksum by which the store refuses damaged parts, and what its entity tags are.
+    async fn probe_parts(&self, abilities: &Abilities) -> Result<Abilities> {
         let key = probe_key();
         let mut found = None;
         for &checksum in abilities.checksums {
@@ -99,17 +99,32 @@ impl Bucket {
                 break;
             }
         }
-        let part = self.probe_upload(&key, found).await?.unwrap_or_default();
+        let (part, returned) = self.probe_upload(&key, found).await?.unwrap_or_default();
         let etag = self.head(&key).await?.and_then(|meta| meta.etag);
         let is_md5 = part.trim_matches('"') == hex::encode(Md5::digest(PROBE));
         let of_parts = etag.is_some() && etag == composite_etag(&[part]);
         let put = self.put(&key, Bytes::from_static(PROBE), &Replaces::Anything).await?;
+        let is_seen = |returned: Option<&str>, meta: Option<&str>| {
+            returned.zip(meta).is_some_and(|(returned, seen)| is_same_tag(returned, seen))
+        };
+        let after_put = self.head(&key).await?.and_then(|meta| meta.etag);
         self.delete(&key).await?;
-        Ok((found, is_md5 && of_parts && put == Some(md5_etag(PROBE))))
+        Ok(Abilities {
+            checks_parts: found,
+            has_md5_etags: is_md5 && of_parts && put == Some(md5_etag(PROBE)),
+            returns_tags: is_seen(returned.as_deref(), etag.as_deref())
+                && is_seen(put.as_deref(), after_put.as_deref()),
+            ..abilities.clone()
+        })
     }
 
-    /// Makes an object by an upload of one part; returns the part's id, or `None` where a damaged part was taken.
-    async fn probe_upload(&self, key: &ObjectKey, checksum: Option<Checksum>) -> Result<Option<String>> {
+    /// Makes an object by an upload of one part; returns the part's id and the object's tag as the store returns it, or
+    /// `None` where a damaged part was taken.
+    async fn probe_upload(
+        &self,
+        key: &ObjectKey,
+        checksum: Option<Checksum>,
+    ) -> Result<Option<(String, Option<String>)>> {
         let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), checksum).await?;
         let part = |of: &[u8]| PutPart {
             index: 0,
@@ -122,8 +137,9 @@ impl Bucket {
             }
             let id = self.store().put_part(key, &upload, part(PROBE)).await?;
             let size = PROBE.len() as u64;
-            self.store().complete_upload(key, &upload, vec![id.clone()], size, &Replaces::Anything).await?;
-            Ok(Some(id))
+            let parts = vec![id.clone()];
+            let tag = self.store().complete_upload(key, &upload, parts, size, &Replaces::Anything).await?;
+            Ok(Some((id, tag)))
         };
         let made = made.await;
         if !matches!(made, Ok(Some(_))) {

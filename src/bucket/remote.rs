@@ -375,12 +375,12 @@ impl Store for RemoteStore {
         parts: Vec<String>,
         _: u64,
         replaces: &Replaces,
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let (path, upload) = (self.path(key)?, upload.to_owned());
         let parts = parts.into_iter().map(|content_id| PartId { content_id }).collect();
         let completed = self.uploads.complete_multipart(&path, &upload, parts);
         let completed = client::with_headers(condition(replaces), completed).await;
-        completed.map(drop).map_err(|e| write_error("cannot complete the upload", replaces, e))
+        completed.map(|made| made.e_tag).map_err(|e| write_error("cannot complete the upload", replaces, e))
     }
 
     async fn sweep(&self, _: Vec<String>) -> Result<()> {

@@ -58,6 +58,11 @@ impl Replaces {
         }
     }
 
+    /// Whether the object with this entity tag is the very one that is to be replaced.
+    pub fn is(&self, etag: Option<&str>) -> bool {
+        matches!(self, Self::Tag(tag) if etag == Some(tag))
+    }
+
     /// Whether what is there is what is to be replaced: `None` for nothing, else its entity tag.
     pub(super) fn allows(&self, object: Option<Option<&str>>) -> bool {
         match self {

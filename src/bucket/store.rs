@@ -55,6 +55,8 @@ pub(super) struct Abilities {
     pub(super) is_read_only: bool,
     /// Known after a probe: whether entity tags are MD5s, and those of objects made of parts follow from the parts' tags.
     pub(super) has_md5_etags: bool,
+    /// Known after a probe: whether puts and completions return the entity tag that the object is then seen with.
+    pub(super) returns_tags: bool,
     /// Known after a probe.
     pub(super) conditions: Conditions,
     /// Known after a probe: by which header it refuses damaged parts.
@@ -176,7 +178,7 @@ pub(super) trait Store: Send + Sync {
     async fn expected_etag_prefix(&self, upload: &str, parts: &[String], size: u64)
     -> Result<Option<String>>;
 
-    /// Makes the object out of its parts.
+    /// Makes the object out of its parts; returns its tag.
     async fn complete_upload(
         &self,
         key: &ObjectKey,
@@ -184,7 +186,7 @@ pub(super) trait Store: Send + Sync {
         parts: Vec<String>,
         object_size: u64,
         replaces: &Replaces,
-    ) -> Result<()>;
+    ) -> Result<Option<String>>;
 
     /// Gives an upload up; one that is not there any more is no failure.
     async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()>;

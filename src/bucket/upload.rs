@@ -6,7 +6,7 @@ use bytes::Bytes;
 use md5::{Digest, Md5};
 use tracing::warn;
 
-use super::checksum::composite_etag;
+use super::checksum::{SentTags, composite_etag};
 use super::object::SENDINGS;
 use super::store::PutPart;
 use super::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
@@ -135,18 +135,23 @@ impl Bucket {
             let replaces = self.looked_for(key, replaces, abilities.conditions.completions).await?;
             self.store().complete_upload(key, upload, parts, object_size, &replaces).await
         };
-        if let Err(error) = completed.await {
-            // The answer to an earlier try of the same completion may have been lost.
-            if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NotFound)
-                && let Some(etag) = etag
-                && let Ok(Some(meta)) = self.head(key).await
-                && (meta.object_size, meta.etag.as_ref()) == (object_size, Some(&etag))
-            {
-                return Ok(meta);
+        match completed.await {
+            Ok(returned) => {
+                let tags = SentTags { sent: etag, returned: returned.filter(|_| abilities.returns_tags) };
+                self.verify(key, object_size, &tags).await
             }
-            return Err(self.named(error, key));
+            Err(error) => {
+                // The answer to an earlier try of the same completion may have been lost.
+                if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NotFound)
+                    && let Some(etag) = etag
+                    && let Ok(Some(meta)) = self.head(key).await
+                    && (meta.object_size, meta.etag.as_ref()) == (object_size, Some(&etag))
+                {
+                    return Ok(meta);
+                }
+                Err(self.named(error, key))
+            }
         }
-        self.verify(key, object_size, etag.as_deref()).await
     }
 
     /// Writes an object by an upload of one part, which is verified before it takes the place of what was there.
@@ -171,11 +176,14 @@ impl Bucket {
     }
 
     /// Asks the store whether an object is the one that was just sent: its size, and the entity tag where that is known.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when somebody else has replaced it meanwhile.
     pub(super) async fn verify(
         &self,
         key: &ObjectKey,
         object_size: u64,
-        etag: Option<&str>,
+        tags: &SentTags,
     ) -> Result<ObjectMeta> {
         let wrong = |what: String| Error::new(ErrorKind::UploadFailed, what);
         // The object is in place, right or wrong: one bad answer does not decide about it.
@@ -188,13 +196,10 @@ impl Bucket {
                     let size = meta.object_size;
                     wrong(format!("the object has {size} bytes after its upload, not {object_size}"))
                 }
-                Ok(Some(meta)) if etag.is_some() && meta.etag.as_deref() != etag => {
-                    let (found, sent) = (meta.etag.unwrap_or_default(), etag.unwrap_or_default());
-                    wrong(format!(
-                        "the object's entity tag is {found} after its upload; what was sent has {sent}"
-                    ))
-                }
-                Ok(Some(meta)) => return Ok(meta),
+                Ok(Some(meta)) => match tags.check(meta.etag.as_deref()) {
+                    Ok(()) => return Ok(meta),
+                    Err(error) => error,
+                },
             };
             if tries == VERIFY_TRIES {
                 return Err(self.named(error, key));

@@ -33,6 +33,10 @@ pub struct FaultyStore {
     dies_completing: AtomicBool,
     /// While this is true, parts wait.
     held: watch::Sender<bool>,
+    /// Whether the next completion or copy is made and its answer is lost.
+    loses_answer: AtomicBool,
+    /// What somebody else puts in the place of the next object as soon as it is there.
+    rival: Mutex<Option<&'static [u8]>>,
 }
 
 impl FaultyStore {
@@ -91,6 +95,27 @@ impl FaultyStore {
         }
     }
 
+    /// The next completion or copy is made, and its answer is lost.
+    pub fn lose_answer(&self) {
+        self.loses_answer.store(true, Ordering::SeqCst);
+    }
+
+    /// Somebody else replaces the next object as soon as it is there.
+    pub fn replace_next(&self, content: &'static [u8]) {
+        *self.rival.lock().unwrap() = Some(content);
+    }
+
+    async fn made<T>(&self, location: &Path, answer: T) -> Result<T> {
+        let rival = self.rival.lock().unwrap().take();
+        if let Some(rival) = rival {
+            self.inner.put_opts(location, PutPayload::from_static(rival), PutOptions::default()).await?;
+        }
+        if self.loses_answer.swap(false, Ordering::SeqCst) {
+            return Err(Error::Generic { store: "faulty", source: "the answer is lost".into() });
+        }
+        Ok(answer)
+    }
+
     fn count(&self, what: &str) -> Result<()> {
         self.reached()?;
         let number = self.requests.fetch_add(1, Ordering::SeqCst) + 1;
@@ -114,7 +139,8 @@ impl fmt::Display for FaultyStore {
 impl ObjectStore for FaultyStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         self.count("put")?;
-        self.inner.put_opts(location, payload, options).await
+        let put = self.inner.put_opts(location, payload, options).await?;
+        self.made(location, put).await
     }
 
     async fn put_multipart_opts(
@@ -143,7 +169,8 @@ impl ObjectStore for FaultyStore {
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
+        self.inner.copy_opts(from, to, options).await?;
+        self.made(to, ()).await
     }
 }
 
@@ -181,7 +208,7 @@ impl MultipartStore for FaultyStore {
             self.set_down(true);
             self.reached()?;
         }
-        Ok(result)
+        self.made(path, result).await
     }
 
     async fn abort_multipart(&self, path: &Path, id: &MultipartId) -> Result<()> {
