@@ -68,6 +68,27 @@ pub(super) struct Permits {
     _allowed: Option<OwnedSemaphorePermit>,
 }
 
+impl Permits {
+    /// Waits until there is a place among those that run in a bucket and, where that is asked for, among those that are
+    /// allowed over all of them. Nobody holds one while waiting for the other: jobs that the policy lets wait for another
+    /// bucket's take no places from plain writes, and a bucket whose places are taken takes nobody's permission.
+    async fn wait(running: &Arc<Semaphore>, allowed: Option<&Arc<Semaphore>>) -> Result<Self> {
+        let closed = |e| Error::new(ErrorKind::Internal, "queue closed").because(e);
+        loop {
+            let place = Arc::clone(running).acquire_owned().await.map_err(closed)?;
+            let Some(allowed) = allowed else { return Ok(Self { _running: place, _allowed: None }) };
+            if let Ok(permission) = Arc::clone(allowed).try_acquire_owned() {
+                return Ok(Self { _running: place, _allowed: Some(permission) });
+            }
+            drop(place);
+            let permission = Arc::clone(allowed).acquire_owned().await.map_err(closed)?;
+            if let Ok(place) = Arc::clone(running).try_acquire_owned() {
+                return Ok(Self { _running: place, _allowed: Some(permission) });
+            }
+        }
+    }
+}
+
 impl MountedBucket {
     /// One of `count` buckets, of whose jobs `running` run at once.
     pub(super) fn new(bucket: Bucket, running: usize, count: usize) -> Self {
@@ -124,14 +145,9 @@ impl Context {
 
     /// Waits for a place among the jobs that run.
     pub(super) async fn permits(&self, request: &JobRequest) -> Result<Permits> {
-        let closed = |e| Error::new(ErrorKind::Internal, "queue closed").because(e);
-        let running = Arc::clone(&self.mounted(&request.bucket)?.running);
-        let running = running.acquire_owned().await.map_err(closed)?;
-        let allowed = match request.source {
-            JobSource::Image(_) => Some(Arc::clone(&self.allowed).acquire_owned().await.map_err(closed)?),
-            JobSource::Staged(_) => None,
-        };
-        Ok(Permits { _running: running, _allowed: allowed })
+        let running = &self.mounted(&request.bucket)?.running;
+        let allowed = matches!(request.source, JobSource::Image(_)).then_some(&self.allowed);
+        Permits::wait(running, allowed).await
     }
 
     /// Writes a record; durable when this returns.
@@ -165,5 +181,34 @@ impl Resolved {
             Self::Image(found) => found.file,
             Self::Staged(file) => file,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+    use std::task::Poll;
+
+    use futures::FutureExt;
+
+    use super::*;
+
+    async fn is_pending<T>(waiting: &mut Pin<Box<impl Future<Output = T>>>) -> bool {
+        std::future::poll_fn(|cx| Poll::Ready(waiting.as_mut().poll(cx))).await.is_pending()
+    }
+
+    #[tokio::test]
+    async fn a_job_that_waits_for_the_policy_takes_no_place_and_one_that_waits_for_a_place_no_permission() {
+        let (running, other, allowed) = (Semaphore::new(1), Semaphore::new(1), Semaphore::new(1));
+        let (running, other, allowed) = (Arc::new(running), Arc::new(other), Arc::new(allowed));
+        let elsewhere = Permits::wait(&other, Some(&allowed)).now_or_never().unwrap().unwrap();
+        let mut image = Box::pin(Permits::wait(&running, Some(&allowed)));
+        assert!(is_pending(&mut image).await);
+        let plain = Permits::wait(&running, None).now_or_never().unwrap().unwrap();
+        drop(elsewhere);
+        assert!(is_pending(&mut image).await);
+        let elsewhere = Permits::wait(&other, Some(&allowed)).now_or_never().unwrap().unwrap();
+        drop((plain, elsewhere));
+        image.now_or_never().unwrap().unwrap();
     }
 }
