@@ -118,6 +118,9 @@ struct Bench {
     /// The objects of an export with the key `from.raw`.
     export: BTreeMap<String, Vec<u8>>,
     next: std::sync::atomic::AtomicUsize,
+    /// Where uploads may be left at the store: their daemon died when the store had started them and no log named them,
+    /// so that nobody knows their ids. The manual says so.
+    unnamed: std::sync::Mutex<Vec<String>>,
 }
 
 /// One case: what is done, and what happens at which pass of a step.
@@ -150,6 +153,7 @@ impl Bench {
             large: Random(2).bytes(if is_remote { 17 << 20 } else { part } + 999),
             export: BTreeMap::new(),
             next: Default::default(),
+            unnamed: Default::default(),
         };
         bench.export = bench.template();
         bench
@@ -264,6 +268,9 @@ impl Bench {
     fn run(&self, case: &Case) -> Vec<String> {
         let mut setup = self.setup();
         setup.armed = Some((case.step, case.n));
+        if let (Store::Remote(_, prefix), Step::LogCreate, "kill") = (&setup.store, case.step, case.action) {
+            self.unnamed.lock().unwrap().push(format!("{prefix}/"));
+        }
         self.prepare(&setup, case.operation);
         let failpoint = format!("{}:{}:{}", case.step, case.n, case.action);
         let mut wrong = Vec::new();
@@ -561,7 +568,12 @@ fn no_crash_at_any_step_leaves_an_s3_bucket_worse_or_anything_behind() {
     let Some(bench) = remote("crash") else { return };
     enumerate(&bench, "S3");
     let remote = bench.remote.as_ref().unwrap();
-    assert_eq!(s3::uploads(&remote.endpoint, &remote.bucket).trim(), "None", "uploads are left over");
+    let left = s3::uploads(&remote.endpoint, &remote.bucket);
+    let unnamed = bench.unnamed.lock().unwrap();
+    let is_known =
+        |line: &&str| *line == "None" || unnamed.iter().any(|prefix| line.contains(prefix.as_str()));
+    let unknown: Vec<_> = left.lines().map(str::trim).filter(|line| !is_known(line)).collect();
+    assert!(unknown.is_empty(), "uploads are left over: {unknown:#?}");
 }
 
 #[test]
