@@ -55,7 +55,8 @@ impl JobQueue {
         // What cannot be read now may need them.
         for log in logs.into_values().filter(|_| !is_partial) {
             let context = Arc::clone(&self.context);
-            self.context.runtime.spawn(async move {
+            // Counted: a mount that ends at once gives up first what the one before left.
+            self.spawn_counted(async move {
                 if let Ok(mounted) = context.mounted(&log.name().bucket) {
                     abort(&mounted.bucket, &log).await;
                 }
@@ -122,7 +123,7 @@ impl JobQueue {
             context.journal.set_aside(&record);
             return;
         };
-        self.context.runtime.spawn(async move {
+        self.spawn_counted(async move {
             let Ok(mounted) = context.mounted(&bucket) else { return };
             match end_status(&mounted.bucket, &key, &record).await {
                 Ok(()) => drop(context.journal.set_aside(&record)),
