@@ -26,7 +26,7 @@ mod table;
 pub use job::Job;
 pub use multipart::early::EarlyUpload;
 pub use queue::{JobQueue, QueueSettings};
-pub use request::{JobRequest, JobSource, RecordedFile};
+pub use request::{JobId, JobRequest, JobSource, RecordedFile};
 pub use retry::Retries;
 pub use staged::{StagedFile, staged_file};
 pub use state_dir::{DamagedRecord, Journal, Loaded, Publishing, Record, StateDir};

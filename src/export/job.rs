@@ -9,7 +9,7 @@ use tokio::sync::{Notify, watch};
 
 use super::multipart::transfer::Observer;
 use super::progress::{progress, seconds_left};
-use super::request::{JobRequest, new_job_id};
+use super::request::{JobId, JobRequest};
 use super::status::{JobState, STATUS_VALID, STATUS_VERSION, Status, now};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
@@ -80,7 +80,7 @@ impl Job {
         let size = file.as_ref().and_then(|f| f.known_size());
         let status = Status {
             version: STATUS_VERSION,
-            job_id: new_job_id(),
+            job_id: JobId::new(),
             status: JobState::Init,
             progress: 0,
             image: request.source.image().cloned(),
@@ -116,7 +116,7 @@ impl Job {
         file: Option<Arc<dyn VirtualFile>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let id = status.job_id.clone();
+        let id = status.job_id.to_string();
         Self {
             request,
             id,

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
+use super::request::JobId;
 use super::sidecars::{Beside, Sidecar, look};
 use super::status::{Status, StatusImage};
 use crate::bucket::{Bucket, ObjectKey, Replaces};
@@ -29,7 +30,7 @@ const LOOKS: u32 = 5;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Claim {
     pub(super) host: String,
-    pub(super) job_id: String,
+    pub(super) job_id: JobId,
     /// The image; `None` for what a program wrote, which is like nothing else.
     pub(super) image: Option<StatusImage>,
 }
@@ -115,7 +116,7 @@ pub(super) async fn claim(
             None => (false, Instant::now()),
         };
         if since.elapsed() > lease && create(bucket, &directory, after(epoch)?, own).await? {
-            info!(job = own.job_id, host = claim.host, "taking over the job of a host that is silent");
+            info!(job = %own.job_id, host = claim.host, "taking over the job of a host that is silent");
             let inherited = beat.upload.map(|upload| Inherited { upload, is_same });
             return Ok(Claimed::Held(held(after(epoch)?), inherited));
         }
@@ -227,7 +228,7 @@ pub(super) async fn held_by(
     let directory = directory_of(key);
     let epoch = newest(bucket, &directory).await?;
     let claim: Option<Claim> = read(bucket, &epoch_name(&directory, epoch)).await?;
-    let is_own = claim.is_some_and(|claim| claim.job_id == job_id);
+    let is_own = claim.is_some_and(|claim| *claim.job_id == *job_id);
     Ok(is_own.then(|| Lease { bucket: bucket.clone(), directory, epoch, lease }))
 }
 
@@ -279,7 +280,7 @@ mod tests {
     const LEASE: Duration = Duration::from_secs(60);
 
     fn claim_of(job_id: &str) -> Claim {
-        Claim { host: "h".to_owned(), job_id: job_id.to_owned(), image: None }
+        Claim { host: "h".to_owned(), job_id: JobId::parse(job_id).unwrap(), image: None }
     }
 
     async fn held(bucket: &Bucket, key: &ObjectKey, job_id: &str) -> Lease {

@@ -15,7 +15,7 @@ use super::job::{Holds, Job, Stop};
 use super::limits;
 use super::multipart::copy;
 use super::multipart::early::{EarlySource, EarlyUpload};
-use super::request::{JobRequest, JobSource, new_job_id};
+use super::request::{JobId, JobRequest, JobSource};
 use super::retry::Retries;
 use super::run::{Begin, Run};
 use super::sidecars::{self, has_sidecars};
@@ -232,7 +232,7 @@ impl JobQueue {
         let permit = Arc::clone(&self.context.early).try_acquire_owned().ok()?;
         let mounted = self.context.mounted(bucket).ok()?;
         let (bucket, key) = (mounted.bucket.clone(), key.clone());
-        let log_id = format!("early-{}", new_job_id());
+        let log_id = format!("early-{}", JobId::new());
         let source = EarlySource { bucket, key, tags, file, file_size, log_id };
         let (uploads, memory) = (self.context.uploads.clone(), mounted.memory.clone());
         EarlyUpload::begin(source, uploads, memory, permit, &self.context.runtime)
@@ -248,7 +248,7 @@ impl JobQueue {
         to: &ObjectKey,
         replaces: &Replaces,
     ) -> Result<ObjectMeta> {
-        let log_id = format!("copy-{}", new_job_id());
+        let log_id = format!("copy-{}", JobId::new());
         copy::copy(&self.context.uploads, bucket, from, to, replaces, &log_id).await
     }
 

@@ -1,5 +1,6 @@
 //! The state directory: one durable record for each job, and a lock that one daemon holds.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::DirBuilderExt;
@@ -340,7 +341,7 @@ fn read_record(path: &Path, json: &[u8]) -> Result<Record> {
     match value.get("version").and_then(serde_json::Value::as_u64) {
         Some(version) if (u64::from(OLDEST_VERSION)..=u64::from(RECORD_VERSION)).contains(&version) => {
             let record: Record = serde_json::from_value(value).map_err(damaged)?;
-            if path.file_stem() != Some(record.status.job_id.as_ref()) {
+            if path.file_stem() != Some(OsStr::new(&*record.status.job_id)) {
                 let what = format!("this is a copy of the record of job {}", record.status.job_id);
                 return Err(Error::new(ErrorKind::Malformed, what).in_file(place));
             }

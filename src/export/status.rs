@@ -5,6 +5,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::request::JobId;
 use crate::error::{Error, ErrorKind};
 use crate::storage::Identity;
 
@@ -101,7 +102,7 @@ pub struct Status {
     /// 1.
     pub version: u32,
     /// The job's id, unique over all hosts.
-    pub job_id: String,
+    pub job_id: JobId,
     /// The job's state.
     pub status: JobState,
     /// Percent of what is to be done, 0 to 100; 100 only with SUCCESS.

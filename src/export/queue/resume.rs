@@ -140,7 +140,7 @@ async fn end_status(bucket: &Bucket, key: &ObjectKey, record: &DamagedRecord) ->
         return Ok(());
     };
     let Ok(mut status) = serde_json::from_slice::<Status>(&bytes) else { return Ok(()) };
-    if status.job_id != record.job_id || status.status.is_final() {
+    if *status.job_id != *record.job_id || status.status.is_final() {
         return Ok(());
     }
     let what = "the job's record cannot be used any more, so the job cannot be resumed; copy it again";
@@ -160,7 +160,7 @@ fn take_log(record: &Record, logs: &mut Logs) -> Option<Arc<UploadLog>> {
     if let Some(log) = early.as_ref().filter(|log| log.completing().is_none()) {
         record.stale.iter().for_each(|&index| log.stale(index));
     }
-    early.or_else(|| logs.remove(&record.status.job_id)).map(Arc::new)
+    early.or_else(|| logs.remove(&*record.status.job_id)).map(Arc::new)
 }
 
 fn facts(record: &Record, log: Option<&UploadLog>) -> Facts {

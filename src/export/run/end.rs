@@ -79,7 +79,7 @@ impl Run {
                 last.size = Some(placed.size);
                 last.succeed(placed.etag.clone(), &placed.sha256, &placed.md5);
                 metrics.jobs_succeeded.add(1);
-                info!(job = last.job_id, url = last.url, "export succeeded");
+                info!(job = %last.job_id, url = last.url, "export succeeded");
             }
             Err(error) => {
                 last.fail(&self.context.policy.with_cloud_code(error.clone()));
@@ -87,7 +87,7 @@ impl Run {
                     JobState::Cancelled => metrics.jobs_cancelled.add(1),
                     _ => metrics.jobs_failed.add(1),
                 }
-                error!(job = last.job_id, url = last.url, "export ended: {}", error.report());
+                error!(job = %last.job_id, url = last.url, "export ended: {}", error.report());
             }
         }
         last
@@ -157,7 +157,7 @@ impl Run {
         self.record.lock().status = last.clone();
         let told = self.tell_end(&last).await;
         if let Err(error) = self.save(Step::EndRecord, |record| record.status_unwritten = !told).await {
-            warn!(job = last.job_id, "{}", error.report());
+            warn!(job = %last.job_id, "{}", error.report());
         }
     }
 
