@@ -24,7 +24,7 @@ pub use sidecar::{ImageKind, ImageOrigin, Sidecar};
 pub use store::{CatalogStore, Entry, LocalFiles};
 
 use crate::convert::Workspace;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::format::ImageFormat;
 use crate::image::Cancel;
 use crate::layout::LayoutOptions;
@@ -49,7 +49,10 @@ impl CatalogImage {
     /// The disk with that name.
     pub fn disk(&self, name: &str) -> Result<&CatalogDisk> {
         self.disks.iter().find(|d| d.name == name).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("image {:?} has no disk {name:?}", self.id))
+            Error::new(
+                ErrorKind::NotFound,
+                format!("image {} has no disk {}", quoted(&self.id), quoted(name)),
+            )
         })
     }
 }
@@ -144,7 +147,7 @@ impl Catalog {
         if let Some(image) = self.images()?.get(id) {
             return Ok(image.clone());
         }
-        let missing = || Error::new(ErrorKind::NotFound, format!("the catalog has no image {id:?}"));
+        let missing = || Error::new(ErrorKind::NotFound, format!("the catalog has no image {}", quoted(id)));
         self.list_again()?.get(id).cloned().ok_or_else(missing)
     }
 

@@ -2,12 +2,26 @@
 //!
 //! Two exhaustive matches consume an [`ErrorKind`]: [`ErrorKind::errno`], what a program sees through the
 //! mount, and [`ErrorKind::code`], what a status file and a log line say. Nothing else may switch on text.
+//!
+//! What an error says may come from outside: it is safe to show, and bounded, whatever it was made of. A sentence quotes
+//! names by [`quoted`], so that a long one does not cost the sentence.
 
+mod shown;
+
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+pub use shown::{MAX_SHOWN_NAME, quoted, shown};
+
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Longest sentence, longest place and longest cause of an error, in bytes.
+const MAX_TEXT: usize = 2048;
+
+/// Longest [`report`](Error::report), and longest [`cause`](Error::cause).
+pub const MAX_REPORT: usize = 4 * MAX_TEXT;
 
 /// What sort of failure it is. Stable: errno and status codes follow from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -195,7 +209,7 @@ impl Error {
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
         Self {
             kind,
-            what: what.into(),
+            what: bounded(what.into()),
             place: None,
             offset: None,
             cloud_code: None,
@@ -237,13 +251,14 @@ impl Error {
     /// A TOML document that is not well-formed, by its line.
     pub fn from_toml(error: &toml::de::Error, text: &str) -> Self {
         let line = error.span().map_or(1, |span| line_number(text, span.start));
-        Self::new(ErrorKind::Malformed, format!("line {line}: {}", error.message()))
+        let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        Self::new(ErrorKind::Malformed, format!("line {line}: {message}"))
     }
 
     /// Names the file, URL or key in which it happened; the first name given stays.
     #[must_use]
     pub fn in_file(mut self, place: impl Into<String>) -> Self {
-        self.place.get_or_insert_with(|| place.into());
+        self.place.get_or_insert_with(|| bounded(place.into()));
         self
     }
 
@@ -314,6 +329,7 @@ impl Error {
         while let Some(cause) = next {
             // Stores answer with whole documents.
             let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+            let text = bounded(text);
             if !line.contains(&text) {
                 if !line.is_empty() {
                     line.push_str(": ");
@@ -322,7 +338,10 @@ impl Error {
             }
             next = cause.source();
         }
-        line
+        match shown(&line, MAX_REPORT) {
+            Cow::Borrowed(_) => line,
+            Cow::Owned(cut) => cut,
+        }
     }
 }
 
@@ -341,6 +360,14 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_deref().map(|s| s as &(dyn std::error::Error + 'static))
+    }
+}
+
+/// A text as errors have it.
+fn bounded(text: String) -> String {
+    match shown(&text, MAX_TEXT) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(cut) => cut,
     }
 }
 
@@ -376,6 +403,22 @@ mod tests {
         assert_eq!(error.to_string(), "a.qcow2: at byte 512: cannot read");
         assert_eq!(error.report(), format!("a.qcow2: at byte 512: cannot read: {text}"));
         assert_eq!(error.clone().in_file("b").to_string(), error.to_string());
+    }
+
+    #[test]
+    fn text_from_outside_is_bounded_and_safe_wherever_it_stands() {
+        let hostile = "\x1b[2J\n".repeat(1 << 18);
+        let cause = std::io::Error::other(hostile.clone());
+        let error = Error::new(ErrorKind::Io, hostile.clone()).in_file(hostile.clone()).because(cause);
+        let error = Error::corrupt("above").because(error);
+        for text in [error.report(), error.cause().unwrap(), error.to_string()] {
+            assert!(
+                text.len() <= MAX_REPORT && !text.contains(char::is_control),
+                "{} bytes: {text}",
+                text.len()
+            );
+        }
+        assert_eq!(quoted(&"x".repeat(1 << 20)).len(), MAX_SHOWN_NAME + 2);
     }
 
     #[test]

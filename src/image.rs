@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use signature::{RecognizedImage, SIGNATURE_RANGE, format_of_content, recognize};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::extent::{AllocationMap, Extent, ExtentKind};
 use crate::format::{ImageFormat, OutputFormat};
 use crate::storage::{Generation, Storage};
@@ -181,7 +181,10 @@ pub fn denied(kind: ReferenceKind, reference: &str) -> Error {
     };
     Error::new(
         ErrorKind::ReferenceDenied,
-        format!("the image names the {what} {reference:?}, which is not among the files allowed for it"),
+        format!(
+            "the image names the {what} {}, which is not among the files allowed for it",
+            quoted(reference)
+        ),
     )
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::CatalogStore;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::format::ImageFormat;
 use crate::image::{GatedFile, ReferenceGate, ReferenceKind, denied};
 use crate::storage::Generation;
@@ -57,10 +57,11 @@ impl ReferenceGate for AllowedFiles {
             return Err(denied(kind, reference));
         }
         let storage = self.store.open_reference(&path).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => {
-                Error::new(ErrorKind::NotFound, format!("the image names {reference:?}, which is missing"))
-                    .in_file(self.store.place(&path))
-            }
+            ErrorKind::NotFound => Error::new(
+                ErrorKind::NotFound,
+                format!("the image names {}, which is missing", quoted(reference)),
+            )
+            .in_file(self.store.place(&path)),
             _ => e,
         })?;
         self.opened.lock().push((path.clone(), storage.generation().clone()));

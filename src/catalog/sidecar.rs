@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::CatalogStore;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::format::ImageFormat;
 
 /// Largest sidecar that is read, in bytes.
@@ -118,10 +118,11 @@ impl Sidecar {
         let text = store.read_text(path, MAX_SIDECAR)?;
         let sidecar: Self = toml::from_str(&text).map_err(|e| Error::from_toml(&e, &text).in_file(&place))?;
         match &sidecar.id {
-            Some(id) if !is_file_name(id) => {
-                Err(Error::new(ErrorKind::Malformed, format!("the id {id:?} cannot be a directory's name"))
-                    .in_file(place))
-            }
+            Some(id) if !is_file_name(id) => Err(Error::new(
+                ErrorKind::Malformed,
+                format!("the id {} cannot be a directory's name", quoted(id)),
+            )
+            .in_file(place)),
             _ => Ok(sidecar),
         }
     }

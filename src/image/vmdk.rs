@@ -15,7 +15,7 @@ use self::descriptor::{Descriptor, ExtentLine};
 use self::sparse::SparseExtent;
 use super::blocks::BlockMap;
 use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, ReferenceKind};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quoted};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage, check_range};
@@ -65,7 +65,8 @@ impl VmdkImage {
         let descriptor = Descriptor::read(&*storage, at, length)?;
         refuse_parent(&descriptor)?;
         if !["monolithicSparse", "streamOptimized"].contains(&descriptor.create_type.as_str()) {
-            let what = format!("VMDK of type {:?} is not supported in one file", descriptor.create_type);
+            let create_type = quoted(&descriptor.create_type);
+            let what = format!("VMDK of type {create_type} is not supported in one file");
             return Err(Error::unsupported(what).at(at));
         }
         let length = extent.virtual_size();
@@ -213,7 +214,7 @@ impl ExtentFiles<'_> {
                 }
                 Ok(Content::Sparse(extent))
             }
-            other => Err(Error::unsupported(format!("extents of type {other:?} are not supported"))),
+            other => Err(Error::unsupported(format!("extents of type {} are not supported", quoted(other)))),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::mapping::{OFFSET_MASK, TableShape};
 use super::{Compression, Qcow2Image};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::format::ImageFormat;
 use crate::header::qcow2::{MAGIC, Qcow2Header, V2_LENGTH, V3_LENGTH};
 use crate::image::table::check_disjoint;
@@ -321,8 +321,10 @@ fn open_backing(
         }
         (Some(format), _) | (None, Some(format)) => format,
         (None, None) => {
-            let what =
-                format!("neither the image nor the name tells the format of the backing file {name:?}");
+            let what = format!(
+                "neither the image nor the name tells the format of the backing file {}",
+                quoted(&name)
+            );
             return Err(Error::new(ErrorKind::ReferenceDenied, what));
         }
     };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::VhdImage;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::format::ImageFormat;
 use crate::header::vhd::{LOCATOR_ABSOLUTE, LOCATOR_RELATIVE, VhdDynamicHeader, VhdParentLocator};
 use crate::image::{ReferenceGate, ReferenceKind, check_name};
@@ -32,11 +32,12 @@ pub(super) fn open(
             Err(error) => return Err(error),
         };
         if file.format.is_some_and(|format| format != ImageFormat::Vhd) {
-            return Err(Error::unsupported(format!("the parent {name:?} is not a VHD")));
+            return Err(Error::unsupported(format!("the parent {} is not a VHD", quoted(name))));
         }
         let parent = VhdImage::open(file.storage, &file.gate, depth + 1)?;
         if parent.unique_id != header.parent_unique_id {
-            let what = format!("{name:?} is not the disk that this one was made from: its identity differs");
+            let what =
+                format!("{} is not the disk that this one was made from: its identity differs", quoted(name));
             return Err(Error::corrupt(what));
         }
         return Ok(parent);
