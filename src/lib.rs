@@ -9,7 +9,7 @@
 //! | level | modules | what they own |
 //! |---|---|---|
 //! | 1 | [`error`], [`units`], [`metrics`], [`header`] | the one error type; offsets and sizes as types; counters; on-disk headers |
-//! | 2 | [`format`](mod@format), [`codec`], [`extent`], [`failpoint`] | the names of the formats; compressors; data, zeros, holes and allocation maps; the durable steps, for tests |
+//! | 2 | [`format`](mod@format), [`codec`], [`extent`], [`failpoint`], [`whole_file`] | the names of the formats; compressors; data, zeros, holes and allocation maps; the durable steps, for tests; files that are read whole |
 //! | 3 | [`policy`], [`vfile`], [`layout`], [`storage`] | what may be exported; the trait of computed files; where each byte of a file of some format comes from; bytes by position |
 //! | 4 | [`settings`], [`image`] | mount options; readers: a file as the disk its guest sees |
 //! | 5 | [`bucket`], [`convert`] | objects and uploads; image × layout (× compressor) = a file |
@@ -177,3 +177,4 @@ pub mod storage;
 pub mod units;
 pub mod vfile;
 pub mod vfs;
+pub mod whole_file;

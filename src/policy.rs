@@ -16,6 +16,7 @@ pub use rule::{BucketFacts, ImageFacts, PolicyRequest, Rule};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OutputFormat;
+use crate::whole_file;
 
 /// The built-in profiles by name.
 const PROFILES: [(&str, &str); 6] = [
@@ -104,20 +105,16 @@ impl Policy {
         if let Some((name, text)) = PROFILES.iter().find(|(name, _)| *name == name_or_file) {
             return Self::parse(name, text, MAX_DEPTH);
         }
-        let failed = |e: std::io::Error| match e.kind() {
-            std::io::ErrorKind::NotFound => {
+        let failed = |e: Error| match e.kind() {
+            ErrorKind::NotFound => {
                 let known: Vec<_> = Self::profiles().collect();
                 let what = format!("neither a profile ({}) nor a file", known.join(", "));
                 Error::new(ErrorKind::NotFound, what).in_file(format!("policy {name_or_file}"))
             }
-            _ => Error::from_io("cannot read the policy", e).in_file(name_or_file),
+            _ => Error::new(e.kind(), "cannot read the policy").because(e),
         };
-        let length = std::fs::metadata(Path::new(name_or_file)).map_err(failed)?.len();
-        if length > MAX_POLICY {
-            let what = format!("a policy has at most {MAX_POLICY} bytes");
-            return Err(Error::new(ErrorKind::TooLarge, what).in_file(name_or_file));
-        }
-        Self::parse(name_or_file, &std::fs::read_to_string(name_or_file).map_err(failed)?, MAX_DEPTH)
+        let text = whole_file::read_text(Path::new(name_or_file), MAX_POLICY).map_err(failed)?;
+        Self::parse(name_or_file, &text, MAX_DEPTH)
     }
 
     fn parse(name: &str, text: &str, depth: usize) -> Result<Self> {

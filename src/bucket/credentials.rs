@@ -4,6 +4,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use crate::settings::home_directory;
+use crate::whole_file;
+
+/// Largest of these files that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
 
 /// Values for the S3 client that the files of a profile give, by the names of the AWS_* variables.
 ///
@@ -37,7 +41,7 @@ const NAMES: [(&str, &str); 5] = [
 ];
 
 fn read_section(path: &Path, section: &str, values: &mut HashMap<&'static str, String>) {
-    let Ok(text) = std::fs::read_to_string(path) else { return };
+    let Ok(text) = whole_file::read_text(path, MAX_FILE) else { return };
     let mut inside = false;
     for line in text.lines() {
         // Indented lines belong to nested settings, which are not ours.

@@ -8,6 +8,10 @@ use super::{CheckArguments, FAILED, OK, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::StatusError;
 use crate::units::human_bytes;
+use crate::whole_file;
+
+/// Largest image.json that is read, in bytes.
+const MAX_DOCUMENT: u64 = 64 << 20;
 
 /// What is read of image.json.
 #[derive(Deserialize)]
@@ -93,7 +97,7 @@ fn check(path: &Path) -> Result<bool> {
 
 fn read(path: &PathBuf) -> Result<Image> {
     let place = path.display().to_string();
-    let json = std::fs::read(path).map_err(|e| Error::from_io("cannot read", e).in_file(&place))?;
+    let json = whole_file::read(path, MAX_DOCUMENT)?;
     serde_json::from_slice(&json)
         .map_err(|e| Error::new(ErrorKind::Malformed, "is not an image.json").in_file(place).because(e))
 }

@@ -8,9 +8,13 @@ use super::{CancelArguments, FAILED, JobsArguments, OK, StatusArguments, complai
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
 use crate::units::human_bytes;
+use crate::whole_file;
 
 /// The file that tells a mount's root.
 const MARK: &str = ".freightfs/version";
+
+/// Largest status that is read, in bytes.
+const MAX_STATUS: u64 = 1 << 20;
 
 /// The status files of some objects.
 pub(super) fn status(arguments: &StatusArguments) -> Result<u8> {
@@ -115,12 +119,12 @@ fn status_beside(file: &Path) -> Result<Status> {
         PathBuf::from(name)
     };
     let place = path.display().to_string();
-    let json = std::fs::read(&path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
+    let json = whole_file::read(&path, MAX_STATUS).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => {
             Error::new(ErrorKind::NotFound, "there is no status: nothing was written to this name")
                 .in_file(&place)
         }
-        _ => Error::from_io("cannot read the status file", e).in_file(&place),
+        _ => Error::new(e.kind(), "cannot read the status file").because(e),
     })?;
     serde_json::from_slice(&json)
         .map_err(|e| Error::new(ErrorKind::Malformed, "is not a status file").in_file(place).because(e))
@@ -135,7 +139,7 @@ fn jobs_of(root: &Path) -> Result<Vec<Status>> {
     let mut found: Vec<Status> = entries
         .flatten()
         // A job may be forgotten between its listing and its reading.
-        .filter_map(|entry| serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok())
+        .filter_map(|entry| serde_json::from_slice(&whole_file::read(&entry.path(), MAX_STATUS).ok()?).ok())
         .collect();
     found.sort_by(|a, b| a.job_id.cmp(&b.job_id));
     Ok(found)

@@ -9,6 +9,7 @@ use toml::Value;
 
 use super::{CatalogSetting, MountSettings, OPTIONS, Secret};
 use crate::error::{Error, ErrorKind, Result};
+use crate::whole_file;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_DOCUMENT: u64 = 1 << 20;
@@ -35,13 +36,10 @@ impl MountSettings {
     /// than its owner may read it.
     pub fn apply_file(&mut self, path: &Path) -> Result<CatalogSetting> {
         let place = path.display().to_string();
-        let failed = |e| Error::from_io("cannot read the configuration", e).in_file(&place);
-        let meta = std::fs::metadata(path).map_err(failed)?;
-        if meta.len() > MAX_DOCUMENT {
-            let what = format!("a configuration has at most {MAX_DOCUMENT} bytes");
-            return Err(Error::new(ErrorKind::TooLarge, what).in_file(place));
-        }
-        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let failed =
+            |e: Error| Error::new(e.kind(), "cannot read the configuration").in_file(&place).because(e);
+        let (file, meta) = whole_file::open(path).map_err(failed)?;
+        let text = whole_file::read_opened(&file, MAX_DOCUMENT).and_then(whole_file::text).map_err(failed)?;
         let document: Document =
             toml::from_str(&text).map_err(|e| Error::from_toml(&e, &text).in_file(&place))?;
         for (word, value) in &document.options {
