@@ -45,7 +45,7 @@ use parking_lot::Mutex;
 pub use block_cache::BlockCache;
 use block_cache::next_number;
 pub use key::{CONTROL_PREFIX, ObjectKey};
-pub use object_file::ObjectFile;
+pub use object_file::{ObjectFile, wait};
 pub use own_files::OwnFile;
 pub use rate_limit::RateLimit;
 pub use replaces::Replaces;

@@ -3,13 +3,15 @@
 //! A catalog is a directory or a bucket. An image is a file with an image's extension, or a directory with such files
 //! (its disks), or whatever a sidecar `NAME.toml` beside them lists. Listing reads names and sidecars only.
 
+mod candidate;
 mod disk;
 mod gate;
+mod local_files;
 mod objects;
 mod sidecar;
 mod store;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -19,9 +21,10 @@ use parking_lot::Mutex;
 
 pub use disk::{FormatFile, OpenDisk};
 pub use gate::AllowedFiles;
+pub use local_files::LocalFiles;
 pub use objects::BucketFiles;
 pub use sidecar::{ImageKind, ImageOrigin, Sidecar};
-pub use store::{CatalogStore, Entry, LocalFiles};
+pub use store::{CatalogStore, Entry};
 
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result, quoted};
@@ -32,16 +35,21 @@ use crate::layout::LayoutOptions;
 /// Disks that stay opened, with their tables and maps, when nobody uses them.
 const OPEN_DISKS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(64).expect("64 is not 0");
 
+/// Files that these have open together, and bytes of their maps. The disk that was used last stays, whatever it has.
+const OPEN_FILES: usize = 1024;
+const OPEN_MAPS: usize = 256 << 20;
+
 /// One image of the catalog.
 #[derive(Clone, Debug)]
 pub struct CatalogImage {
     /// The name of its directory in the mount.
     pub id: String,
     /// What its sidecar says; defaults where there is none.
-    pub sidecar: Sidecar,
+    pub sidecar: Arc<Sidecar>,
     /// Its disks, the system disk first.
     pub disks: Vec<CatalogDisk>,
-    /// Why the image cannot be used although it is listed: a malformed sidecar.
+    /// Why the image cannot be used although it is listed: a malformed sidecar, an id that another image has too, a
+    /// directory that leads out of the catalog.
     pub error: Option<Error>,
 }
 
@@ -67,7 +75,7 @@ pub struct CatalogDisk {
     /// Its format, by sidecar or extension.
     pub format: ImageFormat,
     /// Files that it may refer to.
-    pub allowed: Vec<PathBuf>,
+    pub allowed: Arc<[PathBuf]>,
 }
 
 /// The images of a directory or a bucket, and those of their disks that are open.
@@ -79,8 +87,15 @@ pub struct Catalog {
     walks: Cancel,
 }
 
-/// A listing and when it was made.
-type Listed = (Instant, Arc<BTreeMap<String, CatalogImage>>);
+/// Images by their ids.
+type Images = BTreeMap<String, Arc<CatalogImage>>;
+
+/// A listing, and when it was begun.
+struct Listed {
+    age: Instant,
+    since: SystemTime,
+    images: Arc<Images>,
+}
 
 /// A disk as the catalog named it, and as it was opened.
 type OpenedDisk = (CatalogDisk, Arc<OpenDisk>);
@@ -129,33 +144,39 @@ impl Catalog {
     }
 
     /// All images, by id, as the directory lists them now or did a moment ago.
-    pub fn images(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
-        let fresh = self
-            .listed
-            .lock()
-            .as_ref()
-            .filter(|(at, _)| at.elapsed() < self.store.listing_age())
-            .map(|(_, i)| Arc::clone(i));
-        match fresh {
-            Some(images) => Ok(images),
-            None => self.list_again(),
-        }
+    pub fn images(&self) -> Result<Arc<Images>> {
+        Ok(self.listed()?.0)
     }
 
-    /// The image with that id; one that is not in a recent listing is looked for again.
-    pub fn image(&self, id: &str) -> Result<CatalogImage> {
-        if let Some(image) = self.images()?.get(id) {
-            return Ok(image.clone());
+    /// The images, and when they were listed.
+    fn listed(&self) -> Result<(Arc<Images>, SystemTime)> {
+        if let Some(listed) = &*self.listed.lock()
+            && listed.age.elapsed() < self.store.listing_age()
+        {
+            return Ok((Arc::clone(&listed.images), listed.since));
+        }
+        self.list_again()
+    }
+
+    /// The image with that id. One that is not in a recent listing is looked for again when it may be new, so that names
+    /// that are not there cost no listing each.
+    pub fn image(&self, id: &str) -> Result<Arc<CatalogImage>> {
+        let (images, since) = self.listed()?;
+        if let Some(image) = images.get(id) {
+            return Ok(Arc::clone(image));
         }
         let missing = || Error::new(ErrorKind::NotFound, format!("the catalog has no image {}", quoted(id)));
-        self.list_again()?.get(id).cloned().ok_or_else(missing)
+        if !self.store.may_have_new(id, since) {
+            return Err(missing());
+        }
+        self.list_again()?.0.get(id).cloned().ok_or_else(missing)
     }
 
-    fn list_again(&self) -> Result<Arc<BTreeMap<String, CatalogImage>>> {
-        let images = self.candidates()?.into_iter().map(|c| c.into_image(&*self.store));
-        let images: Arc<BTreeMap<_, _>> = Arc::new(images.map(|i| (i.id.clone(), i)).collect());
-        *self.listed.lock() = Some((Instant::now(), Arc::clone(&images)));
-        Ok(images)
+    fn list_again(&self) -> Result<(Arc<Images>, SystemTime)> {
+        let (age, since) = (Instant::now(), SystemTime::now());
+        let images = Arc::new(candidate::list(&*self.store)?);
+        *self.listed.lock() = Some(Listed { age, since, images: Arc::clone(&images) });
+        Ok((images, since))
     }
 
     /// The disk `disk` opened, or the same opening as long as the names of all files of its chain lead to what was
@@ -169,8 +190,22 @@ impl Catalog {
         let workspace = Arc::clone(&self.workspace);
         let open = OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace, self.walks())?;
         let open = Arc::new(open);
-        self.open.lock().put(disk.path.clone(), (disk.clone(), Arc::clone(&open)));
+        self.keep(disk, &open);
         Ok(open)
+    }
+
+    /// Keeps a disk open for whoever comes next, and closes those that were used least recently where they are too many.
+    fn keep(&self, disk: &CatalogDisk, opened: &Arc<OpenDisk>) {
+        let mut open = self.open.lock();
+        open.put(disk.path.clone(), (disk.clone(), Arc::clone(opened)));
+        let sum = |open: &LruCache<_, OpenedDisk>, of: fn(&OpenDisk) -> usize| {
+            open.iter().map(|(_, (_, disk))| of(disk)).sum::<usize>()
+        };
+        while open.len() > 1
+            && (sum(&open, OpenDisk::files) > OPEN_FILES || sum(&open, OpenDisk::memory) > OPEN_MAPS)
+        {
+            open.pop_lru();
+        }
     }
 
     /// The disk as it was opened last, whatever its files are now.
@@ -178,153 +213,6 @@ impl Catalog {
         let mut open = self.open.lock();
         open.get(&disk.path).filter(|(known, _)| known == disk).map(|(_, open)| Arc::clone(open))
     }
-
-    /// What the names suggest, before sidecars are read.
-    fn candidates(&self) -> Result<Vec<Candidate>> {
-        let mut entries = self.store.entries()?;
-        entries.retain(|name, _| !name.chars().any(char::is_control));
-        let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
-        for (name, entry) in &entries {
-            if extent_of(name).is_some_and(|whole| entries.contains_key(&whole)) {
-                continue;
-            }
-            let path = self.store.root().join(name);
-            if let Entry::Directory(files) = entry {
-                let candidate = found.entry(name.clone()).or_insert_with(|| Candidate::new(name));
-                candidate.files_within = image_files(&path, files);
-                candidate.directory = Some(path);
-            } else if let Some((stem, extension)) = name.rsplit_once('.') {
-                let candidate = found.entry(stem.to_owned()).or_insert_with(|| Candidate::new(stem));
-                if extension.eq_ignore_ascii_case("toml") {
-                    candidate.sidecar = Some(path);
-                } else if ImageFormat::from_file_name(name).is_some() {
-                    candidate.files.push(path);
-                }
-            }
-        }
-        Ok(found.into_values().flat_map(Candidate::split).collect())
-    }
-}
-
-/// The image files among a directory's, sorted by name.
-fn image_files(directory: &Path, names: &[String]) -> Vec<PathBuf> {
-    let names: BTreeSet<_> = names
-        .iter()
-        .filter(|name| !name.starts_with('.') && ImageFormat::from_file_name(name).is_some())
-        .collect();
-    let is_extent = |name: &str| extent_of(name).is_some_and(|whole| names.contains(&whole));
-    names.iter().filter(|name| !is_extent(name)).map(|name| directory.join(name)).collect()
-}
-
-/// Files that share a stem and so may be one image.
-struct Candidate {
-    stem: String,
-    sidecar: Option<PathBuf>,
-    directory: Option<PathBuf>,
-    /// The image files in that directory.
-    files_within: Vec<PathBuf>,
-    /// The image files beside it.
-    files: Vec<PathBuf>,
-}
-
-impl Candidate {
-    fn new(stem: &str) -> Self {
-        let stem = stem.to_owned();
-        Self { stem, sidecar: None, directory: None, files_within: Vec::new(), files: Vec::new() }
-    }
-
-    /// Several image files with one stem are several images, each named by its whole file name.
-    fn split(mut self) -> Vec<Self> {
-        let files = std::mem::take(&mut self.files);
-        let alone = files.len() == 1 && self.directory.is_none();
-        let mut all: Vec<Self> = Vec::new();
-        for file in files {
-            let mut one = Self::new(&self.stem);
-            if !alone {
-                one.stem = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            } else {
-                one.sidecar = self.sidecar.take();
-            }
-            one.files.push(file);
-            all.push(one);
-        }
-        if self.directory.is_some() || self.sidecar.is_some() {
-            all.push(self);
-        }
-        all.retain(|c| c.sidecar.is_some() || !c.files.is_empty() || !c.files_within.is_empty());
-        all
-    }
-
-    fn into_image(self, store: &dyn CatalogStore) -> CatalogImage {
-        let (sidecar, error) = match self.sidecar.as_deref().map(|path| Sidecar::read(store, path)) {
-            None => (Sidecar::default(), None),
-            Some(Ok(sidecar)) => (sidecar, None),
-            Some(Err(error)) => (Sidecar::default(), Some(error)),
-        };
-        let id = sidecar.id.clone().unwrap_or_else(|| self.stem.clone());
-        let base = self.directory.clone().unwrap_or_else(|| store.root().to_owned());
-        let mut image = CatalogImage { id, sidecar, disks: Vec::new(), error };
-        let allowed: Vec<_> = image.sidecar.allow.iter().map(|f| base.join(f)).collect();
-        let listed = match self.listed_disks(&image.sidecar, &base, store) {
-            Ok(listed) => listed,
-            Err(error) => {
-                image.error.get_or_insert(error);
-                Vec::new()
-            }
-        };
-        for (index, (path, format)) in listed.into_iter().enumerate() {
-            let name = if index == 0 { image.id.clone() } else { format!("{}-data{index}", image.id) };
-            image.disks.push(CatalogDisk { name, path, format, allowed: allowed.clone() });
-        }
-        image
-    }
-
-    /// The disks as (file, format), the system disk first: the sidecar's list, else the files found.
-    fn listed_disks(
-        &self,
-        sidecar: &Sidecar,
-        base: &Path,
-        store: &dyn CatalogStore,
-    ) -> Result<Vec<(PathBuf, ImageFormat)>> {
-        let unknown = |path: &Path| {
-            Error::new(ErrorKind::Malformed, "neither the sidecar nor the extension tells the disk's format")
-                .in_file(store.place(path))
-        };
-        if !sidecar.disks.is_empty() {
-            let listed = sidecar.disks.iter().map(|disk| {
-                let path = base.join(&disk.file);
-                let format = disk.format.or_else(|| ImageFormat::from_file_name(&disk.file));
-                format.ok_or_else(|| unknown(&path)).map(|format| (path, format))
-            });
-            return listed.collect();
-        }
-        let mut files = if self.directory.is_some() { self.files_within.clone() } else { self.files.clone() };
-        // A directory's system disk is the file named like the directory, or "system", "root" or "disk0"; else the first.
-        let is_system = |p: &PathBuf| {
-            let stem = p.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            stem == self.stem || ["system", "root", "disk0"].contains(&stem.as_str())
-        };
-        if let Some(at) = files.iter().position(is_system) {
-            let system = files.remove(at);
-            files.insert(0, system);
-        }
-        let with_format = files.into_iter().map(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let format = sidecar.format.or_else(|| ImageFormat::from_file_name(&name));
-            format.ok_or_else(|| unknown(&path)).map(|format| (path, format))
-        });
-        with_format.collect()
-    }
-}
-
-/// The descriptor whose extent a file of that name is by VMware's custom: `NAME-flat.vmdk`, `NAME-s001.vmdk` and
-/// `NAME-f001.vmdk` belong to `NAME.vmdk`.
-fn extent_of(name: &str) -> Option<String> {
-    let (whole, part) = name.strip_suffix(".vmdk")?.rsplit_once('-')?;
-    let numbered = part
-        .strip_prefix(['s', 'f'])
-        .is_some_and(|digits| digits.len() >= 3 && digits.bytes().all(|digit| digit.is_ascii_digit()));
-    (part == "flat" || numbered).then(|| format!("{whole}.vmdk"))
 }
 
 #[cfg(test)]
@@ -375,6 +263,93 @@ mod tests {
         assert!(images["db"].disks[0].allowed[0].ends_with("db/base.qcow2"));
         assert_eq!(images["img-1"].disks[0].format, ImageFormat::Raw);
         assert_eq!(images["dir"].disks.len(), 1);
+    }
+
+    /// The ids, and of each whether it is encrypted or why it cannot be used.
+    fn told(catalog: &Catalog) -> Vec<String> {
+        let told = |image: &Arc<CatalogImage>| match &image.error {
+            None => format!("{} {}", image.id, image.sidecar.encrypted),
+            Some(error) => format!("{} {}", image.id, error.kind().code()),
+        };
+        catalog.images().unwrap().values().map(told).collect()
+    }
+
+    #[test]
+    fn a_file_that_is_added_takes_no_sidecar_from_those_that_were_there() {
+        let secret = ("web.toml", "encrypted = true\n");
+        for (added, expected) in [
+            ("other.raw", vec!["other false", "web true"]),
+            ("web.raw", vec!["web.qcow2 true", "web.raw true"]),
+            ("web.vmdk", vec!["web.qcow2 true", "web.vmdk true"]),
+            ("web.QCOW2", vec!["web.QCOW2 true", "web.qcow2 true"]),
+            ("web/notes.txt", vec!["web true"]),
+            ("web/disk.raw", vec!["web true", "web.qcow2 true"]),
+            ("web.TOML", vec!["web malformed"]),
+            ("web-flat.vmdk", vec!["web true", "web-flat false"]),
+        ] {
+            let (_dir, catalog) = catalog(&[secret, ("web.qcow2", ""), (added, "")]);
+            assert_eq!(told(&catalog), expected, "{added}");
+        }
+        let named = "id = 'img'\nencrypted = true\n";
+        let (_dir, one) = catalog(&[("web.toml", named), ("web.qcow2", ""), ("web.raw", "")]);
+        assert_eq!(told(&one), ["img.qcow2 true", "img.raw true"]);
+        // Two say that they are it: nobody knows which one is meant.
+        let (_dir, two) = catalog(&[("a.toml", "id = 'web'"), ("a.raw", ""), ("web.raw", ""), secret]);
+        assert_eq!(told(&two), ["web malformed"]);
+        let reason = two.image("web").unwrap().error.as_ref().unwrap().report();
+        assert!(reason.contains("a.toml") && reason.contains("web.toml"), "{reason}");
+    }
+
+    #[test]
+    fn a_disk_that_a_sidecar_lists_is_no_image_of_its_own() {
+        let machine = "encrypted = true\ndisks = [{ file = 'root.qcow2' }, { file = './data/1.raw' }]\n";
+        let (_dir, catalog) = catalog(&[
+            ("machine.toml", machine),
+            ("machine.raw", ""),
+            ("root.qcow2", ""),
+            ("data/1.raw", ""),
+            ("data/2.raw", ""),
+            ("only/1.raw", ""),
+        ]);
+        assert_eq!(told(&catalog), ["data false", "machine true", "only false"]);
+        let disks = |id: &str| {
+            let image = catalog.image(id).unwrap();
+            image.disks.iter().map(|disk| disk.path.file_name().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(disks("machine"), ["root.qcow2", "1.raw"]);
+        assert_eq!(disks("data"), ["2.raw"]);
+    }
+
+    #[test]
+    fn what_a_sidecar_and_a_directory_have_is_bounded() {
+        let list = |key: &str, one: &str, count: usize| format!("{key} = [{}]\n", vec![one; count].join(","));
+        let disks = |count| list("disks", "{file='a.raw'}", count);
+        for (text, reason) in [
+            (
+                list("allow", "'a'", 100_000) + &disks(26_000),
+                "disks has 26000 entries; an image has at most 256",
+            ),
+            (disks(256) + &list("allow", "'a'", 8193), "allow has 8193 entries; an image has at most 8192"),
+            (format!("[tags]\na = '{}'\n", "x".repeat(65_536)), "65537 bytes, more than 65536"),
+            (format!("name = '{}'\n", "x".repeat(1 << 20)), "more than the 1048576 bytes"),
+        ] {
+            let (_dir, catalog) = catalog(&[("a.raw", ""), ("a.toml", &text)]);
+            let error = catalog.image("a").unwrap().error.clone().unwrap();
+            assert_eq!(error.kind(), ErrorKind::TooLarge);
+            assert!(
+                error.report().contains("/a.toml: ") && error.report().contains(reason),
+                "{}",
+                error.report()
+            );
+        }
+        let (_dir, most) = catalog(&[("a.raw", ""), ("a.toml", &(disks(256) + &list("allow", "'a'", 8192)))]);
+        let image = most.image("a").unwrap();
+        assert_eq!((image.disks.len(), image.error.is_none()), (256, true));
+        assert!(image.disks.iter().all(|disk| Arc::ptr_eq(&disk.allowed, &image.disks[0].allowed)));
+        let names: Vec<_> = (0..257).map(|number| format!("many/{number}.raw")).collect();
+        let (_dir, many) = catalog(&names.iter().map(|name| (name.as_str(), "")).collect::<Vec<_>>());
+        let error = many.image("many").unwrap().error.clone().unwrap();
+        assert!(error.report().contains("/many: has 257 image files"), "{}", error.report());
     }
 
     #[test]

@@ -83,6 +83,8 @@ pub struct MountSettings {
     pub policy: String,
     /// `plain_images`: programs may write disk images that the policy cannot judge.
     pub plain_images: bool,
+    /// `follow_links`: links and names in the catalog may lead out of it.
+    pub follow_links: bool,
     /// `sidecars`: every file has status and checksums beside it.
     pub sidecars: bool,
     /// `storage_class=NAME=CLASS`, what the owner says of a bucket; any number.
@@ -188,6 +190,7 @@ impl MountSettings {
             read_to_end: Vec::new(),
             policy: String::new(),
             plain_images: false,
+            follow_links: false,
             sidecars: false,
             storage_classes: BTreeMap::new(),
             regions: BTreeMap::new(),

@@ -5,6 +5,7 @@ mod identity;
 mod memory;
 
 pub use file::FileStorage;
+pub(crate) use file::generation_of;
 pub use identity::{Generation, Identity, IdentityFacts};
 pub use memory::MemoryStorage;
 

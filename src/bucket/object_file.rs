@@ -170,6 +170,14 @@ async fn fetch_run(bucket: Bucket, meta: ObjectMeta, range: Range<u64>, mut arri
     let _ = bucket.read_pieces(&meta.key, range, meta.etag.as_deref(), BLOCK as usize, take).await;
 }
 
+/// Waits for a request to a store, on a thread that is there for such work: one of a lane, or the program's own.
+///
+/// Readers and listings of catalogs are synchronous, and this is the only place where they wait. Must not be called on the
+/// runtime's worker threads, where it panics.
+pub fn wait<T>(runtime: &Handle, request: impl Future<Output = T>) -> T {
+    runtime.block_on(request)
+}
+
 impl VirtualFile for ObjectFile {
     fn file_size(&self) -> u64 {
         self.meta.object_size
@@ -177,7 +185,7 @@ impl VirtualFile for ObjectFile {
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
         let length = readable(self.file_size(), at, buf.len());
-        self.runtime.block_on(self.fill(at, &mut buf[..length]))?;
+        wait(&self.runtime, self.fill(at, &mut buf[..length]))?;
         Ok(length)
     }
 

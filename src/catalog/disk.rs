@@ -89,6 +89,16 @@ impl OpenDisk {
         })
     }
 
+    /// Files that it has open: those of its chain.
+    pub fn files(&self) -> usize {
+        self.opened.lock().len()
+    }
+
+    /// Bytes of memory of its maps. One that is being made does not count yet.
+    pub fn memory(&self) -> usize {
+        self.maps.try_lock().map_or(0, |maps| maps.values().map(|map| map.memory()).sum())
+    }
+
     /// The disk's name.
     pub fn name(&self) -> &str {
         &self.name

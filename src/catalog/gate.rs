@@ -1,5 +1,6 @@
 //! The gate of a catalog's images: a reference is followed only to files that were allowed by name.
 
+use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ pub struct AllowedFiles {
     /// The directory of the image that refers.
     directory: PathBuf,
     /// What may be opened, made absolute.
-    allowed: Arc<Vec<PathBuf>>,
+    allowed: Arc<HashSet<PathBuf>>,
     /// What was opened, by this gate and those that it gave.
     opened: OpenedFiles,
 }
@@ -75,7 +76,7 @@ impl ReferenceGate for AllowedFiles {
 }
 
 /// `path` without `.` and with `..` resolved by text alone.
-fn lexically_normal(path: &Path) -> PathBuf {
+pub(super) fn lexically_normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for component in path.components() {
         match component {

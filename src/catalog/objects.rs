@@ -10,16 +10,21 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::store::{CatalogStore, Entry, too_large};
-use crate::bucket::{Bucket, ObjectFile, ObjectKey, ObjectMeta};
+use super::store::{CatalogStore, Entry};
+use crate::bucket::{Bucket, ObjectFile, ObjectKey, ObjectMeta, wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::storage::{Generation, Storage, changed, check_range};
 use crate::units::FileOffset;
 use crate::vfile::VirtualFile;
+use crate::whole_file;
 
 /// How old may be what is known of names and objects. Bytes are never of two generations: each request names the tag.
 const AGE: Duration = Duration::from_secs(5);
+
+/// How many names that are not listed are looked for by listing anew, one after the other; then one in each [`MISSED`].
+const LOOKED_FOR: u32 = 16;
+const MISSED: Duration = Duration::from_secs(1);
 
 /// Objects of which something is remembered.
 const KNOWN: std::num::NonZeroUsize = std::num::NonZeroUsize::new(65_536).expect("it is not 0");
@@ -46,20 +51,29 @@ struct Inner {
     runtime: Handle,
     known: Mutex<LruCache<ObjectKey, (Instant, ObjectMeta)>>,
     texts: Mutex<LruCache<ObjectKey, (Generation, String)>>,
+    /// Listings that missing names may still ask for, and since when.
+    missed: Mutex<(u32, Instant)>,
 }
 
 impl BucketFiles {
     /// The bucket's objects. Nothing is asked yet.
     pub fn new(bucket: Bucket, runtime: Handle) -> Self {
         let (known, texts) = (LruCache::sparse(KNOWN), LruCache::sparse(TEXTS));
+        let missed = Mutex::new((LOOKED_FOR, Instant::now()));
         Self {
-            inner: Arc::new(Inner { bucket, runtime, known: Mutex::new(known), texts: Mutex::new(texts) }),
+            inner: Arc::new(Inner {
+                bucket,
+                runtime,
+                known: Mutex::new(known),
+                texts: Mutex::new(texts),
+                missed,
+            }),
         }
     }
 
     /// The same of a bucket that can be listed, which is found out.
     pub fn open(bucket: Bucket, runtime: Handle) -> Result<Self> {
-        runtime.block_on(bucket.list_page(None, None))?;
+        wait(&runtime, bucket.list_page(None, None))?;
         Ok(Self::new(bucket, runtime))
     }
 
@@ -75,7 +89,7 @@ impl BucketFiles {
 
     fn meta_now(&self, key: &ObjectKey) -> Result<ObjectMeta> {
         let bucket = &self.inner.bucket;
-        match self.inner.runtime.block_on(bucket.head(key))? {
+        match wait(&self.inner.runtime, bucket.head(key))? {
             Some(meta) => {
                 self.inner.known.lock().put(key.clone(), (Instant::now(), meta.clone()));
                 Ok(meta)
@@ -127,17 +141,16 @@ impl BucketFiles {
         let bucket = &self.inner.bucket;
         let place = || bucket.url_of(&meta.key);
         if meta.object_size > limit {
-            return Err(too_large(limit).in_file(place()));
+            return Err(whole_file::too_large(limit).in_file(place()));
         }
         let bytes = match meta.object_size {
             0 => Vec::new(),
             size => {
                 let read = bucket.read(&meta.key, 0..size, meta.etag.as_deref());
-                self.inner.runtime.block_on(read)?.to_vec()
+                wait(&self.inner.runtime, read)?.to_vec()
             }
         };
-        String::from_utf8(bytes)
-            .map_err(|e| Error::new(ErrorKind::Malformed, "is not UTF-8").because(e).in_file(place()))
+        whole_file::text(bytes).map_err(|e| e.in_file(place()))
     }
 
     fn key(&self, path: &Path) -> Result<ObjectKey> {
@@ -159,7 +172,7 @@ impl CatalogStore for BucketFiles {
     }
 
     fn entries(&self) -> Result<BTreeMap<String, Entry>> {
-        let objects = self.inner.runtime.block_on(self.objects())?;
+        let objects = wait(&self.inner.runtime, self.objects())?;
         self.remember(&objects);
         let mut entries = BTreeMap::new();
         for meta in objects {
@@ -233,6 +246,17 @@ impl CatalogStore for BucketFiles {
 
     fn listing_age(&self) -> Duration {
         AGE
+    }
+
+    fn may_have_new(&self, _id: &str, _since: SystemTime) -> bool {
+        let mut missed = self.inner.missed.lock();
+        let (left, since) = *missed;
+        let regained = (since.elapsed().as_secs() / MISSED.as_secs()).min(LOOKED_FOR.into()) as u32;
+        let left = (left + regained).min(LOOKED_FOR);
+        // What is left of a second counts on.
+        let since = if regained > 0 { Instant::now() } else { since };
+        *missed = (left.saturating_sub(1), since);
+        left > 0
     }
 
     fn is_remote(&self) -> bool {

@@ -12,6 +12,16 @@ use crate::format::ImageFormat;
 /// Largest sidecar that is read, in bytes.
 const MAX_SIDECAR: u64 = 1 << 20;
 
+/// Disks of an image at most.
+pub(super) const MAX_DISKS: usize = 256;
+
+/// Files that an image may refer to at most: a VMDK has up to 4096 extents, and there may be images below it.
+const MAX_ALLOWED: usize = 8192;
+
+/// Tags of an image at most, and bytes of all of them and of other words: they stand in its image.json.
+const MAX_TAGS: usize = 256;
+const MAX_WORDS: usize = 64 << 10;
+
 /// Where an image comes from; clouds refuse to export some of these.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -117,14 +127,35 @@ impl Sidecar {
         let place = store.place(path);
         let text = store.read_text(path, MAX_SIDECAR)?;
         let sidecar: Self = toml::from_str(&text).map_err(|e| Error::from_toml(&e, &text).in_file(&place))?;
-        match &sidecar.id {
-            Some(id) if !is_file_name(id) => Err(Error::new(
-                ErrorKind::Malformed,
-                format!("the id {} cannot be a directory's name", quoted(id)),
-            )
-            .in_file(place)),
-            _ => Ok(sidecar),
+        sidecar.check().map_err(|e| e.in_file(place))?;
+        Ok(sidecar)
+    }
+
+    /// Refuses an id that cannot be a name, and more of anything than an image has.
+    fn check(&self) -> Result<()> {
+        if let Some(id) = self.id.as_ref().filter(|id| !is_file_name(id)) {
+            let what = format!("the id {} cannot be a directory's name", quoted(id));
+            return Err(Error::new(ErrorKind::Malformed, what));
         }
+        for (key, count, most) in [
+            ("disks", self.disks.len(), MAX_DISKS),
+            ("allow", self.allow.len(), MAX_ALLOWED),
+            ("tags", self.tags.len(), MAX_TAGS),
+        ] {
+            if count > most {
+                let what = format!("{key} has {count} entries; an image has at most {most}");
+                return Err(Error::new(ErrorKind::TooLarge, what));
+            }
+        }
+        let words = [&self.name, &self.status, &self.os, &self.region];
+        let words: usize = words.into_iter().flatten().map(String::len).sum();
+        let tags: usize = self.tags.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let bytes = words + tags;
+        if bytes > MAX_WORDS {
+            let what = format!("name, status, os, region and tags have {bytes} bytes, more than {MAX_WORDS}");
+            return Err(Error::new(ErrorKind::TooLarge, what));
+        }
+        Ok(())
     }
 }
 

@@ -104,7 +104,7 @@ impl Mounted {
         let runtime = runtime()?;
         let handle = runtime.handle();
         let limits = limits(settings);
-        let catalog = open_catalog(catalog, &limits, handle)?;
+        let catalog = open_catalog(catalog, settings.follow_links, &limits, handle)?;
         let state_path = state_path(settings, &mountpoint)?;
         let state = StateDir::open(&state_path)?;
         daemon::begin(arguments.report_ready, &state_path)?;
@@ -211,11 +211,14 @@ fn resolve(vfs: &Vfs, image: &StatusImage) -> Result<RecordedFile> {
 /// The files of the catalog, which is asked whether it can be listed.
 fn open_catalog(
     catalog: CatalogSetting,
+    follow_links: bool,
     limits: &RequestLimits,
     runtime: &Handle,
 ) -> Result<Arc<dyn CatalogStore>> {
     match catalog {
-        CatalogSetting::Directory(path) => Ok(Arc::new(LocalFiles::open(&path)?)),
+        CatalogSetting::Directory(path) => {
+            Ok(Arc::new(LocalFiles::open(&path)?.following_links(follow_links)))
+        }
         CatalogSetting::Bucket { url, client } => {
             let named = |e: Error| Error::new(e.kind(), format!("the catalog: {}", e.report()));
             let bucket = Bucket::open_with(CATALOG, &url, limits, &client).map_err(named)?;

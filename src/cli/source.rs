@@ -46,7 +46,7 @@ pub(super) fn open_source(
         Error::new(ErrorKind::Malformed, what).in_file(&place)
     })?;
     let stem = name.rsplit_once('.').map_or(name.as_str(), |(stem, _)| stem).to_owned();
-    let disk = CatalogDisk { name: stem, path, format, allowed };
+    let disk = CatalogDisk { name: stem, path, format, allowed: allowed.into() };
     let opened = OpenDisk::open(&store, &disk, options, Workspace::in_memory(), Cancel::default());
     let opened = opened.map_err(|error| match error.kind() {
         ErrorKind::ReferenceDenied => {

@@ -55,7 +55,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 24] = [
+pub static OPTIONS: [MountOption; 25] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -70,6 +70,21 @@ pub static OPTIONS: [MountOption; 24] = [
             let url = |bucket: &BucketSetting| (bucket.name.clone(), Value::from(&*bucket.url));
             Some(Value::Table(settings.buckets.iter().map(url).collect()))
         },
+    },
+    MountOption {
+        word: "follow_links",
+        value: None,
+        default: None,
+        is_repeated: false,
+        summary: "Let links and names in the catalog's directory lead out of it",
+        details: "Without it a symbolic link is followed within the catalog only, and so is a name that a sidecar has for a \
+                  file; an image beyond is listed, and does not open (EPERM). Absolute links count as leading out. With it \
+                  whoever can put a link into the catalog has the daemon read what it may read.",
+        take: |settings, _| {
+            settings.follow_links = true;
+            Ok(())
+        },
+        show: |settings| Some(settings.follow_links.into()),
     },
     MountOption {
         word: "formats",

@@ -1,7 +1,7 @@
 //! A local file as a source.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Once;
 use std::time::SystemTime;
@@ -11,9 +11,10 @@ use nix::unistd::{Whence, lseek64};
 use tracing::debug;
 
 use super::{Generation, Storage, changed, check_range};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::units::{FileOffset, SECTOR};
+use crate::whole_file;
 
 /// Bytes that a filesystem may allocate for an extent's record, and for whatever else belongs to a file: what is allocated
 /// beyond those and the data was preallocated.
@@ -34,39 +35,19 @@ pub struct FileStorage {
 }
 
 impl FileStorage {
-    /// Opens a regular file or block device for reading.
+    /// Opens a regular file for reading.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::open_with(path, 0)
-    }
-
-    /// Opens a file and refuses a symbolic link in its last component, for names that an image supplied.
-    pub fn open_no_follow(path: &Path) -> Result<Self> {
-        Self::open_with(path, libc::O_NOFOLLOW)
-    }
-
-    fn open_with(path: &Path, flags: i32) -> Result<Self> {
         let name = path.display().to_string();
-        let file = File::options()
-            .read(true)
-            .custom_flags(flags | libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(|e| Error::from_io("cannot open", e).in_file(&name))?;
+        let (file, _) = whole_file::open(path).map_err(|e| e.in_file(&name))?;
+        Self::of(file, name)
+    }
+
+    /// A regular file that was opened for reading, under the name that messages have for it.
+    pub fn of(file: File, name: String) -> Result<Self> {
         let meta = file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&name))?;
-        if meta.is_dir() {
-            return Err(Error::new(ErrorKind::IsDirectory, "is a directory, not an image file").in_file(name));
-        }
-        if !meta.is_file() {
-            return Err(Error::unsupported("is not a regular file").in_file(name));
-        }
+        whole_file::check_regular(meta.file_type()).map_err(|e| e.in_file(&name))?;
         let (generation, links) = (generation_of(&meta), meta.nlink());
         Ok(Self { name, file_size: meta.len(), generation, links, settled: Once::new(), file })
-    }
-
-    /// The generation that a path has now, without opening it.
-    pub fn stat(path: &Path) -> Result<Generation> {
-        let meta = std::fs::metadata(path)
-            .map_err(|e| Error::from_io("cannot stat", e).in_file(path.display().to_string()))?;
-        Ok(generation_of(&meta))
     }
 
     /// Has the filesystem tell the same holes now and later, as far as it can; done once.
@@ -107,7 +88,7 @@ impl FileStorage {
 
 /// What a local file's content is known by: device, inode, size and mtime for people; the ctime besides on this host,
 /// because a program can set the mtime back; size and mtime where copies are.
-fn generation_of(meta: &std::fs::Metadata) -> Generation {
+pub(crate) fn generation_of(meta: &std::fs::Metadata) -> Generation {
     let portable = format!("{:x}-{:x}.{:x}", meta.len(), meta.mtime(), meta.mtime_nsec());
     let shown = format!("{:x}-{:x}-{portable}", meta.dev(), meta.ino());
     let local = format!("{shown}-{:x}.{:x}", meta.ctime(), meta.ctime_nsec());
@@ -164,6 +145,7 @@ impl Storage for FileStorage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
     use std::io::Write;
 
     #[test]

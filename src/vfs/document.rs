@@ -58,7 +58,7 @@ impl Vfs {
     /// The bytes of an image's `image.json`.
     pub(super) fn image_document(&self, image: &CatalogImage) -> Vec<u8> {
         let Sidecar { name, status, os, origin, made_from, kind, region, encrypted, tags, .. } =
-            &image.sidecar;
+            &*image.sidecar;
         let disks: Vec<_> =
             image.disks.iter().enumerate().map(|(i, d)| self.disk_document(image, i, d)).collect();
         let document = ImageDocument {

@@ -106,7 +106,7 @@ impl Vfs {
             }
             (Node::ImageJson { id }, false) => {
                 let (lane, id) = (Lane::Image(id.clone()), id.clone());
-                let document = move |vfs: &Self| Ok(vfs.image_document(&vfs.catalog.image(&id)?));
+                let document = move |vfs: &Self| Ok(vfs.image_document(&*vfs.catalog.image(&id)?));
                 Handle::Document(self.blocking(lane, document).await?)
             }
             (Node::Job { id }, false) => {

@@ -148,7 +148,7 @@ impl Vfs {
     async fn permit_export_again(self: &Arc<Self>, image: StatusImage, to: &ObjectName) -> Result<()> {
         let format = OutputFormat::from_suffix(&image.format)?;
         let disk = image.disk;
-        let facts = move |vfs: &Self| Ok(vfs.image_facts(&vfs.catalog.image(&image.id)?, &disk));
+        let facts = move |vfs: &Self| Ok(vfs.image_facts(&*vfs.catalog.image(&image.id)?, &disk));
         match self.blocking(Lane::Catalog, facts).await {
             Ok(facts) => self.permits.export(&facts, format, to),
             Err(_) => Ok(()),

@@ -105,7 +105,7 @@ impl Vfs {
                 let entry = |id: &String| (Node::Image { id: id.clone() }, id.clone(), NodeKind::Directory);
                 ids.keys().map(entry).collect()
             }
-            Node::Image { id } => self.image_entries(&self.catalog.image(id)?),
+            Node::Image { id } => self.image_entries(&*self.catalog.image(id)?),
             Node::Buckets => {
                 let entry = |b: &String| {
                     (Node::Directory { bucket: b.clone(), prefix: None }, b.clone(), NodeKind::Directory)
@@ -260,8 +260,8 @@ impl Vfs {
         format: OutputFormat,
     ) -> Result<(Arc<dyn VirtualFile>, StatusImage)> {
         let image = self.catalog.image(id)?;
-        if let Some(error) = image.error {
-            return Err(error);
+        if let Some(error) = &image.error {
+            return Err(error.clone());
         }
         let open = self.catalog.open_disk(image.disk(disk)?)?;
         let (file, identity) = open.identified_file(format)?;
