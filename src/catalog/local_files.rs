@@ -121,8 +121,8 @@ impl LocalFiles {
 
     /// The refusal of a path that leads out of the catalog. The log has it once.
     fn leads_out(&self, path: &Path) -> Error {
-        let what = "leads out of the catalog, by a link, by an absolute name, or by \"..\"; absolute links always do. The \
-                    mount option follow_links lets it";
+        let what = "leads out of the catalog, by a link or a name that is absolute or has \"..\"; the mount option \
+                    follow_links allows it";
         self.say_once(path, what);
         Error::new(ErrorKind::ReferenceDenied, what).in_file(self.place(path))
     }

@@ -3,8 +3,9 @@
 use serde::Serialize;
 
 use super::Vfs;
+use super::tree::MAX_NAME;
 use crate::catalog::{CatalogDisk, CatalogImage, OpenDisk, Sidecar};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::StatusError;
 use crate::format::OutputFormat;
 use crate::image::ImageDescription;
@@ -111,11 +112,15 @@ fn format_document(
     format: OutputFormat,
     open: &Result<std::sync::Arc<OpenDisk>>,
 ) -> FormatDocument {
-    let file = open.clone().and_then(|o| Ok(o.file(format)?.virtual_file()));
+    let name = format!("{disk}.{}", format.suffix());
+    let too_long =
+        || Error::new(ErrorKind::NameTooLong, format!("the file's name has more than {MAX_NAME} bytes"));
+    let nameable = if name.len() <= MAX_NAME { Ok(()) } else { Err(too_long()) };
+    let file = nameable.and_then(|()| Ok(open.clone()?.file(format)?.virtual_file()));
     let size = file.as_ref().ok().and_then(|f| f.known_size());
     FormatDocument {
         format: format.suffix(),
-        file: format!("{disk}.{}", format.suffix()),
+        file: name,
         size,
         largest_size: file.as_ref().ok().filter(|_| size.is_none()).map(|f| f.file_size()),
         exportable: file.is_ok(),

@@ -32,6 +32,9 @@ const JOBS: &str = "jobs";
 const CONTROL: &str = ".freightfs";
 const IMAGE_JSON: &str = "image.json";
 
+/// Longest name that a program can look up, in bytes (NAME_MAX).
+pub(super) const MAX_NAME: usize = 255;
+
 /// No file of that name.
 pub(super) fn no_entry(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no {name:?} here"))
@@ -139,7 +142,11 @@ impl Vfs {
         for disk in &image.disks {
             for &format in &self.settings.formats {
                 let node = Node::ImageFile { id: id(), disk: disk.name.clone(), format };
-                entries.push((node, format!("{}.{}", disk.name, format.suffix()), NodeKind::File));
+                let name = format!("{}.{}", disk.name, format.suffix());
+                // What is listed can be looked up.
+                if name.len() <= MAX_NAME {
+                    entries.push((node, name, NodeKind::File));
+                }
             }
         }
         entries
