@@ -55,6 +55,8 @@ steps! {
     StatusRenew = "status-renew",
     /// The next epoch of a key's lease is created in the bucket.
     LeaseClaim = "lease-claim",
+    /// It is recorded that an upload is about to be started.
+    UploadIntent = "upload-intent",
     /// The store is asked to start an upload.
     UploadStart = "upload-start",
     /// The log of a started upload is created in the state directory.

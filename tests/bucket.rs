@@ -508,6 +508,24 @@ impl Behind {
         self.direct.read(k, 0..meta.object_size, None).await.unwrap()
     }
 
+    /// Makes an object at once, as small ones are made.
+    async fn put_at_once(
+        &self,
+        k: &ObjectKey,
+        content: &Bytes,
+    ) -> freightfs::error::Result<freightfs::bucket::ObjectMeta> {
+        let (tags, replaces) = (Tags::new(), Replaces::Anything);
+        if !self.bucket.puts_by_upload(content.len() as u64) {
+            return self.bucket.put_tagged(k, content.clone(), &tags, &replaces).await;
+        }
+        let upload = self.bucket.start_upload(k, 5 << 20, &tags).await?;
+        let made = self.bucket.put_by_upload(k, &upload, content.clone(), &replaces).await;
+        if made.is_err() {
+            self.bucket.abort_upload(k, &upload).await?;
+        }
+        made
+    }
+
     /// Makes an object of two parts.
     async fn upload(
         &self,
@@ -565,9 +583,7 @@ fn an_object_that_arrives_damaged_does_not_take_the_place_of_the_old_one() {
             behind.bucket.probe().await.unwrap();
             let k = key("k");
             behind.bucket.put(&k, Bytes::from_static(b"old"), &Replaces::Anything).await.unwrap();
-            let put = async || {
-                behind.bucket.put_tagged(&k, content.clone(), &Tags::new(), &Replaces::Anything).await
-            };
+            let put = async || behind.put_at_once(&k, &content).await;
             behind.next(usize::MAX, Fate::DamageRequest, |request| request.method == "PUT");
             let error = put().await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Damaged, "{}", error.report());

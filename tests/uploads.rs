@@ -6,13 +6,15 @@ mod support;
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
+use object_store::PutPayload;
+use object_store::multipart::MultipartStore;
 use support::images::{self, Random};
 use support::proxied::{Setup, until};
 use support::proxy::{Fate, Request};
-use support::s3::{aws, uploads};
+use support::s3::{self, aws, uploads};
 use support::{assert_same, command, freightfs, run, sha256, succeed};
 
 const PART: usize = 8 << 20;
@@ -92,6 +94,101 @@ fn a_writer_and_its_daemon_killed_leave_nothing() {
     until("the left-over upload is given up", || uploads(&setup.endpoint, &setup.bucket).trim() == "None");
     assert!(!mount.key("k.qcow2").exists());
     mount.unmount();
+}
+
+/// Whether it starts an upload of a key that ends like this.
+fn is_start(request: &Request, key: &str) -> bool {
+    request.method == "POST" && request.target.contains(&format!("{key}?uploads"))
+}
+
+/// The ids of the unfinished uploads of a bucket.
+fn pending(setup: &Setup) -> Vec<String> {
+    let listed = uploads(&setup.endpoint, &setup.bucket);
+    let id = |line: &str| line.split('\t').last().map(str::to_owned);
+    listed.lines().filter(|line| line.trim() != "None").filter_map(id).collect()
+}
+
+/// Starts an upload as another program; sends a part of it where that is asked for.
+fn foreign(endpoint: &str, bucket: &str, key: &str, has_part: bool) -> String {
+    let client = s3::client(endpoint, bucket);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let path = object_store::path::Path::from(key);
+    runtime.block_on(async {
+        let id = client.create_multipart(&path).await.unwrap();
+        if has_part {
+            client.put_part(&path, &id, 0, PutPayload::from_static(b"part")).await.unwrap();
+        }
+        id
+    })
+}
+
+#[test]
+fn an_upload_that_begins_unheard_is_given_up_and_no_other_programs_is() {
+    // What happens when the daemon starts its upload: other programs begin some too, and its answer is lost.
+    let (cut, others) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(Vec::new())));
+    let (left, known) = (Arc::clone(&cut), Arc::clone(&others));
+    let (endpoint, bucket) = (s3::endpoint().unwrap_or_default(), format!("unheard-{}", std::process::id()));
+    let decide = move |request: &Request| {
+        let cuts = is_start(request, "/k.raw")
+            && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        if cuts {
+            let other = |key, has_part| foreign(&endpoint, &bucket, key, has_part);
+            known.lock().unwrap().extend([other("k.raw", true), other("k.raw.md5", false)]);
+        }
+        if cuts { Fate::CutAnswer } else { Fate::Forward }
+    };
+    let Some(mut setup) = Setup::new("unheard", decide) else { return };
+    setup.world.environment.push(("FREIGHTFS_SETTLE".to_owned(), "0".to_owned()));
+    images::noise(&setup.world.catalog(), 2 * PART);
+    let mount = setup.mount(&["-o", "formats=raw"]);
+    let before = foreign(&setup.endpoint, &setup.bucket, "k.raw", false);
+    cut.store(2, Ordering::SeqCst);
+    mount.cp(&mount.path("images/noise/noise.raw"), "k.raw");
+    assert_eq!(mount.wait("k.raw")["status"], "SUCCESS");
+    let mut expected = others.lock().unwrap().clone();
+    assert_eq!(expected.len(), 4, "the answer was lost twice");
+    expected.push(before);
+    expected.sort();
+    let now = || {
+        let mut pending = pending(&setup);
+        pending.sort();
+        pending
+    };
+    until("only other programs' uploads are left", || now() == expected);
+    until("nothing is left of it here", || {
+        std::fs::read_dir(setup.world.path("state/uploads")).unwrap().count() == 0
+    });
+    // The next mount has nothing to look for.
+    mount.unmount();
+    setup.mount(&["-o", "formats=raw"]).unmount();
+    assert_eq!(now(), expected);
+}
+
+#[test]
+fn an_upload_is_looked_for_by_later_mounts_until_its_time_is_over() {
+    let Some(mut setup) = Setup::new("unheard-later", |_| Fate::Forward) else { return };
+    setup.world.environment.push(("FREIGHTFS_SETTLE".to_owned(), "3600".to_owned()));
+    images::noise(&setup.world.catalog(), 2 * PART);
+    setup.world.environment.push(("FREIGHTFS_FAILPOINT".to_owned(), "log-create:1:kill".to_owned()));
+    let mount = setup.mount(&["-o", "formats=raw"]);
+    // The copy is accepted, and the daemon dies of it.
+    let _ = run(command("cp").arg(mount.path("images/noise/noise.raw")).arg(mount.key("k.raw")));
+    until("the daemon's end", || setup.world.is_dead());
+    drop(mount);
+    let orphan = pending(&setup);
+    assert_eq!(orphan.len(), 1);
+    let intents = |setup: &Setup| std::fs::read_dir(setup.world.path("state/uploads")).unwrap().count();
+    let mut next = |seconds: &str| {
+        setup.world.environment.retain(|(name, _)| !name.starts_with("FREIGHTFS"));
+        setup.world.environment.push(("FREIGHTFS_SETTLE".to_owned(), seconds.to_owned()));
+        let mount = setup.mount(&["-o", "formats=raw"]);
+        assert_eq!(mount.wait("k.raw")["status"], "SUCCESS");
+        mount.unmount();
+        (pending(&setup), intents(&setup))
+    };
+    // Somebody else's could be as young as that.
+    assert_eq!(next("3600"), (orphan, 1));
+    assert_eq!(next("0"), (vec![], 0));
 }
 
 /// Parts in the logs of the uploads under way: what the daemon knows that the store has.

@@ -4,6 +4,7 @@
 //! A request that object_store made and signed gets the headers of the task that it belongs to, the condition of a
 //! completion for instance, and is signed again with them.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use object_store::client::{
 
 use super::key::Unshown;
 use super::listing;
+use super::pending::{Answer, Ask};
 use crate::error::{Error, ErrorKind};
 
 /// A header's name, in lower case, and its value.
@@ -48,6 +50,10 @@ pub(super) async fn of_directory<T>(request: impl Future<Output = T>) -> T {
 pub(super) async fn with_try_limit<T>(limit: Duration, request: impl Future<Output = T>) -> T {
     TRY_LIMIT.scope(limit, request).await
 }
+
+/// How many times a request was sent, counted where it is one of its extensions.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tries(pub(super) Arc<AtomicU32>);
 
 /// Makes the HTTP clients of one store.
 #[derive(Clone, Debug, Default)]
@@ -118,27 +124,47 @@ impl HttpService for StoreClient {
 
 impl StoreClient {
     async fn answered(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        if let Some(ask) = request.extensions().get::<Ask>().cloned() {
+            return self.asked(request, &ask).await;
+        }
+        if let Some(tries) = request.extensions().get::<Tries>() {
+            tries.0.fetch_add(1, Ordering::SeqCst);
+        }
         let headers = HEADERS.try_with(Clone::clone).unwrap_or_default();
         let of_directory = OF_DIRECTORY.try_with(|&is_set| is_set).unwrap_or(false);
         match self.signer.get().filter(|signer| signer.has_made(&request)) {
             Some(signer) if of_directory || !headers.is_empty() => {
                 if of_directory {
                     let marker = format!("{}/", request.uri()).parse();
-                    *request.uri_mut() = marker.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+                    *request.uri_mut() = marker.map_err(unknown)?;
                 }
                 for (name, value) in headers {
-                    let value = value.parse().map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+                    let value = value.parse().map_err(unknown)?;
                     request.headers_mut().insert(name, value);
                 }
-                signer.sign(&mut request).await.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+                signer.sign(&mut request).await.map_err(unknown)?;
             }
             // It would be about the object without the slash.
-            None if of_directory && request.method() == "DELETE" => return not_found(),
+            None if of_directory && request.method() == "DELETE" => return empty(404),
             _ => {}
         }
         let is_listing = request.uri().query().is_some_and(listing::is_listing);
         let answer = self.client.execute(request).await?;
         if is_listing && answer.status().is_success() { self.shown(answer).await } else { Ok(answer) }
+    }
+
+    /// Asks something else than the listing that the request is.
+    async fn asked(&self, mut request: HttpRequest, ask: &Ask) -> Result<HttpResponse, HttpError> {
+        let Some(signer) = self.signer.get().filter(|signer| signer.has_made(&request)) else {
+            return empty(501);
+        };
+        let mut uri = request.uri().clone().into_parts();
+        let path = uri.path_and_query.as_ref().map_or("/", |target| target.path());
+        uri.path_and_query = Some(ask.target(path).parse().map_err(unknown)?);
+        *request.uri_mut() = uri.try_into().map_err(unknown)?;
+        signer.sign(&mut request).await.map_err(unknown)?;
+        let answer = self.client.execute(request).await?;
+        if answer.status().is_success() { Answer::taken(answer).await } else { Ok(answer) }
     }
 
     /// A listing without what cannot be shown.
@@ -152,10 +178,15 @@ impl StoreClient {
     }
 }
 
-/// The answer that there is no such object.
-fn not_found() -> Result<HttpResponse, HttpError> {
+/// A request that cannot be made.
+fn unknown<E: std::error::Error + Send + Sync + 'static>(error: E) -> HttpError {
+    HttpError::new(HttpErrorKind::Unknown, error)
+}
+
+/// An answer that no store gave: 404 for what is not there, 501 for what cannot be asked.
+fn empty(status: u16) -> Result<HttpResponse, HttpError> {
     let mut answer = HttpResponse::new(String::new().into());
-    *answer.status_mut() = 404.try_into().map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+    *answer.status_mut() = status.try_into().map_err(unknown)?;
     Ok(answer)
 }
 

@@ -9,8 +9,9 @@ use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use super::checksum::Checksum;
-use super::client;
+use super::client::{self, Tries};
 use super::key::ObjectKey;
+use super::pending::PendingUploads;
 use super::replaces::Replaces;
 use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
@@ -193,9 +194,18 @@ impl<S: Store> Store for LimitedStore<S> {
         part_size: u64,
         tags: &Tags,
         checksum: Option<Checksum>,
+        tries: &Tries,
     ) -> Result<String> {
-        let start = self.store.start_upload(key, part_size, tags, checksum);
+        let start = self.store.start_upload(key, part_size, tags, checksum, tries);
         self.writing(&self.writes, self.timeout, start).await
+    }
+
+    async fn pending_uploads(&self, key: &ObjectKey) -> Result<PendingUploads> {
+        self.promptly(self.store.pending_uploads(key)).await
+    }
+
+    async fn has_part(&self, key: &ObjectKey, upload: &str) -> Result<bool> {
+        self.promptly(self.store.has_part(key, upload)).await
     }
 
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String> {

@@ -37,7 +37,7 @@ pub(super) fn without_unshown(listing: &str) -> Option<(String, String)> {
 }
 
 /// What an entry's element of that name holds.
-fn named(entry: &str, name: &str) -> Option<String> {
+pub(super) fn named(entry: &str, name: &str) -> Option<String> {
     let (_, rest) = entry.split_once(&format!("<{name}>"))?;
     let (text, _) = rest.split_once(&format!("</{name}>"))?;
     Some(unescaped(text))

@@ -24,6 +24,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::checksum::Checksum;
+use super::client::Tries;
 use super::key::{CONTROL_PREFIX, ObjectKey, Unshown, unique};
 use super::replaces::{Conditions, Replaces};
 use super::reply::conflict;
@@ -415,6 +416,7 @@ impl Store for LocalStore {
         part_size: u64,
         _: &Tags,
         _: Option<Checksum>,
+        _: &Tries,
     ) -> Result<String> {
         self.blocking(move |store| store.create_upload(part_size)).await
     }

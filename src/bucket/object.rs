@@ -102,7 +102,8 @@ impl Bucket {
     }
 
     /// Writes an object with these tags at once, when the limit on uploads allows it, and asks the store whether it is
-    /// what was sent. Damaged bytes never take the place of what was there, where the store can be made to see them.
+    /// what was sent. Damaged bytes never take the place of what was there, where the store looks; where it does not,
+    /// [`puts_by_upload`](Self::puts_by_upload) says so.
     ///
     /// # Errors
     /// As [`put`](Self::put).
@@ -114,14 +115,6 @@ impl Bucket {
         replaces: &Replaces,
     ) -> Result<ObjectMeta> {
         let abilities = self.abilities();
-        // A store that does not look at what arrives tells by a part's tag, before there is an object.
-        if abilities.is_remote
-            && abilities.checks_puts.is_none()
-            && (abilities.checks_parts.is_some() || abilities.has_md5_etags)
-            && !bytes.is_empty()
-        {
-            return self.put_in_one_part(key, bytes, tags, replaces).await;
-        }
         self.throttle(bytes.len()).await;
         let size = bytes.len() as u64;
         let etag = abilities.has_md5_etags.then(|| md5_etag(&bytes));

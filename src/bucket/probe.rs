@@ -4,11 +4,12 @@ use bytes::Bytes;
 use md5::{Digest, Md5};
 
 use super::checksum::{Checksum, composite_etag, is_same_tag, md5_etag};
+use super::client::Tries;
 use super::key::{CONTROL_PREFIX, ObjectKey, unique};
 use super::replaces::Conditions;
 use super::store::{Abilities, Put, PutPart, Tags};
 use super::upload::PART_SIZE;
-use super::{Bucket, Replaces};
+use super::{Bucket, PendingUpload, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a probe writes.
@@ -43,8 +44,10 @@ impl Bucket {
         }
         let mut found = self.abilities();
         if found.is_remote {
-            let (puts, parts) = tokio::join!(self.probe_puts(&found), self.probe_parts(&found));
-            found = Abilities { checks_puts: puts?, ..parts? };
+            let (puts, parts, listed) =
+                tokio::join!(self.probe_puts(&found), self.probe_parts(&found), self.probe_listing());
+            let (lists_uploads, initiator) = listed?.map_or((false, None), |upload| (true, upload.initiator));
+            found = Abilities { checks_puts: puts?, lists_uploads, initiator, ..parts? };
             found.conditions = self.probe_conditions(&key).await?;
             tracing::debug!("bucket {}: {found:?}", self.name());
             *self.inner.abilities.lock() = found;
@@ -125,7 +128,8 @@ impl Bucket {
         key: &ObjectKey,
         checksum: Option<Checksum>,
     ) -> Result<Option<(String, Option<String>)>> {
-        let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), checksum).await?;
+        let upload =
+            self.store().start_upload(key, PART_SIZE, &Tags::new(), checksum, &Tries::default()).await?;
         let part = |of: &[u8]| PutPart {
             index: 0,
             bytes: Bytes::from_static(PROBE),
@@ -146,6 +150,18 @@ impl Bucket {
             let _ = self.abort_upload(key, &upload).await;
         }
         made
+    }
+
+    /// How the store lists an upload of ours; `None` where it does not, or not when it was started.
+    async fn probe_listing(&self) -> Result<Option<PendingUpload>> {
+        let key = probe_key();
+        let upload =
+            self.store().start_upload(&key, PART_SIZE, &Tags::new(), None, &Tries::default()).await?;
+        let listed = self.store().pending_uploads(&key).await;
+        self.abort_upload(&key, &upload).await?;
+        let listed = listed.inspect_err(|e| tracing::debug!("uploads are not listed: {}", e.report()));
+        let mut uploads = listed.map_or_else(|_| Vec::new(), |listed| listed.uploads).into_iter();
+        Ok(uploads.find(|listed| listed.id == upload && listed.initiated.is_some()))
     }
 
     /// Which conditions the store keeps to, by some that do not hold and one that does, on an object that is there.
@@ -183,7 +199,7 @@ impl Bucket {
 
     /// Whether an upload is completed only where it replaces what it is to replace.
     async fn probe_completions(&self, key: &ObjectKey, wrong: &Replaces) -> Result<bool> {
-        let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), None).await?;
+        let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), None, &Tries::default()).await?;
         let part = PutPart { index: 0, bytes: Bytes::from_static(PROBE), checksum: None };
         let refuses = async {
             let id = self.store().put_part(key, &upload, part).await?;

@@ -17,8 +17,9 @@ use object_store::{
 };
 
 use super::checksum::{Checksum, composite_etag};
-use super::client::{self, Header};
+use super::client::{self, Header, Tries};
 use super::key::{CONTROL_PREFIX, ObjectKey, Unshown};
+use super::pending::{self, Answer, Ask, PendingUploads};
 use super::replaces::Replaces;
 use super::reply::{conflict, translated, write_error};
 use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
@@ -41,6 +42,8 @@ pub(super) struct RemoteStore {
     prefix: Option<String>,
     /// Whether conditions are about versions instead of entity tags.
     versions: bool,
+    /// Whether its uploads can be asked for as S3's.
+    lists_uploads: bool,
     /// Whether an object `KEY/` can stand for a directory: consoles make such markers, and some stores list every directory
     /// that ever was by one.
     has_markers: bool,
@@ -51,9 +54,17 @@ pub(super) struct RemoteStore {
 impl RemoteStore {
     pub(super) fn new(store: Arc<dyn ObjectStore>, uploads: Arc<dyn MultipartStore>) -> Self {
         let abilities = Abilities { is_remote: true, largest_copy: MAX_COPY, ..Abilities::default() };
-        let unshown = Unshown::default();
-        let (pages, prefix, versions, has_markers) = (None, None, false, false);
-        Self { store, uploads, pages, prefix, versions, has_markers, abilities, unshown }
+        Self {
+            store,
+            uploads,
+            pages: None,
+            prefix: None,
+            versions: false,
+            lists_uploads: false,
+            has_markers: false,
+            abilities,
+            unshown: Unshown::default(),
+        }
     }
 
     /// S3, and what speaks its language.
@@ -61,6 +72,7 @@ impl RemoteStore {
         let mut made = Self::paged(Arc::new(store), prefix);
         made.abilities.has_tags = true;
         made.has_markers = true;
+        made.lists_uploads = true;
         made.abilities.checksums = &[Checksum::Crc64, Checksum::Md5];
         made.abilities.copies_if = Some("x-amz-copy-source-if-match");
         made
@@ -78,7 +90,8 @@ impl RemoteStore {
     /// Google Cloud Storage.
     pub(super) fn google(store: GoogleCloudStorage, prefix: Option<String>) -> Self {
         let mut made = Self::paged(Arc::new(store), prefix);
-        made.abilities.lacks = Some("objects get no tags");
+        made.abilities.lacks =
+            Some("objects get no tags, and an upload that begins while the daemon is killed is left over");
         made.abilities.checksums = &[Checksum::Md5];
         made.versions = true;
         made
@@ -116,6 +129,17 @@ impl RemoteStore {
             modified: meta.last_modified.into(),
             etag: meta.e_tag,
         })
+    }
+
+    /// Asks what object_store has no words for.
+    async fn ask(&self, ask: Ask) -> Result<Answer> {
+        let unsupported = || Error::unsupported("this store does not list its uploads");
+        let pages = self.pages.as_ref().filter(|_| self.lists_uploads).ok_or_else(unsupported)?;
+        let mut options = PaginatedListOptions::default();
+        options.extensions.insert(ask);
+        let listed = pages.list_paginated(None, options).await;
+        let listed = listed.map_err(|e| translated("cannot list the uploads", ErrorKind::Io, e))?;
+        listed.result.extensions.get::<Answer>().cloned().ok_or_else(unsupported)
     }
 
     /// The object with a tag as the store's conditions have it.
@@ -340,6 +364,7 @@ impl Store for RemoteStore {
         _: u64,
         tags: &Tags,
         checksum: Option<Checksum>,
+        tries: &Tries,
     ) -> Result<String> {
         let headers = match checksum {
             // S3 wants to know the checksum of the parts from the beginning (S3 API Reference, "CreateMultipartUpload").
@@ -349,10 +374,21 @@ impl Store for RemoteStore {
             ],
             _ => Vec::new(),
         };
-        let options = PutMultipartOptions { tags: tag_set(tags), ..PutMultipartOptions::default() };
+        let mut options = PutMultipartOptions { tags: tag_set(tags), ..PutMultipartOptions::default() };
+        options.extensions.insert(tries.clone());
         let path = self.path(key)?;
         let started = client::with_headers(headers, self.uploads.create_multipart_opts(&path, options)).await;
         started.map_err(|e| translated("cannot start the upload", ErrorKind::UploadFailed, e))
+    }
+
+    async fn pending_uploads(&self, key: &ObjectKey) -> Result<PendingUploads> {
+        let path = self.path(key)?;
+        pending::uploads_of(path.as_ref(), |ask| self.ask(ask)).await
+    }
+
+    async fn has_part(&self, key: &ObjectKey, upload: &str) -> Result<bool> {
+        let ask = Ask::FirstPart { key: self.path(key)?.to_string(), upload: upload.to_owned() };
+        Ok(pending::has_part(&self.ask(ask).await?))
     }
 
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String> {

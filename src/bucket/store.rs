@@ -7,9 +7,11 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use super::checksum::Checksum;
+use super::client::Tries;
 use super::key::ObjectKey;
+use super::pending::PendingUploads;
 use super::replaces::{Conditions, Replaces};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Tags of an object: names and values, as S3 has them.
 pub type Tags = BTreeMap<String, String>;
@@ -57,6 +59,10 @@ pub(super) struct Abilities {
     pub(super) has_md5_etags: bool,
     /// Known after a probe: whether puts and completions return the entity tag that the object is then seen with.
     pub(super) returns_tags: bool,
+    /// Known after a probe: whether it lists the uploads under way of a key.
+    pub(super) lists_uploads: bool,
+    /// Known after a probe: who it says has started our uploads.
+    pub(super) initiator: Option<String>,
     /// Known after a probe.
     pub(super) conditions: Conditions,
     /// Known after a probe: by which header it refuses damaged parts.
@@ -77,7 +83,10 @@ impl Abilities {
         );
         let unverified = self.is_remote && !self.has_md5_etags && self.checks_parts.is_none();
         let unverified = unverified.then_some("uploads are verified by size only");
-        let words: Vec<_> = self.lacks.into_iter().chain(unconditional).chain(unverified).collect();
+        let unlisted = self.has_tags && !self.lists_uploads;
+        let unlisted = unlisted.then_some("an upload that begins while the daemon is killed is left over");
+        let words = self.lacks.into_iter().chain(unconditional).chain(unverified).chain(unlisted);
+        let words: Vec<_> = words.collect();
         (!words.is_empty()).then(|| words.join("; "))
     }
 }
@@ -161,14 +170,26 @@ pub(super) trait Store: Send + Sync {
     /// Removes an empty directory, where the store has directories.
     async fn remove_directory(&self, key: &ObjectKey) -> Result<()>;
 
-    /// Starts an upload whose parts will be sent with that checksum; returns its id.
+    /// Starts an upload whose parts will be sent with that checksum; returns its id. `tries` counts the requests that may
+    /// each have started one.
     async fn start_upload(
         &self,
         key: &ObjectKey,
         part_size: u64,
         tags: &Tags,
         checksum: Option<Checksum>,
+        tries: &Tries,
     ) -> Result<String>;
+
+    /// The uploads under way of exactly this key.
+    async fn pending_uploads(&self, _: &ObjectKey) -> Result<PendingUploads> {
+        Err(Error::unsupported("this store does not list its uploads"))
+    }
+
+    /// Whether a part of an upload has arrived.
+    async fn has_part(&self, _: &ObjectKey, _: &str) -> Result<bool> {
+        Err(Error::unsupported("this store does not list its uploads"))
+    }
 
     /// Sends a part; returns the id by which it is put together.
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String>;

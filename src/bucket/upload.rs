@@ -1,5 +1,6 @@
 //! Uploads of a bucket: an object sent in parts, each of which is verified, and put together at the end.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -7,15 +8,19 @@ use md5::{Digest, Md5};
 use tracing::warn;
 
 use super::checksum::{SentTags, composite_etag};
+use super::client::Tries;
 use super::object::SENDINGS;
 use super::store::PutPart;
-use super::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
+use super::{Bucket, ObjectKey, ObjectMeta, PendingUploads, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{GIB, MIB, TIB};
 
 /// How many times, and after which pause, a store is asked for what was just uploaded.
 const VERIFY_TRIES: u32 = 3;
 const VERIFY_PAUSE: Duration = Duration::from_millis(200);
+
+/// How long the start of an upload may take, with all tries. None is started by a request that is older.
+pub const START_LIMIT: Duration = Duration::from_secs(300);
 
 /// Smallest part that is sent. Builds with debug assertions take the MiB of `FREIGHTFS_PART_SIZE` instead, so that tests
 /// need no large objects.
@@ -52,10 +57,48 @@ impl Bucket {
 
     /// Starts the upload of an object with these tags. Its id is good for later processes too.
     pub async fn start_upload(&self, key: &ObjectKey, part_size: u64, tags: &Tags) -> Result<String> {
-        self.check_writable()?;
-        let checksum = self.abilities().checks_parts;
-        let started = self.store().start_upload(key, part_size, tags, checksum).await;
-        started.map_err(|e| self.named(e, key))
+        self.start_upload_once(key, part_size, tags).await.0
+    }
+
+    /// The same; says too whether the store may have started another one of which we do not know, because an answer of it
+    /// was lost.
+    pub async fn start_upload_once(
+        &self,
+        key: &ObjectKey,
+        part_size: u64,
+        tags: &Tags,
+    ) -> (Result<String>, bool) {
+        if let Err(error) = self.check_writable() {
+            return (Err(error), false);
+        }
+        let (checksum, tries) = (self.abilities().checks_parts, Tries::default());
+        let started = self.store().start_upload(key, part_size, tags, checksum, &tries);
+        let late = |_| Err(Error::new(ErrorKind::TimedOut, "the store starts no upload").transient());
+        let started = tokio::time::timeout(START_LIMIT, started).await.unwrap_or_else(late);
+        let is_answered = started.as_ref().map_or_else(|error| !error.is_transient(), |_| true);
+        let answered = u32::from(is_answered);
+        (started.map_err(|e| self.named(e, key)), tries.0.load(Ordering::SeqCst) > answered)
+    }
+
+    /// The uploads under way of exactly this key; `None` where the store does not list them.
+    pub async fn pending_uploads(&self, key: &ObjectKey) -> Result<Option<PendingUploads>> {
+        if !self.abilities().lists_uploads {
+            return Ok(None);
+        }
+        match self.store().pending_uploads(key).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
+            listed => listed.map(Some).map_err(|e| self.named(e, key)),
+        }
+    }
+
+    /// Whether a part of an upload has arrived, where the store lists uploads.
+    pub async fn has_part(&self, key: &ObjectKey, upload: &str) -> Result<bool> {
+        self.store().has_part(key, upload).await.map_err(|e| self.named(e, key))
+    }
+
+    /// Who the store says has started our uploads, where it says that.
+    pub fn initiator(&self) -> Option<String> {
+        self.abilities().initiator
     }
 
     /// Sends part `index`, counted from 0; returns the id by which it is put together. What the store has got is what was
@@ -154,25 +197,31 @@ impl Bucket {
         }
     }
 
-    /// Writes an object by an upload of one part, which is verified before it takes the place of what was there.
-    pub(super) async fn put_in_one_part(
+    /// Whether an object of so many bytes that is sent at once is to be sent by an upload of one part all the same: a store
+    /// that does not look at what arrives tells by a part's tag, before there is an object.
+    pub fn puts_by_upload(&self, object_size: u64) -> bool {
+        let abilities = self.abilities();
+        abilities.is_remote
+            && abilities.checks_puts.is_none()
+            && (abilities.checks_parts.is_some() || abilities.has_md5_etags)
+            && object_size > 0
+    }
+
+    /// Writes an object by an upload, which has no parts yet: verified before it takes the place of what was there. The
+    /// upload is left to the caller to abort when this fails.
+    ///
+    /// # Errors
+    /// As [`complete_upload`](Self::complete_upload).
+    pub async fn put_by_upload(
         &self,
         key: &ObjectKey,
+        upload: &str,
         bytes: Bytes,
-        tags: &Tags,
         replaces: &Replaces,
     ) -> Result<ObjectMeta> {
         let size = bytes.len() as u64;
-        let upload = self.start_upload(key, PART_SIZE.max(size), tags).await?;
-        let made = async {
-            let part = self.put_part(key, &upload, 0, bytes).await?;
-            self.complete_upload(key, &upload, vec![part], size, replaces).await
-        };
-        let made = made.await;
-        if made.is_err() {
-            let _ = self.abort_upload(key, &upload).await;
-        }
-        made
+        let part = self.put_part(key, upload, 0, bytes).await?;
+        self.complete_upload(key, upload, vec![part], size, replaces).await
     }
 
     /// Asks the store whether an object is the one that was just sent: its size, and the entity tag where that is known.

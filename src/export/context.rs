@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -11,8 +10,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::multipart::digests::joined;
 use super::multipart::memory::PartMemory;
 use super::multipart::uploads::Uploads;
+use super::queue_settings::QueueSettings;
 use super::request::{JobRequest, JobSource, RecordedFile};
-use super::retry::Retries;
 use super::staged::staged_file;
 use super::state_dir::{Journal, Record};
 use super::status::StatusImage;
@@ -49,13 +48,7 @@ pub(super) struct Context {
     pub(super) tasks: Arc<()>,
     /// Whether the mount ends.
     pub(super) stopping: watch::Sender<bool>,
-    pub(super) policy: Arc<Policy>,
-    pub(super) lease: Option<Duration>,
-    pub(super) retries: Retries,
-    /// Whether every key has sidecars.
-    pub(super) all_sidecars: bool,
-    /// How often, at most, a running job's status is written.
-    pub(super) status_interval: Duration,
+    pub(super) settings: QueueSettings,
     pub(super) runtime: Handle,
     pub(super) table: Mutex<Table>,
     /// Given up when the mount ends.
@@ -104,32 +97,27 @@ impl Context {
         Arc::new(Semaphore::new(allowed.clamp(1, Semaphore::MAX_PERMITS)))
     }
 
-    /// A mount's context over an empty table.
-    #[allow(clippy::too_many_arguments, reason = "each is one setting of the mount, and there is one caller")]
+    /// A mount's context over an empty table. So many files are sent at once while they are written.
     pub(super) fn new(
-        buckets: BTreeMap<String, MountedBucket>,
+        buckets: BTreeMap<String, Bucket>,
         journal: Journal,
+        uploads: Uploads,
         metrics: Arc<Metrics>,
-        policy: Arc<Policy>,
-        lease: Option<Duration>,
-        retries: Retries,
-        (all_sidecars, status_interval): (bool, Duration),
+        settings: QueueSettings,
         (early, runtime): (usize, Handle),
     ) -> Self {
+        let count = buckets.len();
+        let mounted = |(name, bucket)| (name, MountedBucket::new(bucket, settings.running, count));
         Self {
-            buckets,
-            uploads: journal.uploads(),
+            buckets: buckets.into_iter().map(mounted).collect(),
+            uploads,
             journal,
             metrics,
-            allowed: Self::allowed(&policy),
+            allowed: Self::allowed(&settings.policy),
             early: Arc::new(Semaphore::new(early)),
             tasks: Arc::default(),
             stopping: watch::Sender::new(false),
-            policy,
-            lease,
-            retries,
-            all_sidecars,
-            status_interval,
+            settings,
             runtime,
             table: Mutex::default(),
             resolver: Mutex::default(),

@@ -26,6 +26,9 @@ const BEATS: u32 = 3;
 /// Looks of a follower in the time of a lease.
 const LOOKS: u32 = 5;
 
+/// Epochs that are looked at, or removed, before the newest.
+const EPOCHS_KEPT: usize = 8;
+
 /// Who wants to make an object, and what it is; of an epoch, its holder.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Claim {
@@ -169,7 +172,7 @@ impl Lease {
         if let Err(error) = self.put(&beat).await {
             warn!("the end of a lease could not be told: {}", error.report());
         }
-        for epoch in (1..self.epoch).rev().take(8) {
+        for epoch in (1..self.epoch).rev().take(EPOCHS_KEPT) {
             let _ = self.bucket.delete_control(&beat_name(&self.directory, epoch)).await;
             let _ = self.bucket.delete_control(&epoch_name(&self.directory, epoch)).await;
         }
@@ -232,6 +235,20 @@ pub(super) async fn held_by(
     Ok(is_own.then(|| Lease { bucket: bucket.clone(), directory, epoch, lease }))
 }
 
+/// Whether a host that shares the bucket has an upload of this id under way, as far as its newest signs of life tell.
+pub(super) async fn names(bucket: &Bucket, key: &ObjectKey, upload: &str) -> Result<bool> {
+    let directory = directory_of(key);
+    let mut epochs = epochs(bucket, &directory).await?;
+    epochs.sort_unstable_by(|a, b| b.cmp(a));
+    for epoch in epochs.into_iter().take(EPOCHS_KEPT) {
+        let beat: Option<Beat> = read(bucket, &beat_name(&directory, epoch)).await?;
+        if beat.and_then(|beat| beat.upload).is_some_and(|log| log.contains(upload)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// The name below our own files of a key's leases.
 fn directory_of(key: &ObjectKey) -> String {
     format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32])
@@ -254,8 +271,12 @@ fn beat_name(directory: &str, epoch: u64) -> String {
 
 /// The newest epoch, 0 when there is none.
 async fn newest(bucket: &Bucket, directory: &str) -> Result<u64> {
+    Ok(epochs(bucket, directory).await?.into_iter().max().unwrap_or(0))
+}
+
+async fn epochs(bucket: &Bucket, directory: &str) -> Result<Vec<u64>> {
     let names = bucket.list_control(directory).await?;
-    Ok(names.iter().filter_map(|name| name.parse().ok()).max().unwrap_or(0))
+    Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
 }
 
 async fn create(bucket: &Bucket, directory: &str, epoch: u64, own: &Claim) -> Result<bool> {

@@ -1,6 +1,7 @@
 //! Uploads in parts: how bytes get into a bucket in bounded memory, and what a later process needs to resume that.
 //!
-//! Knows buckets and virtual files, and nothing of jobs. Every upload has a log ([`log`]); a [`transfer`] reads a file
+//! Knows buckets and virtual files, and nothing of jobs. Every upload has an intent before it
+//! is started ([`intents`]) and a log after that ([`log`]); a [`transfer`] reads a file
 //! part by part, hashes it on the way ([`digests`]) and sends what the log does not have; [`place`] puts the object in
 //! place, and finds it there when an earlier process did so. [`early`] sends a file while a program still writes it,
 //! [`copy`] copies an object of a store that does not.
@@ -8,6 +9,7 @@
 pub(super) mod copy;
 pub(super) mod digests;
 pub(super) mod early;
+pub(super) mod intents;
 pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod place;

@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::context::{Context, MountedBucket};
+use super::context::Context;
 use super::deferred::DeferredFile;
 use super::job::{Holds, Job, Stop};
 use super::limits;
 use super::multipart::copy;
 use super::multipart::early::{EarlySource, EarlyUpload};
+use super::orphans;
+use super::queue_settings::QueueSettings;
 use super::request::{JobId, JobRequest, JobSource};
-use super::retry::Retries;
 use super::run::{Begin, Run};
 use super::sidecars::{self, has_sidecars};
 use super::stage::Recovery;
@@ -25,7 +26,6 @@ use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::Step;
 use crate::metrics::Metrics;
-use crate::policy::Policy;
 use crate::vfile::VirtualFile;
 
 /// How long a refusal waits for its status to be in the bucket.
@@ -43,38 +43,6 @@ const OPEN_SOURCES: usize = 128;
 /// How often it is looked whether a job still has to be waited for.
 const DRAIN_LOOK: Duration = Duration::from_secs(2);
 
-/// How a queue works.
-#[derive(Clone, Debug)]
-pub struct QueueSettings {
-    /// Jobs of each bucket that run at once; the others wait in the order in which they came.
-    pub running: usize,
-    /// How long a host that shares the buckets may be silent before others take its jobs over; `None` when this host
-    /// has the buckets for itself.
-    pub lease: Option<Duration>,
-    /// The policy in force: its limits, and the cloud's codes.
-    pub policy: Arc<Policy>,
-    /// How exports are resumed after transient store errors.
-    pub retries: Retries,
-    /// Whether every object has sidecars, and not only those whose name ends like a disk format.
-    pub all_sidecars: bool,
-    /// How often, at most, a running job's status is written into the bucket. When nothing moves, it is written at every
-    /// third of these times.
-    pub status_interval: Duration,
-}
-
-impl Default for QueueSettings {
-    fn default() -> Self {
-        Self {
-            running: 4,
-            lease: None,
-            policy: Arc::default(),
-            retries: Retries::default(),
-            all_sidecars: false,
-            status_interval: Duration::from_secs(10),
-        }
-    }
-}
-
 /// The jobs of a mount.
 #[derive(Clone)]
 pub struct JobQueue {
@@ -90,19 +58,11 @@ impl JobQueue {
         settings: QueueSettings,
         runtime: Handle,
     ) -> Self {
-        let count = buckets.len();
-        let mounted = |(name, bucket)| (name, MountedBucket::new(bucket, settings.running, count));
-        let context = Context::new(
-            buckets.into_iter().map(mounted).collect(),
-            journal,
-            metrics,
-            settings.policy,
-            settings.lease,
-            settings.retries,
-            (settings.all_sidecars, settings.status_interval),
-            (EARLY_UPLOADS, runtime),
-        );
-        Self { context: Arc::new(context) }
+        let (uploads, doubtful) = journal.uploads();
+        let context = Context::new(buckets, journal, uploads, metrics, settings, (EARLY_UPLOADS, runtime));
+        let context = Arc::new(context);
+        context.runtime.spawn(orphans::settle_all(Arc::downgrade(&context), doubtful));
+        Self { context }
     }
 
     /// Records a job durably and starts it. From the return of this call on, a crash does not lose it. What was sent of
@@ -254,7 +214,7 @@ impl JobQueue {
 
     /// Whether objects of this key have sidecars in this mount.
     pub fn has_sidecars(&self, key: &ObjectKey) -> bool {
-        has_sidecars(key, self.context.all_sidecars)
+        has_sidecars(key, self.context.settings.all_sidecars)
     }
 
     /// Removes those sidecars of an object that are ours, after the object itself was removed.
@@ -264,7 +224,7 @@ impl JobQueue {
 
     /// Renames the sidecars of an object with it, as far as they are ours.
     pub async fn rename_sidecars(&self, bucket: &Bucket, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
-        sidecars::rename(bucket, from, to, self.context.all_sidecars).await
+        sidecars::rename(bucket, from, to, self.context.settings.all_sidecars).await
     }
 
     /// A run for a job that has ended, or ends before it begins.
@@ -287,8 +247,13 @@ impl JobQueue {
         let active: Vec<Option<String>> = table.active().map(images).collect();
         if let (Some(_), Some(image)) = (&file, request.source.image()) {
             let of_images: Vec<_> = active.iter().flatten().cloned().collect();
-            let checked =
-                limits::check(&self.context.policy, &image.id, &of_images, &mut table.asked, Instant::now());
+            let checked = limits::check(
+                &self.context.settings.policy,
+                &image.id,
+                &of_images,
+                &mut table.asked,
+                Instant::now(),
+            );
             checked.map_err(|e| e.in_file(&url))?;
         }
         let is_deferred = active.len() >= OPEN_SOURCES && self.can_defer(&request.source);

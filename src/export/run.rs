@@ -81,7 +81,7 @@ pub(super) struct Begin {
 impl Run {
     /// The run of a job that is recorded, or is about to be.
     pub(super) fn new(context: Arc<Context>, job: Arc<Job>, begin: Begin) -> Arc<Self> {
-        let has_status = has_sidecars(&job.request().key, context.all_sidecars);
+        let has_status = has_sidecars(&job.request().key, context.settings.all_sidecars);
         Arc::new(Self {
             context,
             job,
@@ -167,7 +167,7 @@ impl Run {
                 }
                 None => {
                     // What hosts that share a bucket replace, the order of their leases says.
-                    if self.context.lease.is_none() {
+                    if self.context.settings.lease.is_none() {
                         self.replaces(&mounted.bucket).await?;
                     }
                     self.make(mounted).await?
@@ -207,7 +207,7 @@ impl Run {
     /// Holds the lease again under which an earlier process put the object in place, so that it ends with the job. Without
     /// it others wait until it is over.
     pub(super) async fn take_lease_back(&self, bucket: &Bucket) {
-        let Some(period) = self.context.lease else { return };
+        let Some(period) = self.context.settings.lease else { return };
         match lease::held_by(bucket, &self.job.request().key, &self.job.id(), period).await {
             Ok(held) => *self.lease.lock() = held.map(Arc::new),
             Err(error) => warn!(job = self.job.id(), "its lease is not ended: {}", error.report()),
@@ -226,7 +226,7 @@ impl Run {
             let may_wait =
                 |error: &Error| error.is_transient() && self.job.request().source.image().is_some();
             let pause = match &result {
-                Err(error) if may_wait(error) => self.context.retries.pause_after(failures),
+                Err(error) if may_wait(error) => self.context.settings.retries.pause_after(failures),
                 _ => None,
             };
             self.job.set_waiting(result.as_ref().err().filter(|_| pause.is_some()).map(Error::report));
@@ -314,7 +314,7 @@ impl Run {
             let lost = self.upload().filter(|_| error.kind() == ErrorKind::NotFound && !is_restarted);
             // Who wrote the bytes waits in close, where nothing can interrupt it, and gets the error instead.
             let may_wait = self.job.request().source.image().is_some() && error.is_transient();
-            let pause = self.context.retries.pause_after(failures).filter(|_| may_wait);
+            let pause = self.context.settings.retries.pause_after(failures).filter(|_| may_wait);
             match (lost, pause) {
                 (Some(_), _) => {
                     // Somebody, or a rule of the bucket, has aborted the upload; or something else is not there.
@@ -365,7 +365,7 @@ impl Run {
             self.save(Step::PublishRecord, |record| record.publishing = Some(intent)).await?;
         }
         let (key, tags, is_tried) = (&request.key, &request.tags, AtomicBool::new(false));
-        let target = Target { bucket, key, tags, replaces, is_tried };
+        let target = Target { bucket, uploads: &self.context.uploads, key, tags, replaces, is_tried };
         let placed = match target.place(sent, self.fence()).await {
             Err(error) if target.is_tried.load(Ordering::SeqCst) => {
                 // Who waits in close gets the error now; the job ends when the store has said what came of it.
@@ -443,7 +443,7 @@ impl Run {
         }
         self.job.set_waiting(Some(error.report()));
         self.announce(Step::StatusRenew).await;
-        tokio::time::sleep(self.context.retries.pause(failures)).await;
+        tokio::time::sleep(self.context.settings.retries.pause(failures)).await;
     }
 
     /// The source as it was given, or found again. Where it may be other bytes than those of the upload, that is given
@@ -494,7 +494,7 @@ impl Run {
     async fn renew_status(self: &Arc<Self>) -> Infallible {
         let (mut shown, mut idle) = (0, 0);
         loop {
-            tokio::time::sleep(self.context.status_interval).await;
+            tokio::time::sleep(self.context.settings.status_interval).await;
             if !self.is_announced.load(Ordering::SeqCst) {
                 continue;
             }

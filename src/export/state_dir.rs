@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::warn;
 
+use super::multipart::intents::RecordedIntent;
 use super::multipart::uploads::Uploads;
 use super::request::{JobRequest, JobSource};
 use super::status::Status;
@@ -119,7 +121,7 @@ impl Record {
 
 /// A state directory that this process holds.
 ///
-/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `jobs/damaged/`, records that cannot be used; `uploads/ID.parts`, logs of uploads under way; `staging/`, files
+/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `jobs/damaged/`, records that cannot be used; `uploads/ID.parts`, logs of uploads under way, and `.intent`, those that begin; `staging/`, files
 /// that writers are filling; `lengths/`, what compressed files keep.
 #[derive(Debug)]
 pub struct StateDir {
@@ -210,9 +212,10 @@ impl Journal {
         self.directory.join(format!("{job_id}.json"))
     }
 
-    /// The logs of the uploads under way.
-    pub(super) fn uploads(&self) -> Uploads {
-        Uploads::new(self.uploads.clone())
+    /// The uploads under way, and where the intents come out for which there may be one that is not known.
+    pub(super) fn uploads(&self) -> (Uploads, UnboundedReceiver<RecordedIntent>) {
+        let (doubtful, received) = tokio::sync::mpsc::unbounded_channel();
+        (Uploads::new(self.uploads.clone(), doubtful), received)
     }
 
     /// Writes a record so that it survives a crash from the return of this call on.

@@ -9,6 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
@@ -106,26 +107,36 @@ pub(in crate::export) struct Placed {
 /// What stands between a line's own text and its checksum, which are eight hexadecimal digits.
 const SUM: &str = ",\"sum\":\"";
 const SUM_END: &str = "\"}";
+const SUM_LENGTH: usize = SUM.len() + 8 + SUM_END.len();
+
+/// A JSON object as a line with its checksum and its end.
+pub(super) fn sealed(value: &impl Serialize) -> serde_json::Result<String> {
+    let mut text = serde_json::to_string(value)?;
+    let sum = checksum(&text);
+    text.truncate(text.len() - 1);
+    Ok(format!("{text}{SUM}{sum:08x}{SUM_END}\n"))
+}
+
+/// What was sealed, if it is whole.
+pub(super) fn unsealed<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
+    let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
+    let (text, sum) = text.split_at_checked(text.len().checked_sub(SUM_LENGTH)?)?;
+    let sum = u32::from_str_radix(sum.strip_prefix(SUM)?.strip_suffix(SUM_END)?, 16).ok()?;
+    let text = format!("{text}}}");
+    (sum == checksum(&text)).then(|| serde_json::from_str(&text).ok()).flatten()
+}
 
 impl Line {
-    /// The line with its checksum and its end.
-    fn encode(&self) -> serde_json::Result<String> {
-        let mut text = serde_json::to_string(self)?;
-        let sum = checksum(&text);
-        text.truncate(text.len() - 1);
-        Ok(format!("{text}{SUM}{sum:08x}{SUM_END}\n"))
-    }
-
     /// The line of a log, if it is whole. Earlier versions wrote no checksums.
     fn decode(line: &[u8]) -> Option<Self> {
-        let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
-        let sum_at = text.len().checked_sub(SUM.len() + 8 + SUM_END.len())?;
-        let Some(sum) = text.get(sum_at..).and_then(|end| end.strip_prefix(SUM)) else {
-            return serde_json::from_str(text).ok();
+        let has_sum = || {
+            let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
+            Some(text.get(text.len().checked_sub(SUM_LENGTH)?..)?.starts_with(SUM))
         };
-        let text = format!("{}}}", &text[..sum_at]);
-        let sum = u32::from_str_radix(sum.strip_suffix(SUM_END)?, 16).ok()?;
-        (sum == checksum(&text)).then(|| serde_json::from_str(&text).ok()).flatten()
+        match has_sum() {
+            Some(true) => unsealed(line),
+            _ => serde_json::from_slice(line).ok(),
+        }
     }
 
     /// The durable step that this line is.
@@ -300,7 +311,7 @@ impl UploadLog {
             match Line::decode(line.as_bytes()) {
                 Some(Line::Upload(name)) if name.key == *key && name.is_possible() => {
                     let line = Line::Upload(UploadName { bucket: bucket.to_owned(), ..name });
-                    adopted += &line.encode().map_err(std::io::Error::other).map_err(failed)?;
+                    adopted += &sealed(&line).map_err(std::io::Error::other).map_err(failed)?;
                 }
                 Some(Line::Upload(name)) => {
                     warn!("another host's upload {name:?} is not one of this key, and is not gone on with");
@@ -368,7 +379,7 @@ impl Inner {
     }
 
     fn write(&mut self, line: &Line, durable: bool) -> std::io::Result<()> {
-        let text = line.encode().map_err(std::io::Error::other)?;
+        let text = sealed(line).map_err(std::io::Error::other)?;
         if self.file.is_none() {
             let file = File::options().append(true).open(&self.path)?;
             // What a crash cut off would be glued to the next line.
@@ -466,7 +477,7 @@ mod tests {
             let parts =
                 (0..2).map(|index| Line::Part { index, part: Part { length: u64::MAX, id: "x".into() } });
             let lines = std::iter::once(Line::Upload(name)).chain(parts);
-            let text = lines.map(|line| line.encode().unwrap()).collect::<String>();
+            let text = lines.map(|line| sealed(&line).unwrap()).collect::<String>();
             UploadLog::adopt(&path("own"), &text, "mine", &key).unwrap()
         };
         let log = adopt(&|name| name.bucket = "theirs".into()).unwrap();

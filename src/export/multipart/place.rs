@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::digests::Digests;
 use super::log::{Placed, UploadLog};
+use super::uploads::{Uploads, abort};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
@@ -35,6 +36,7 @@ pub(in crate::export) enum Body {
 /// Where an object goes.
 pub(in crate::export) struct Target<'a> {
     pub(in crate::export) bucket: &'a Bucket,
+    pub(in crate::export) uploads: &'a Uploads,
     pub(in crate::export) key: &'a ObjectKey,
     pub(in crate::export) tags: &'a Tags,
     pub(in crate::export) replaces: &'a Replaces,
@@ -73,7 +75,11 @@ impl Target<'_> {
         may.await?;
         failpoint::pass(Step::ObjectPlace)?;
         self.is_tried.store(true, Ordering::SeqCst);
-        match self.bucket.put_tagged(self.key, bytes.clone(), self.tags, self.replaces).await {
+        let put = match self.bucket.puts_by_upload(sent.size) {
+            true => self.put_by_upload(bytes).await,
+            false => self.bucket.put_tagged(self.key, bytes.clone(), self.tags, self.replaces).await,
+        };
+        match put {
             Ok(meta) => Ok(sent.placed(meta)),
             // An earlier process, or a request whose answer was lost, may have done it.
             Err(error) => match self.has(bytes).await {
@@ -81,6 +87,20 @@ impl Target<'_> {
                 _ => Err(error),
             },
         }
+    }
+
+    /// Puts the object by an upload of one part.
+    async fn put_by_upload(&self, bytes: &Bytes) -> Result<ObjectMeta> {
+        let (bucket, part_size) = (self.bucket, self.bucket.part_size_for(bytes.len() as u64)?);
+        // A log of its own: no later process goes on with it.
+        let log_id = format!("put-{}", fastrand::u64(..));
+        let log = self.uploads.begin(bucket, self.key, self.tags, part_size, &log_id).await?;
+        let put = bucket.put_by_upload(self.key, &log.name().id, bytes.clone(), self.replaces).await;
+        match &put {
+            Ok(_) => log.remove(),
+            Err(_) => abort(bucket, &log).await,
+        }
+        put
     }
 
     /// The object, if it has these bytes and is not the one that was to be replaced.

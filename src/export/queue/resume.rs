@@ -10,7 +10,8 @@ use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::job::{Holds, Job};
 use crate::export::multipart::log::UploadLog;
-use crate::export::multipart::uploads::abort;
+use crate::export::multipart::uploads::{Left, abort};
+use crate::export::orphans;
 use crate::export::request::RecordedFile;
 use crate::export::run::{Begin, Run};
 use crate::export::sidecars::{self, Beside, Sidecar};
@@ -37,7 +38,12 @@ impl JobQueue {
         if !is_partial {
             self.context.journal.sweep_staging(&records, &damaged);
         }
-        let mut logs: Logs = self.context.uploads.load()?.into_iter().collect();
+        let Left { logs, intents } = self.context.uploads.load()?;
+        let mut logs: Logs = logs.into_iter().collect();
+        for intent in intents {
+            let context = Arc::clone(&self.context);
+            self.spawn_counted(async move { orphans::settle_found(&context, intent).await });
+        }
         let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
         for mounted in self.context.buckets.values() {
             let (bucket, kept) = (mounted.bucket.clone(), kept.clone());

@@ -82,7 +82,7 @@ impl Run {
                 info!(job = %last.job_id, url = last.url, "export succeeded");
             }
             Err(error) => {
-                last.fail(&self.context.policy.with_cloud_code(error.clone()));
+                last.fail(&self.context.settings.policy.with_cloud_code(error.clone()));
                 match last.status {
                     JobState::Cancelled => metrics.jobs_cancelled.add(1),
                     _ => metrics.jobs_failed.add(1),
@@ -146,7 +146,7 @@ impl Run {
             }
             tokio::select! {
                 _ = stopping.wait_for(|stopping| *stopping) => return,
-                () = tokio::time::sleep(self.context.retries.pause(failures)) => {}
+                () = tokio::time::sleep(self.context.settings.retries.pause(failures)) => {}
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::export::status::Status;
 impl Run {
     /// Makes the object, or waits until another host that shares the bucket has made it.
     pub(super) async fn make(self: &Arc<Self>, mounted: &MountedBucket) -> Result<Placed> {
-        let Some(lease) = self.context.lease else { return self.upload_all(mounted).await };
+        let Some(lease) = self.context.settings.lease else { return self.upload_all(mounted).await };
         let (bucket, job) = (&mounted.bucket, &self.job);
         // Uploads of this host that another one may have resumed.
         let mut lost: Vec<Arc<UploadLog>> = Vec::new();

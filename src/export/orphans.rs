@@ -1,0 +1,109 @@
+//! Uploads that were started and whose ids were never heard: they are looked for and given up.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+use tracing::{info, warn};
+
+use super::context::Context;
+use super::lease;
+use super::multipart::digests::joined;
+use super::multipart::intents::RecordedIntent;
+use crate::bucket::{Bucket, ObjectKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::{self, Step};
+
+/// Settles intents as they come, until the mount ends.
+pub(super) async fn settle_all(context: Weak<Context>, mut doubtful: UnboundedReceiver<RecordedIntent>) {
+    while let Some(intent) = doubtful.recv().await {
+        let Some(context) = context.upgrade() else { return };
+        // Not counted: what the end of the mount cuts off the next one does.
+        tokio::spawn(async move {
+            let mut stopping = context.stopping.subscribe();
+            tokio::select! {
+                _ = stopping.wait_for(|stopping| *stopping) => {}
+                () = settle(&context, &intent, 0) => {}
+            }
+        });
+    }
+}
+
+/// Settles an intent of an earlier process: what can be done at once is done before the mount ends.
+pub(super) async fn settle_found(context: &Arc<Context>, intent: RecordedIntent) {
+    let mut stopping = context.stopping.subscribe();
+    let Some(pause) = attempt(context, &intent, 0).await else { return };
+    tokio::select! {
+        _ = stopping.wait_for(|stopping| *stopping) => {}
+        () = async {
+            tokio::time::sleep(pause).await;
+            settle(context, &intent, 1).await;
+        } => {}
+    }
+}
+
+/// Looks for an upload until that is done.
+async fn settle(context: &Arc<Context>, intent: &RecordedIntent, failures: u32) {
+    for failures in failures.. {
+        match attempt(context, intent, failures).await {
+            Some(pause) => tokio::time::sleep(pause).await,
+            None => return,
+        }
+    }
+}
+
+/// Looks for an upload; returns after which time that is to be done again, or `None` when it is over, for this mount.
+async fn attempt(context: &Arc<Context>, intent: &RecordedIntent, failures: u32) -> Option<Duration> {
+    match look(context, intent).await {
+        Ok(early) => early,
+        // The next mount may have the bucket, or credentials that may list its uploads.
+        Err(error) if !error.is_transient() => {
+            warn!("an upload that may be left over is not looked for: {}", error.report());
+            None
+        }
+        Err(error) => {
+            warn!("an upload that may be left over is looked for again later: {}", error.report());
+            Some(context.settings.retries.pause(failures))
+        }
+    }
+}
+
+/// Gives the uploads up that were started for an intent and that nobody knows. Returns how long it is too early for that.
+async fn look(context: &Arc<Context>, recorded: &RecordedIntent) -> Result<Option<Duration>> {
+    let intent = &recorded.intent;
+    let (bucket, key) = (&context.mounted(&intent.bucket)?.bucket, &intent.key);
+    // No upload of the key is started meanwhile whose log is not there yet.
+    let gate = context.uploads.gate(bucket.name(), key);
+    let _guard = gate.lock().await;
+    let pending = bucket.pending_uploads(key).await?;
+    let pending = pending.ok_or_else(|| Error::unsupported("the store lists no uploads"))?;
+    if let Some(early) = intent.early_by(pending.at) {
+        return Ok(Some(early));
+    }
+    let candidates: Vec<_> = pending.uploads.iter().filter(|upload| intent.may_be(upload)).collect();
+    if !candidates.is_empty() {
+        let uploads = context.uploads.clone();
+        let named: HashSet<String> = joined(tokio::task::spawn_blocking(move || uploads.named()).await)??;
+        for upload in candidates {
+            let is_known = named.contains(&upload.id)
+                || lease::names(bucket, key, &upload.id).await?
+                || has_part(bucket, key, &upload.id).await?;
+            if !is_known {
+                failpoint::pass(Step::UploadAbort)?;
+                bucket.abort_upload(key, &upload.id).await?;
+                info!(%key, "an upload that had begun unheard was given up");
+            }
+        }
+    }
+    recorded.remove();
+    Ok(None)
+}
+
+/// Whether an upload has a part, or is gone.
+async fn has_part(bucket: &Bucket, key: &ObjectKey, upload: &str) -> Result<bool> {
+    match bucket.has_part(key, upload).await {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+        answer => answer,
+    }
+}
