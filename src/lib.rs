@@ -118,6 +118,9 @@
 //! | Ended | the record: the final status, and that the bucket lacks it | put the final status; end the lease; wake who waits | puts the final status, unless that of a newer job is there; tries again while mounted |
 //! | Told | the final status in the bucket; the record says so | none; the oldest records are removed | shown in jobs/ |
 //!
+//! An upload that is about to be started is an intent too: what earlier uploads of the key there are and the store's time, by
+//! which one whose id was never received is found and aborted, and no other program's.
+//!
 //! Every step is intent, act, done, and each is a [`failpoint`]. A damaged record costs its own job, whose status ends with
 //! the reason; a damaged line of a log costs the parts before it. A job whose store does not say whether the object is in
 //! place stays in Publishing and asks, and who waits in close gets the error meanwhile. Jobs that wait for a bucket or an image of theirs stay,
