@@ -8,6 +8,7 @@
 mod context;
 mod deferred;
 mod job;
+mod job_id;
 mod lease;
 mod limits;
 mod multipart;
@@ -26,10 +27,11 @@ mod status;
 mod table;
 
 pub use job::Job;
+pub use job_id::JobId;
 pub use multipart::early::EarlyUpload;
 pub use queue::JobQueue;
 pub use queue_settings::QueueSettings;
-pub use request::{JobId, JobRequest, JobSource, RecordedFile};
+pub use request::{JobRequest, JobSource, RecordedFile};
 pub use retry::Retries;
 pub use staged::{StagedFile, staged_file};
 pub use state_dir::{DamagedRecord, Journal, Loaded, Publishing, Record, StateDir};

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{Notify, watch};
 
+use super::job_id::JobId;
 use super::multipart::transfer::Observer;
 use super::progress::{progress, seconds_left};
-use super::request::{JobId, JobRequest};
+use super::request::JobRequest;
 use super::status::{JobState, STATUS_VALID, STATUS_VERSION, Status, now};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
-use super::request::JobId;
+use super::job_id::JobId;
 use super::sidecars::{Beside, Sidecar, look};
 use super::status::{Status, StatusImage};
 use crate::bucket::{Bucket, ObjectKey, Replaces};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::request::JobId;
+use super::job_id::JobId;
 use crate::error::{Error, ErrorKind};
 use crate::storage::Identity;
 
