@@ -29,18 +29,27 @@ impl Bucket {
         let key = probe_key();
         // Listing first: some stores answer a put into a bucket that is not there with an internal error.
         self.has_prefix(&key).await?;
-        match self.put(&key, Bytes::from_static(PROBE), &Replaces::Anything).await {
-            Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly) => {
-                tracing::info!("bucket {} is read-only: {}", self.name(), error.report());
-                self.inner.abilities.lock().is_read_only = true;
-                return Ok(());
-            }
-            put => put?,
+        let put = self.put(&key, Bytes::from_static(PROBE), &Replaces::Anything).await;
+        if let Err(error) = &put
+            && matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
+        {
+            tracing::info!("bucket {} is read-only: {}", self.name(), error.report());
+            self.inner.abilities.lock().is_read_only = true;
+            return Ok(());
+        }
+        let probed = async {
+            put?;
+            self.probe_written(&key).await
         };
-        let read = self.read(&key, 0..PROBE.len() as u64, None).await?;
+        self.removed(&key, probed).await
+    }
+
+    /// What can be found out with an object that is there.
+    async fn probe_written(&self, key: &ObjectKey) -> Result<()> {
+        let read = self.read(key, 0..PROBE.len() as u64, None).await?;
         if read != PROBE {
             let what = "the store gives other bytes than were written";
-            return Err(self.named(Error::new(ErrorKind::Io, what), &key));
+            return Err(self.named(Error::new(ErrorKind::Io, what), key));
         }
         let mut found = self.abilities();
         if found.is_remote {
@@ -48,11 +57,19 @@ impl Bucket {
                 tokio::join!(self.probe_puts(&found), self.probe_parts(&found), self.probe_listing());
             let (lists_uploads, initiator) = listed?.map_or((false, None), |upload| (true, upload.initiator));
             found = Abilities { checks_puts: puts?, lists_uploads, initiator, ..parts? };
-            found.conditions = self.probe_conditions(&key).await?;
+            found.conditions = self.probe_conditions(key).await?;
             tracing::debug!("bucket {}: {found:?}", self.name());
             *self.inner.abilities.lock() = found;
         }
-        self.delete(&key).await
+        Ok(())
+    }
+
+    /// A probe whose object is removed again, whatever comes of it.
+    async fn removed<T>(&self, key: &ObjectKey, probe: impl Future<Output = Result<T>>) -> Result<T> {
+        let probed = probe.await;
+        let removed = self.delete(key).await;
+        let found = probed?;
+        removed.map(|()| found)
     }
 
     /// Whether hosts can agree in this bucket, as [`probe`](Self::probe) has found out: whether its store refuses to create
@@ -73,45 +90,48 @@ impl Bucket {
     /// The checksum by which the store refuses damaged objects.
     async fn probe_puts(&self, abilities: &Abilities) -> Result<Option<Checksum>> {
         let key = probe_key();
-        let mut found = None;
-        for &checksum in abilities.checksums {
-            let put = |of: &[u8]| Put {
-                bytes: Bytes::from_static(PROBE),
-                checksum: Some((checksum, checksum.of(of))),
-                ..Put::default()
-            };
-            let is_checked = is_damaged(&self.store().put(&key, put(OTHER)).await)
-                && self.store().put(&key, put(PROBE)).await.is_ok();
-            if is_checked {
-                found = Some(checksum);
-                break;
+        let probe = async {
+            for &checksum in abilities.checksums {
+                let put = |of: &[u8]| Put {
+                    bytes: Bytes::from_static(PROBE),
+                    checksum: Some((checksum, checksum.of(of))),
+                    ..Put::default()
+                };
+                let is_checked = is_damaged(&self.store().put(&key, put(OTHER)).await)
+                    && self.store().put(&key, put(PROBE)).await.is_ok();
+                if is_checked {
+                    return Ok(Some(checksum));
+                }
             }
-        }
-        self.delete(&key).await?;
-        Ok(found)
+            Ok(None)
+        };
+        self.removed(&key, probe).await
     }
 
     /// The checksum by which the store refuses damaged parts, and what its entity tags are.
     async fn probe_parts(&self, abilities: &Abilities) -> Result<Abilities> {
         let key = probe_key();
+        self.removed(&key, self.probe_parts_of(&key, abilities)).await
+    }
+
+    async fn probe_parts_of(&self, key: &ObjectKey, abilities: &Abilities) -> Result<Abilities> {
         let mut found = None;
         for &checksum in abilities.checksums {
             // A store that does not know the checksum may refuse any of these requests.
-            if self.probe_upload(&key, Some(checksum)).await.is_ok_and(|made| made.is_some()) {
+            if self.probe_upload(key, Some(checksum)).await.is_ok_and(|made| made.is_some()) {
                 found = Some(checksum);
                 break;
             }
         }
-        let (part, returned) = self.probe_upload(&key, found).await?.unwrap_or_default();
-        let etag = self.head(&key).await?.and_then(|meta| meta.etag);
+        let (part, returned) = self.probe_upload(key, found).await?.unwrap_or_default();
+        let etag = self.head(key).await?.and_then(|meta| meta.etag);
         let is_md5 = part.trim_matches('"') == hex::encode(Md5::digest(PROBE));
         let of_parts = etag.is_some() && etag == composite_etag(&[part]);
-        let put = self.put(&key, Bytes::from_static(PROBE), &Replaces::Anything).await?;
+        let put = self.put(key, Bytes::from_static(PROBE), &Replaces::Anything).await?;
         let is_seen = |returned: Option<&str>, meta: Option<&str>| {
             returned.zip(meta).is_some_and(|(returned, seen)| is_same_tag(returned, seen))
         };
-        let after_put = self.head(&key).await?.and_then(|meta| meta.etag);
-        self.delete(&key).await?;
+        let after_put = self.head(key).await?.and_then(|meta| meta.etag);
         Ok(Abilities {
             checks_parts: found,
             has_md5_etags: is_md5 && of_parts && put == Some(md5_etag(PROBE)),
@@ -186,15 +206,18 @@ impl Bucket {
     async fn probe_copies(&self, key: &ObjectKey) -> Result<bool> {
         let to = probe_key();
         let etag = self.head(key).await?.and_then(|meta| meta.etag);
+        let other = Replaces::Tag(OTHER_TAG.to_owned());
         let copy = async |etag, replaces| self.store().copy(key, etag, &to, replaces).await;
-        let refuses = copy(Some(OTHER_TAG), &Replaces::Anything)
-            .await
-            .is_err_and(|error| error.kind() == ErrorKind::SourceChanged)
-            && copy(etag.as_deref(), &Replaces::Nothing).await.is_ok()
-            && is_conflict(&copy(etag.as_deref(), &Replaces::Nothing).await)
-            && is_conflict(&copy(etag.as_deref(), &Replaces::Tag(OTHER_TAG.to_owned())).await);
-        self.delete(&to).await?;
-        Ok(refuses)
+        let refuses = async {
+            let refuses = copy(Some(OTHER_TAG), &Replaces::Anything)
+                .await
+                .is_err_and(|error| error.kind() == ErrorKind::SourceChanged)
+                && copy(etag.as_deref(), &Replaces::Nothing).await.is_ok()
+                && is_conflict(&copy(etag.as_deref(), &Replaces::Nothing).await)
+                && is_conflict(&copy(etag.as_deref(), &other).await);
+            Ok(refuses)
+        };
+        self.removed(&to, refuses).await
     }
 
     /// Whether an upload is completed only where it replaces what it is to replace.
