@@ -46,6 +46,7 @@ use parking_lot::Mutex;
 pub use block_cache::BlockCache;
 use block_cache::next_number;
 pub use key::{CONTROL_PREFIX, ObjectKey};
+pub use limits::IN_FLIGHT;
 pub use object_file::{ObjectFile, wait};
 pub use own_files::OwnFile;
 pub use pending::{PendingUpload, PendingUploads};
@@ -134,7 +135,8 @@ impl Bucket {
                 }
                 let path =
                     parsed.to_file_path().map_err(|()| malformed("not a local directory".to_owned()))?;
-                return Ok(Self::new(name, parsed.as_str(), Box::new(LocalStore::open(&path)?), limits));
+                let store = LimitedStore::new(LocalStore::open(&path, limits.timeout)?, limits.timeout);
+                return Ok(Self::new(name, parsed.as_str(), Box::new(store), limits));
             }
             "s3" => place()?.s3()?,
             "az" => place()?.azure()?,

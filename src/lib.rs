@@ -29,8 +29,9 @@
 //! is about, is waited for by no thread. So whatever hangs holds up the requests that need it, and these only: an object
 //! those that read or write it, a bucket those that list it or look names up in it, an image those that read it. An upload
 //! holds up the close of its file, and no getattr. Bounds: 16 threads for the readers of each image, for listings of the
-//! catalog, and for staged files, 512 for all images together; each write that waits holds its up to 1 MiB; a file that is
-//! removed while it is open and that only the bucket has is fetched up to 256 MiB; 32 files under rsync's temporary names,
+//! catalog, and for staged files, 512 for all images together, one for each request that a local bucket may have in flight;
+//! each write that waits holds its up to 1 MiB; a file that is removed while it is open and that only the bucket has is
+//! fetched up to 256 MiB; 32 files under rsync's temporary names,
 //! for an hour, wait for their own.
 //!
 //! # Read path
@@ -142,7 +143,8 @@
 //! Store errors are classified in one place (`bucket/reply.rs`): refused for good, changed, not there, damaged, or transient.
 //! Single requests are retried by the store's client, whole jobs are resumed with back-off and jitter. Requests in flight are
 //! bounded by class, each with a lane of its own (`bucket/limits.rs`), so that a listing does not wait for parts of uploads;
-//! look-ups and listings of a store that does not answer are given up after 30 seconds.
+//! look-ups and listings of a store that does not answer are given up after 30 seconds. The same holds for a local bucket,
+//! whose threads keep their requests' places until they end.
 //!
 //! # Options
 //!

@@ -254,6 +254,129 @@ fn a_local_upload_knows_its_objects_tag_and_another_file_in_the_same_inode_has_a
     });
 }
 
+/// A local bucket whose requests may take so many seconds.
+fn opened(directory: &std::path::Path, timeout: u64) -> Bucket {
+    let limits = RequestLimits { timeout: Duration::from_secs(timeout), ..RequestLimits::default() };
+    let url = format!("file://{}", directory.display());
+    Bucket::open_with("b", &url, &limits, &BTreeMap::new()).unwrap()
+}
+
+/// The names in a directory of a bucket's own files.
+fn own_files(directory: &std::path::Path, name: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(directory.join(".freightfs").join(name)).into_iter().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_lock_that_another_process_keeps_is_named_and_holds_up_only_those_who_need_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let bucket = opened(directory.path(), 1);
+    runtime().block_on(async {
+        let (k, text) = (key("new/k"), Bytes::from_static(b"text"));
+        bucket.put(&key("old"), text.clone(), &Replaces::Anything).await.unwrap();
+        let old = bucket.head(&key("old")).await.unwrap().unwrap();
+        let upload = bucket.start_upload(&k, 5 << 20, &Tags::new()).await.unwrap();
+        let part = bucket.put_part(&k, &upload, 0, text.clone()).await.unwrap();
+        let lock = std::fs::File::open(directory.path().join(".freightfs/lock")).unwrap();
+        let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive).unwrap();
+        let replaces = Replaces::Nothing;
+        let (put, made, copied, removed, list, read) = tokio::join!(
+            bucket.put(&k, text.clone(), &replaces),
+            bucket.complete_upload(&k, &upload, vec![part.clone()], 4, &replaces),
+            bucket.copy(&old, &k, &replaces),
+            bucket.delete(&old.key),
+            bucket.list(None),
+            bucket.read(&old.key, 0..4, None),
+        );
+        assert_eq!((list.unwrap().objects.len(), read.unwrap()), (1, text.clone()));
+        for refused in [put.map(drop), made.map(drop), copied.map(drop), removed] {
+            let error = refused.unwrap_err();
+            assert_eq!((error.kind(), error.is_transient()), (ErrorKind::TimedOut, true), "{error}");
+            assert!(error.report().contains("/.freightfs/lock"), "{}", error.report());
+        }
+        drop(lock);
+        bucket.complete_upload(&k, &upload, vec![part], 4, &replaces).await.unwrap();
+        assert_eq!(own_files(directory.path(), "uploads"), Vec::<String>::new());
+    });
+}
+
+/// All of it in one process: its id says nothing about who is alive.
+#[test]
+fn what_the_dead_left_in_a_local_bucket_is_removed_and_nothing_that_somebody_may_need() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let uploads = || own_files(path, "uploads");
+    let control = |name: &str| path.join(".freightfs").join(name);
+    let age = |name: &str, days: u64| {
+        let file = std::fs::File::options().write(true).open(control(name)).unwrap();
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(days * 24 * 3600)).unwrap();
+    };
+    runtime().block_on(async {
+        let start =
+            async |bucket: &Bucket| bucket.start_upload(&key("k"), 5 << 20, &Tags::new()).await.unwrap();
+        let (one, other) = (opened(path, 10), opened(path, 10));
+        one.sweep("state 1", Vec::new()).await.unwrap();
+        other.sweep("state 2", Vec::new()).await.unwrap();
+        let (kept, lost, foreign) = (start(&one).await, start(&one).await, start(&other).await);
+        let put = format!("{}-put-0123456789abcdef-5", kept.split('-').next().unwrap());
+        std::fs::write(control(&format!("uploads/{put}")), "bytes").unwrap();
+        let mut all = vec![kept.clone(), lost.clone(), foreign.clone(), put.clone()];
+        all.sort();
+        // Both are alive.
+        other.sweep("state 2", Vec::new()).await.unwrap();
+        assert_eq!(uploads(), all);
+        drop(one);
+        // A mount with the first one's state directory may continue its uploads, but no put.
+        other.sweep("state 2", Vec::new()).await.unwrap();
+        all.retain(|name| *name != put);
+        assert_eq!(uploads(), all);
+        let one = opened(path, 10);
+        one.sweep("state 1", vec![kept.clone()]).await.unwrap();
+        all.retain(|name| *name != lost);
+        assert_eq!(uploads(), all);
+        // What is named neither here nor anywhere else has an end too.
+        age(&format!("uploads/{kept}"), 8);
+        age(&format!("uploads/{foreign}"), 8);
+        other.sweep("state 2", Vec::new()).await.unwrap();
+        assert_eq!(uploads(), [foreign.clone()]);
+        assert_eq!(own_files(path, "locks").len(), 2, "the lock of the dead one stays");
+        drop(other);
+        // Another kernel's lock says nothing.
+        let lock = control(&format!("locks/{}", foreign.split('-').next().unwrap()));
+        std::fs::write(lock, "another boot\nstate 1\n").unwrap();
+        age(&format!("uploads/{foreign}"), 6);
+        one.sweep("state 1", Vec::new()).await.unwrap();
+        assert_eq!(uploads(), [foreign.clone()]);
+        age(&format!("uploads/{foreign}"), 8);
+        one.sweep("state 1", Vec::new()).await.unwrap();
+        assert_eq!((uploads().len(), own_files(path, "locks").len()), (0, 1));
+    });
+}
+
+#[test]
+fn a_probe_that_fails_leaves_nothing() {
+    use object_store::ObjectStore;
+    let mut failed = 0;
+    for failing in 1.. {
+        let store = FaultyStore::new(failing);
+        let (objects, uploads) = (Arc::<FaultyStore>::clone(&store), Arc::<FaultyStore>::clone(&store));
+        let bucket = Bucket::with_stores("b", "memory://b", objects, uploads);
+        let (probed, left) = runtime().block_on(async {
+            let probed = bucket.probe().await;
+            (probed, store.list_with_delimiter(Some(&".freightfs".into())).await.unwrap().objects)
+        });
+        assert!(left.is_empty(), "request {failing}: {left:?}");
+        assert_eq!(store.open_uploads(), 0, "request {failing}");
+        failed += usize::from(probed.is_err());
+        if store.requests() < failing {
+            break;
+        }
+    }
+    assert!(failed > 3, "{failed}");
+}
+
 #[test]
 fn a_store_in_memory_conforms() {
     let store = FaultyStore::new(0);

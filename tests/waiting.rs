@@ -11,11 +11,11 @@ use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use support::can_mount;
 use support::images::{self, Random};
 use support::mount::{Mount, World};
 use support::proxied::{Setup, until};
 use support::proxy::{Fate, Request};
+use support::{can_mount, command, run, succeed};
 
 /// A store that does not answer requests about some keys as long as it is told so.
 #[derive(Clone, Default)]
@@ -150,6 +150,65 @@ fn a_close_whose_upload_hangs_holds_up_nobody_else() {
     mount.unmount();
     let last = closed.iter().rposition(|closed| *closed).unwrap();
     assert_eq!(std::fs::read(setup.fetch(&format!("slow-{last}"))).unwrap(), b"slow");
+}
+
+/// A process that does nothing until it is dropped.
+struct Paused(u32);
+
+impl Paused {
+    fn new(pid: u32) -> Self {
+        succeed(command("kill").args(["-STOP", &pid.to_string()]));
+        Self(pid)
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        run(command("kill").args(["-CONT", &self.0.to_string()]));
+    }
+}
+
+/// What hangs as a directory of NFS does whose server is gone: a mount whose daemon is stopped.
+#[test]
+fn a_local_bucket_whose_directory_hangs_holds_up_nobody_else() {
+    /// More than the threads of the daemon were for all its work.
+    const ASKERS: usize = 1100;
+    if !can_mount() {
+        return;
+    }
+    let (below, world) = (World::new(), World::new());
+    images::odd(&world.catalog());
+    let server = below.mount(&[]);
+    // At its top, names of our own files are not taken.
+    std::fs::create_dir(server.key("deep")).unwrap();
+    let hangs = format!("hangs=file://{}", server.key("deep").display());
+    let other = format!("c=file://{}", world.path("out").display());
+    let mount = world.mount(&["--bucket", &other, "--bucket", &hangs, "-o", "timeout=3600"]);
+    std::fs::write(mount.key("other"), "other").unwrap();
+    std::fs::write(mount.path("buckets/hangs/file"), "bytes").unwrap();
+    let paused = Paused::new(server.pid());
+    let ask = |number: usize| {
+        let place = mount.path(&format!("buckets/hangs/file-{number}"));
+        let ask = move || std::fs::metadata(place).map(drop).map_err(|e| e.kind());
+        std::thread::Builder::new().stack_size(1 << 17).spawn(ask).unwrap()
+    };
+    let askers: Vec<_> = (0..ASKERS).map(ask).collect();
+    let threads = || std::fs::read_dir(format!("/proc/{}/task", mount.pid())).unwrap().count();
+    let file = mount.path("buckets/hangs/file");
+    let reader = std::thread::spawn(move || std::fs::read(file));
+    until("the directory is asked", || threads() > 64);
+    assert_the_rest_answers(&mount);
+    assert!(threads() < 500, "{} threads", threads());
+    drop(paused);
+    for asker in askers {
+        assert!(matches!(
+            asker.join().unwrap(),
+            Err(std::io::ErrorKind::NotFound | std::io::ErrorKind::TimedOut)
+        ));
+    }
+    assert!(reader.join().unwrap().is_ok_and(|bytes| bytes == b"bytes"));
+    mount.unmount();
+    server.unmount();
 }
 
 #[test]

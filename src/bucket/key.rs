@@ -124,11 +124,15 @@ impl Unshown {
     }
 }
 
-/// A name that nobody else uses: process, time and a random number.
+/// A name that nobody else uses: process and a random number.
 pub(super) fn unique() -> String {
+    format!("{}-{:016x}", std::process::id(), random())
+}
+
+/// A random number.
+pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
-    let random = std::hash::RandomState::new().build_hasher().finish();
-    format!("{}-{random:016x}", std::process::id())
+    std::hash::RandomState::new().build_hasher().finish()
 }
 
 #[cfg(test)]

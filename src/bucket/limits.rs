@@ -3,10 +3,11 @@
 //! Each class of requests has a lane of its own, so that a listing does not queue behind parts of uploads.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::checksum::Checksum;
 use super::client::{self, Tries};
@@ -17,7 +18,11 @@ use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::MIB;
 
-/// Requests of a bucket that are in flight at once, by class: 168 in all.
+/// Requests of a bucket that are in flight at once.
+pub const IN_FLIGHT: usize =
+    METADATA_IN_FLIGHT + READS_IN_FLIGHT + AHEAD_IN_FLIGHT + WRITES_IN_FLIGHT + PARTS_IN_FLIGHT;
+
+/// The same by class.
 const METADATA_IN_FLIGHT: usize = 64;
 const READS_IN_FLIGHT: usize = 32;
 const AHEAD_IN_FLIGHT: usize = 24;
@@ -39,28 +44,40 @@ const BYTES_IN_TIME: u64 = 8 * MIB;
 /// How many times as long a store has to put parts together, or to copy: of large objects that takes minutes.
 const STORE_WORK: u32 = 5;
 
+tokio::task_local! {
+    /// The place in its lane that a request has.
+    static PLACE: Arc<OwnedSemaphorePermit>;
+}
+
+/// A share of the place that this request has in its lane. A thread that works for it holds one, because nothing ends the
+/// thread when the request is given up.
+pub(super) fn place() -> Option<Arc<OwnedSemaphorePermit>> {
+    PLACE.try_with(Arc::clone).ok()
+}
+
 /// A store whose requests are bounded.
 pub(super) struct LimitedStore<S> {
     store: S,
     /// How long one try of a request takes at most that is not given more or less here.
     timeout: Duration,
-    metadata: Semaphore,
-    reads: Semaphore,
-    ahead: Semaphore,
-    writes: Semaphore,
-    parts: Semaphore,
+    metadata: Arc<Semaphore>,
+    reads: Arc<Semaphore>,
+    ahead: Arc<Semaphore>,
+    writes: Arc<Semaphore>,
+    parts: Arc<Semaphore>,
 }
 
 impl<S> LimitedStore<S> {
     pub(super) fn new(store: S, timeout: Duration) -> Self {
+        let lane = |places| Arc::new(Semaphore::new(places));
         Self {
             store,
             timeout,
-            metadata: Semaphore::new(METADATA_IN_FLIGHT),
-            reads: Semaphore::new(READS_IN_FLIGHT),
-            ahead: Semaphore::new(AHEAD_IN_FLIGHT),
-            writes: Semaphore::new(WRITES_IN_FLIGHT),
-            parts: Semaphore::new(PARTS_IN_FLIGHT),
+            metadata: lane(METADATA_IN_FLIGHT),
+            reads: lane(READS_IN_FLIGHT),
+            ahead: lane(AHEAD_IN_FLIGHT),
+            writes: lane(WRITES_IN_FLIGHT),
+            parts: lane(PARTS_IN_FLIGHT),
         }
     }
 
@@ -74,7 +91,7 @@ impl<S> LimitedStore<S> {
     /// A request that writes, each try of which has so long.
     async fn writing<T>(
         &self,
-        lane: &Semaphore,
+        lane: &Arc<Semaphore>,
         limit: Duration,
         request: impl Future<Output = Result<T>>,
     ) -> Result<T> {
@@ -98,10 +115,10 @@ async fn within<T>(limit: Duration, request: impl Future<Output = Result<T>>) ->
 }
 
 /// Makes a request when there is room in its lane.
-async fn in_lane<T>(lane: &Semaphore, request: impl Future<Output = Result<T>>) -> Result<T> {
+pub(super) async fn in_lane<T>(lane: &Arc<Semaphore>, request: impl Future<Output = Result<T>>) -> Result<T> {
     let closed = |e| Error::new(ErrorKind::Internal, "a lane of a bucket is closed").because(e);
-    let _permit = lane.acquire().await.map_err(closed)?;
-    request.await
+    let place = Arc::clone(lane).acquire_owned().await.map_err(closed)?;
+    PLACE.scope(Arc::new(place), request).await
 }
 
 #[async_trait::async_trait]
@@ -136,8 +153,10 @@ impl<S: Store> Store for LimitedStore<S> {
 
     async fn read(&self, key: &ObjectKey, range: Range<u64>, etag: Option<&str>) -> Result<Bytes> {
         let limit = self.time_for(range.end - range.start);
+        // A directory that hangs once hangs again.
+        let tries = if self.store.abilities().is_remote { READ_TRIES } else { 1 };
         let read = async {
-            for _ in 1..READ_TRIES {
+            for _ in 1..tries {
                 let one_try = self.store.read(key, range.clone(), etag);
                 if let Ok(read) = tokio::time::timeout(limit, one_try).await {
                     return read;
@@ -219,7 +238,7 @@ impl<S: Store> Store for LimitedStore<S> {
         parts: &[String],
         size: u64,
     ) -> Result<Option<String>> {
-        self.store.expected_etag_prefix(upload, parts, size).await
+        in_lane(&self.writes, self.store.expected_etag_prefix(upload, parts, size)).await
     }
 
     async fn complete_upload(
@@ -238,7 +257,7 @@ impl<S: Store> Store for LimitedStore<S> {
         self.writing(&self.writes, self.timeout, self.store.abort_upload(key, upload)).await
     }
 
-    async fn sweep(&self, kept: Vec<String>) -> Result<()> {
-        self.store.sweep(kept).await
+    async fn sweep(&self, state: &str, kept: Vec<String>) -> Result<()> {
+        in_lane(&self.writes, self.store.sweep(state, kept)).await
     }
 }

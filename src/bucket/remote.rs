@@ -419,7 +419,7 @@ impl Store for RemoteStore {
         completed.map(|made| made.e_tag).map_err(|e| write_error("cannot complete the upload", replaces, e))
     }
 
-    async fn sweep(&self, _: Vec<String>) -> Result<()> {
+    async fn sweep(&self, _: &str, _: Vec<String>) -> Result<()> {
         Ok(())
     }
 

@@ -212,6 +212,7 @@ pub(super) trait Store: Send + Sync {
     /// Gives an upload up; one that is not there any more is no failure.
     async fn abort_upload(&self, key: &ObjectKey, upload: &str) -> Result<()>;
 
-    /// Removes what dead processes of this host left of uploads, but for those `kept`.
-    async fn sweep(&self, kept: Vec<String>) -> Result<()>;
+    /// Removes what dead processes left of uploads, but for those `kept` and those that another state directory than
+    /// `state` may continue.
+    async fn sweep(&self, state: &str, kept: Vec<String>) -> Result<()>;
 }

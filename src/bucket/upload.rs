@@ -263,10 +263,14 @@ impl Bucket {
         self.store().abort_upload(key, upload).await.map_err(|e| self.named(e, key))
     }
 
-    /// Removes what dead processes of this host left of uploads, but for those `kept`. A remote store cannot tell
-    /// whose an upload is: there only uploads that are known by their id are ever given up.
-    pub async fn sweep(&self, kept: Vec<String>) -> Result<()> {
-        self.store().sweep(kept).await
+    /// Removes what dead processes left of uploads, but for those `kept` and those that another state directory than
+    /// `state` may continue. A remote store cannot tell whose an upload is: there only uploads that are known by their id
+    /// are ever given up.
+    pub async fn sweep(&self, state: &str, kept: Vec<String>) -> Result<()> {
+        match self.check_writable() {
+            Ok(()) => self.store().sweep(state, kept).await,
+            Err(_) => Ok(()),
+        }
     }
 }
 

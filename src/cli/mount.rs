@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::mountpoint::{detach, mountpoint, source};
 use super::{MountArguments, OK, cores, daemon};
-use crate::bucket::{BlockCache, Bucket, RateLimit, RequestLimits};
+use crate::bucket::{BlockCache, Bucket, IN_FLIGHT, RateLimit, RequestLimits};
 use crate::catalog::{BucketFiles, Catalog, CatalogStore, LocalFiles};
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
@@ -101,7 +101,7 @@ impl Mounted {
     /// Mounts. Whatever can fail comes before the kernel is asked for the mount, cheap checks first.
     fn new(arguments: &MountArguments, settings: &MountSettings, catalog: CatalogSetting) -> Result<Self> {
         let mountpoint = mountpoint(&arguments.mountpoint, settings)?;
-        let runtime = runtime()?;
+        let runtime = runtime(settings.buckets.len())?;
         let handle = runtime.handle();
         let limits = limits(settings);
         let catalog = open_catalog(catalog, settings.follow_links, &limits, handle)?;
@@ -251,10 +251,11 @@ async fn open_buckets(settings: &MountSettings, limits: &RequestLimits) -> Resul
     Ok(buckets)
 }
 
-fn runtime() -> Result<Runtime> {
+/// A runtime whose threads a directory that hangs does not use up, be it each of so many buckets'.
+fn runtime(buckets: usize) -> Result<Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores())
-        .max_blocking_threads(1024)
+        .max_blocking_threads(1024 + IN_FLIGHT * buckets)
         .thread_keep_alive(Duration::from_secs(60))
         .enable_all()
         .build()

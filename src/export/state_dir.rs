@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -210,6 +210,12 @@ pub struct Journal {
 impl Journal {
     fn path(&self, job_id: &str) -> PathBuf {
         self.directory.join(format!("{job_id}.json"))
+    }
+
+    /// What tells this state directory from others of the host: its device and inode; empty where they cannot be known.
+    pub(super) fn identity(&self) -> String {
+        let meta = fs::metadata(&self.directory);
+        meta.map(|meta| format!("{:x}-{:x}", meta.dev(), meta.ino())).unwrap_or_default()
     }
 
     /// The uploads under way, and where the intents come out for which there may be one that is not known.

@@ -45,9 +45,14 @@ impl JobQueue {
             self.spawn_counted(async move { orphans::settle_found(&context, intent).await });
         }
         let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
+        let state = self.context.journal.identity();
         for mounted in self.context.buckets.values() {
-            let (bucket, kept) = (mounted.bucket.clone(), kept.clone());
-            self.context.runtime.spawn(async move { bucket.sweep(kept).await });
+            let (bucket, state, kept) = (mounted.bucket.clone(), state.clone(), kept.clone());
+            self.context.runtime.spawn(async move {
+                if let Err(error) = bucket.sweep(&state, kept).await {
+                    warn!(bucket = bucket.name(), "what is left over stays: {}", error.report());
+                }
+            });
         }
         for record in damaged {
             self.end_damaged(record, &logs);
