@@ -118,7 +118,7 @@ impl Bucket {
         limits: &RequestLimits,
         client: &BTreeMap<String, Secret>,
     ) -> Result<Self> {
-        let malformed = |what: String| Error::new(ErrorKind::Malformed, what).in_file(redacted(url));
+        let malformed = |what: String| Error::new(ErrorKind::Malformed, what).in_file(url);
         let parsed = url::Url::parse(url).map_err(|e| malformed("not a URL".to_owned()).because(e))?;
         if !parsed.username().is_empty() || parsed.password().is_some() {
             let what = "a bucket's URL holds no credentials: give them in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY";
@@ -239,13 +239,5 @@ impl Bucket {
 
     fn named(&self, error: Error, key: &ObjectKey) -> Error {
         error.in_file(self.url_of(key))
-    }
-}
-
-/// A URL without what stands between scheme and host, which may be a secret.
-fn redacted(url: &str) -> String {
-    match (url.find("://"), url.rfind('@')) {
-        (Some(scheme), Some(at)) if scheme + 3 < at => format!("{}…{}", &url[..scheme + 3], &url[at..]),
-        _ => url.to_owned(),
     }
 }

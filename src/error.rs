@@ -3,16 +3,19 @@
 //! Two exhaustive matches consume an [`ErrorKind`]: [`ErrorKind::errno`], what a program sees through the
 //! mount, and [`ErrorKind::code`], what a status file and a log line say. Nothing else may switch on text.
 //!
-//! What an error says may come from outside: it is safe to show, and bounded, whatever it was made of. A sentence quotes
+//! What an error says may come from outside: it is safe to show, bounded, and without the
+//! secrets of URLs, whatever it was made of. A sentence quotes
 //! names by [`quoted`], so that a long one does not cost the sentence.
 
+mod redacted;
 mod shown;
 
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
-pub use shown::{MAX_SHOWN_NAME, quoted, shown};
+pub use redacted::redacted;
+pub use shown::{MAX_SHOWN_NAME, is_unsafe, quoted, shown};
 
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -365,6 +368,10 @@ impl std::error::Error for Error {
 
 /// A text as errors have it.
 fn bounded(text: String) -> String {
+    let text = match redacted(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(redacted) => redacted,
+    };
     match shown(&text, MAX_TEXT) {
         Cow::Borrowed(_) => text,
         Cow::Owned(cut) => cut,

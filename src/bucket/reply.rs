@@ -1,7 +1,7 @@
 //! What a store's answers mean: refused for good, changed, not there, damaged, or worth another try.
 
 use super::replaces::Replaces;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, redacted};
 
 /// Codes of answers that deny access, where the answer's number does not tell.
 const DENIALS: [&str; 5] = [
@@ -95,7 +95,8 @@ struct StoreReply {
 
 impl StoreReply {
     fn of(error: &object_store::Error) -> Self {
-        let whole = error.to_string();
+        // It may quote a URL with a password or a signature.
+        let whole = redacted(&error.to_string()).into_owned();
         tracing::debug!("the store answers: {whole}");
         // Before the answer stand the request's method and URL, where anything may be written.
         let answer = whole.split_once("status code: ").map_or("", |(_, answer)| answer);

@@ -31,7 +31,7 @@ pub fn quoted(name: &str) -> String {
 }
 
 /// Whether a terminal obeys a character, or takes it as a mark for how others are to be written.
-fn is_unsafe(c: char) -> bool {
+pub fn is_unsafe(c: char) -> bool {
     let is_mark = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
     c.is_control() || is_mark(c)
 }
