@@ -111,6 +111,8 @@ pub struct MountSettings {
     pub wait: bool,
     /// `state=DIR`.
     pub state: Option<PathBuf>,
+    /// `log_size=SIZE` at which the log is put aside.
+    pub log_size: u64,
     /// `allow_other`.
     pub allow_other: bool,
     /// `uid=N`.
@@ -204,6 +206,7 @@ impl MountSettings {
             cache: 0,
             wait: false,
             state: None,
+            log_size: 0,
             allow_other: false,
             uid: None,
             gid: None,

@@ -1,23 +1,21 @@
 //! The process that serves a mount: its start, its terminal, its log, its limits.
 
 use std::fs::File;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::warn;
-use tracing_subscriber::EnvFilter;
 
+use super::log::Log;
+use super::terminal::{plain, say_error};
 use super::{FAILED, MountArguments, OK};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The daemon's last word on its standard output once the mount answers, after notes; anything else is the reason why it
 /// does not.
 const READY: &str = "ready\n";
-
-/// Bytes from which a log is put aside at start.
-const LOG_LIMIT: u64 = 10 << 20;
 
 /// Starts this program again as a daemon, and returns when its mount answers or with its reason.
 pub(super) fn start(arguments: &MountArguments) -> Result<u8> {
@@ -41,14 +39,14 @@ pub(super) fn start(arguments: &MountArguments) -> Result<u8> {
         stdout.read_to_string(&mut said).map_err(failed)?;
     }
     if let Some(notes) = said.strip_suffix(READY) {
-        eprint!("{notes}");
+        notes.lines().for_each(say_error);
         return Ok(OK);
     }
     let status = child.wait().map_err(failed)?;
     if said.is_empty() {
         return Err(Error::new(ErrorKind::Internal, format!("the daemon ended without a reason: {status}")));
     }
-    eprint!("{said}");
+    said.lines().for_each(say_error);
     Ok(FAILED)
 }
 
@@ -56,8 +54,10 @@ pub(super) fn start(arguments: &MountArguments) -> Result<u8> {
 /// ends the process.
 pub(super) fn report(mounted: std::result::Result<&[String], &Error>) -> Result<()> {
     let line = match mounted {
-        Ok(notes) => notes.iter().map(|note| format!("freightfs: {note}\n")).collect::<String>() + READY,
-        Err(error) => format!("freightfs: {}\n", error.report()),
+        Ok(notes) => {
+            notes.iter().map(|note| format!("freightfs: {}\n", plain(note))).collect::<String>() + READY
+        }
+        Err(error) => format!("freightfs: {}\n", plain(error.report())),
     };
     let failed = |e: std::io::Error| Error::from_io("cannot detach", e);
     let mut stdout = std::io::stdout();
@@ -72,15 +72,15 @@ pub(super) fn report(mounted: std::result::Result<&[String], &Error>) -> Result<
 
 /// Sets up the log and the limits of the process that serves: with `detached` in a session of its own, so that signals of
 /// the terminal do not reach it, and with its log in the state directory.
-pub(super) fn begin(detached: bool, state: &Path) -> Result<()> {
-    if detached {
+pub(super) fn begin(detached: bool, state: &Path, log_size: u64) -> Result<Log> {
+    let log = if detached {
         nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
-        log_to_file(state)?;
+        Log::to_file(state, log_size)?
     } else {
-        log_to_terminal();
-    }
+        Log::to_terminal()
+    };
     raise_descriptor_limit();
-    Ok(())
+    Ok(log)
 }
 
 /// Allows as many open files as the hard limit does. The soft limit is 1024 nearly everywhere, for the sake of programs
@@ -91,31 +91,4 @@ fn raise_descriptor_limit() {
     if let Err(error) = raised {
         warn!("the limit on open files cannot be raised: {error}");
     }
-}
-
-fn log_filter() -> EnvFilter {
-    EnvFilter::try_from_env("FREIGHTFS_LOG").unwrap_or_else(|_| "warn,freightfs=info".into())
-}
-
-/// The terminal's log, or the journal's, which has times and colours of its own.
-fn log_to_terminal() {
-    let log = tracing_subscriber::fmt().with_env_filter(log_filter()).with_writer(std::io::stderr);
-    let _ = if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.with_ansi(false).without_time().try_init()
-    } else {
-        log.with_ansi(std::io::stderr().is_terminal()).try_init()
-    };
-}
-
-/// The daemon's log: `log` in the state directory, put aside as `log.1` at start when it has grown.
-fn log_to_file(state: &Path) -> Result<()> {
-    let path = state.join("log");
-    let failed = |e| Error::from_io("cannot open the log", e).in_file(path.display().to_string());
-    if std::fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
-        std::fs::rename(&path, state.join("log.1")).map_err(failed)?;
-    }
-    let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(log_filter()).with_ansi(false).with_writer(file).try_init();
-    Ok(())
 }

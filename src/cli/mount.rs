@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::log::{Log, REPEATS_TOLD};
 use super::mountpoint::{detach, mountpoint, source};
 use super::{MountArguments, OK, cores, daemon};
 use crate::bucket::{BlockCache, Bucket, IN_FLIGHT, RateLimit, RequestLimits};
@@ -93,6 +94,7 @@ struct Mounted {
     walks: Cancel,
     /// What the user should know of this mount.
     notes: Vec<String>,
+    log: Log,
     runtime: Runtime,
     _state: StateDir,
 }
@@ -107,7 +109,7 @@ impl Mounted {
         let catalog = open_catalog(catalog, settings.follow_links, &limits, handle)?;
         let state_path = state_path(settings, &mountpoint)?;
         let state = StateDir::open(&state_path)?;
-        daemon::begin(arguments.report_ready, &state_path)?;
+        let log = daemon::begin(arguments.report_ready, &state_path, settings.log_size)?;
         let catalog = Catalog::new(catalog).with_workspace(Workspace::in_directory(&state.lengths()));
         let buckets = runtime.block_on(open_buckets(settings, &limits))?;
         let policy = Arc::new(settings.policy()?);
@@ -122,7 +124,7 @@ impl Mounted {
         let session = MountedSession::new(Arc::clone(&vfs), handle.clone(), &mountpoint, &options)?;
         notes.iter().for_each(|note| warn!("{note}"));
         info!(mountpoint = %mountpoint.display(), state = %state_path.display(), "mounted");
-        Ok(Self { session, mountpoint, jobs, vfs, walks, notes, runtime, _state: state })
+        Ok(Self { session, mountpoint, jobs, vfs, walks, notes, log, runtime, _state: state })
     }
 
     /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and the next
@@ -134,9 +136,10 @@ impl Mounted {
         let unmounter = self.session.unmounter();
         let signalled = self.runtime.spawn(signalled());
         let saver = Arc::clone(&vfs);
-        let saving = self
-            .runtime
-            .spawn(async move { tokio::join!(saver.keep_saving_attributes(), saver.keep_drafts_bounded()) });
+        let log = self.log.clone();
+        let saving = self.runtime.spawn(async move {
+            tokio::join!(saver.keep_saving_attributes(), saver.keep_drafts_bounded(), keep_telling(log))
+        });
         let requests = self.session.requests();
         let mut ended = serve_session(self.session)?;
         let (result, by_signal) = self.runtime.block_on(async {
@@ -168,6 +171,15 @@ impl Mounted {
         self.runtime.shutdown_timeout(Duration::from_secs(1));
         // The session that ended without a result was cut off by the signal.
         result.unwrap_or(Ok(()))
+    }
+}
+
+/// Tells from time to time how often the last line of the log was repeated.
+async fn keep_telling(log: Log) {
+    let mut interval = tokio::time::interval(REPEATS_TOLD);
+    loop {
+        interval.tick().await;
+        log.tell_repeats();
     }
 }
 

@@ -18,6 +18,9 @@ const MAX_JOBS: u32 = 64;
 /// Less holds not even what a few programs read at once.
 const SMALLEST_CACHE: u64 = 32 * MIB;
 
+/// Less holds not even a few of the longest lines.
+const SMALLEST_LOG: u64 = 64 << 10;
+
 /// A mount option.
 #[derive(Debug)]
 pub struct MountOption {
@@ -55,7 +58,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 25] = [
+pub static OPTIONS: [MountOption; 26] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -336,6 +339,20 @@ pub static OPTIONS: [MountOption; 25] = [
             Ok(())
         },
         show: |settings| settings.state.as_ref().map(|path| Value::from(path.display().to_string())),
+    },
+    MountOption {
+        word: "log_size",
+        value: Some("SIZE"),
+        default: Some("10M"),
+        is_repeated: false,
+        summary: "Size at which the log is put aside as log.1, in place of an older one",
+        details: "As 1M; 64K at least. Both together have at most twice that.",
+        take: |settings, value| {
+            let size = parse_bytes(value).ok().filter(|&size| size >= SMALLEST_LOG);
+            settings.log_size = size.ok_or_else(|| wrong("log_size", value))?;
+            Ok(())
+        },
+        show: |settings| Some(number_value(settings.log_size)),
     },
     MountOption {
         word: "allow_other",
