@@ -3,15 +3,18 @@
 mod check;
 mod convert;
 mod daemon;
+mod document;
 mod helper;
 mod info;
 mod jobs;
+mod log;
 mod mount;
 mod mount_table;
 mod mountpoint;
 mod progress;
 mod silence;
 mod source;
+mod terminal;
 mod wait;
 
 use std::path::PathBuf;
@@ -291,7 +294,7 @@ pub fn run() -> ExitCode {
 
 /// One line for people on standard error.
 fn complain(error: &Error) {
-    eprintln!("freightfs: {}", error.report());
+    terminal::say_error(format_args!("freightfs: {}", error.report()));
 }
 
 /// Threads that use all cores.

@@ -1,17 +1,18 @@
 //! `freightfs check`: the dry run. Whether an image of a mount may be exported, in which formats, and why not.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 
+use super::document::read_document;
+use super::terminal::say;
 use super::{CheckArguments, FAILED, OK, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::StatusError;
 use crate::units::human_bytes;
-use crate::whole_file;
 
-/// Largest image.json that is read, in bytes.
-const MAX_DOCUMENT: u64 = 64 << 20;
+/// Largest image.json that is read, in bytes. One has some KiB, and 16 MiB with some ten thousand disks.
+const MAX_IMAGE: u64 = 16 << 20;
 
 /// What is read of image.json.
 #[derive(Deserialize)]
@@ -64,23 +65,23 @@ fn check(path: &Path) -> Result<bool> {
     let directory = if wanted.is_some() { absolute.parent().map(Path::to_owned) } else { Some(absolute) };
     let document = directory.map(|d| d.join("image.json")).filter(|d| d.is_file());
     let missing = || Error::new(ErrorKind::NotFound, "this is no image of a freightfs mount").in_file(&place);
-    let image = read(&document.ok_or_else(missing)?)?;
+    let image: Image = read_document(&document.ok_or_else(missing)?, "description of an image", MAX_IMAGE)?;
     if let Some(error) = &image.error {
-        println!("{}: no: {}", image.id, reason(error));
+        say(format_args!("{}: no: {}", image.id, reason(error)));
         return Ok(false);
     }
     let mut good = !image.disks.is_empty();
     let mut seen = false;
     for disk in &image.disks {
         if let Some(error) = disk.error.as_ref().filter(|_| wanted.is_none()) {
-            println!("{}: no: {}", disk.name, reason(error));
+            say(format_args!("{}: no: {}", disk.name, reason(error)));
         }
         let formats = disk.formats.iter().filter(|f| wanted.as_ref().is_none_or(|wanted| *wanted == f.file));
         let mut exportable = false;
         for format in formats {
             seen = true;
             exportable |= format.exportable;
-            println!("{}", line(format, &image.policy));
+            say(line(format, &image.policy));
         }
         good &= exportable || wanted.is_some();
         if let Some(wanted) = &wanted
@@ -93,13 +94,6 @@ fn check(path: &Path) -> Result<bool> {
         return Err(Error::new(ErrorKind::NotFound, "the mount offers no such file").in_file(place));
     }
     Ok(good)
-}
-
-fn read(path: &PathBuf) -> Result<Image> {
-    let place = path.display().to_string();
-    let json = whole_file::read(path, MAX_DOCUMENT)?;
-    serde_json::from_slice(&json)
-        .map_err(|e| Error::new(ErrorKind::Malformed, "is not an image.json").in_file(place).because(e))
 }
 
 fn line(format: &Format, policy: &str) -> String {

@@ -1,7 +1,7 @@
 //! `freightfs convert`: one image file into another, as the mount would show it.
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::progress::Board;
 use super::source::open_source;
@@ -36,8 +36,8 @@ pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
     if place == STANDARD_OUTPUT {
         return pool.install(|| stream(&file, arguments.quiet)).map(|()| OK);
     }
-    let same = std::fs::canonicalize(output).ok().zip(std::fs::canonicalize(&arguments.input).ok());
-    if same.is_some_and(|(output, input)| output == input) {
+    let output = &replaceable(output)?;
+    if std::fs::canonicalize(&arguments.input).is_ok_and(|input| input == *output) {
         return Err(Error::new(ErrorKind::Malformed, "input and output are the same file").in_file(place));
     }
     let directory = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -65,6 +65,26 @@ pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
         .persist(output)
         .map_err(|e| Error::from_io("cannot put the output in place", e.error).in_file(&place))?;
     Ok(OK)
+}
+
+/// The path of the regular file that the output becomes: where a symbolic link leads. What is there and is something else is
+/// refused, because the output takes its place: /dev/null would be a file from then on.
+fn replaceable(output: &Path) -> Result<PathBuf> {
+    let place = || output.display().to_string();
+    let failed = |e| Error::from_io("cannot look at the output", e).in_file(place());
+    let path = match std::fs::symlink_metadata(output) {
+        Ok(meta) if meta.is_symlink() || meta.is_file() => std::fs::canonicalize(output).map_err(failed)?,
+        Ok(_) => output.to_owned(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(output.to_owned()),
+        Err(e) => return Err(failed(e)),
+    };
+    let meta = std::fs::metadata(&path).map_err(failed)?;
+    if !meta.is_file() {
+        let what = "the output is a directory, a device, a FIFO or a socket, which is not replaced by a file; write \
+                    to a device by `freightfs convert --format raw IMAGE - >DEVICE`";
+        return Err(Error::new(ErrorKind::Malformed, what).in_file(place()));
+    }
+    Ok(path)
 }
 
 /// The format that `--format` or the output's suffix names.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
+use super::terminal::{say, say_error};
 use super::{MountArguments, OptionFlags, complain, mount};
 use crate::settings::MountSettings;
 
@@ -64,7 +65,7 @@ pub(super) fn run(words: &[OsString]) -> ExitCode {
         }
     };
     if arguments.namespace.is_some() {
-        eprintln!("mount.freightfs: mounting in another namespace (-N) is not supported");
+        say_error("mount.freightfs: mounting in another namespace (-N) is not supported");
         return ExitCode::from(USAGE);
     }
     let mut options = arguments.options;
@@ -84,7 +85,7 @@ pub(super) fn run(words: &[OsString]) -> ExitCode {
     match done {
         Ok(0) => {
             if arguments.verbose {
-                println!("mount.freightfs: {place}");
+                say(format_args!("mount.freightfs: {place}"));
             }
             ExitCode::SUCCESS
         }

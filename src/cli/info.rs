@@ -6,9 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use serde::Serialize;
 
 use super::source::{NamedImage, open_source};
+use super::terminal::{plain, say, say_json};
 use super::{InfoArguments, OK};
 use crate::catalog::OpenDisk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, redacted};
 use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::image::{Cancel, ImageDescription, allocation_map};
@@ -67,17 +68,28 @@ pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
     let map = allocation_map(&**disk.image(), ALLOCATION_UNIT, &Cancel::default())?;
     let info = Info {
         disk_size,
-        description: disk.image().description(),
+        description: without_secrets(disk.image().description()),
         allocated_size: (map.allocated() * ALLOCATION_UNIT).min(disk.image().virtual_size()),
         outputs: OutputFormat::ALL.into_iter().map(|format| output(&disk, format)).collect(),
         map: drawn(&map, shades()),
     };
     if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&info).expect("the document has only string keys"));
+        say_json(&info);
     } else {
-        print!("{}", text(&info));
+        text(&info).lines().for_each(say);
     }
     Ok(OK)
+}
+
+/// A description in which URLs show no secrets: an image names its backing file by one, perhaps.
+fn without_secrets(image: ImageDescription) -> ImageDescription {
+    let hidden = |text: String| redacted(&text).into_owned();
+    ImageDescription {
+        file: hidden(image.file),
+        properties: image.properties.into_iter().map(|(name, value)| (name, hidden(value))).collect(),
+        backing: image.backing.map(|backing| Box::new(without_secrets(*backing))),
+        ..image
+    }
 }
 
 /// Signs for no data, then for up to a quarter, a half, three quarters and all of it.
@@ -140,7 +152,7 @@ fn text(info: &Info) -> String {
         let value = match (output.size, output.largest_size, &output.refused) {
             (Some(size), ..) => sized(size),
             (_, Some(largest), _) => format!("compressed, at most {}", human_bytes(largest)),
-            (.., refused) => format!("refused: {}", refused.as_deref().unwrap_or("")),
+            (.., refused) => format!("refused: {}", plain(refused.as_deref().unwrap_or(""))),
         };
         let _ = writeln!(text, "  .{:<17}{value}", output.format);
     }
@@ -149,7 +161,7 @@ fn text(info: &Info) -> String {
 
 fn describe(text: &mut String, image: &ImageDescription, indent: &str) {
     let mut line = |name: &str, value: String| {
-        let _ = writeln!(text, "{indent}{:<WIDTH$}{value}", format!("{name}:"));
+        let _ = writeln!(text, "{indent}{:<WIDTH$}{}", format!("{name}:"), plain(value));
     };
     line("image", image.file.clone());
     line("file format", image.format.name().to_owned());

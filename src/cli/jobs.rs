@@ -2,19 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
+use super::document::read_document;
 use super::mount_table::mount_table;
 use super::silence::{self, silent_since};
+use super::terminal::{plain, say, say_json};
 use super::{CancelArguments, FAILED, JobsArguments, OK, StatusArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
 use crate::units::human_bytes;
-use crate::whole_file;
+
+/// Largest status that is read, in bytes. One has some KiB.
+const MAX_STATUS: u64 = 1 << 20;
 
 /// The file that tells a mount's root.
 const MARK: &str = ".freightfs/version";
-
-/// Largest status that is read, in bytes.
-const MAX_STATUS: u64 = 1 << 20;
 
 /// The status files of some objects.
 pub(super) fn status(arguments: &StatusArguments) -> Result<u8> {
@@ -46,7 +47,7 @@ pub(super) fn status(arguments: &StatusArguments) -> Result<u8> {
 /// The jobs of a mount, or of all.
 pub(super) fn jobs(arguments: &JobsArguments) -> Result<u8> {
     let roots = match &arguments.mountpoint {
-        Some(path) => vec![root_of(path)?],
+        Some(path) => vec![within_mount(path)?.0],
         None => mounts()?,
     };
     let mut found = Vec::new();
@@ -63,7 +64,7 @@ pub(super) fn cancel(arguments: &CancelArguments) -> Result<u8> {
     let mut code = OK;
     for file in &arguments.files {
         match cancel_one(file) {
-            Ok(()) => println!("{}: CANCELLED", file.display()),
+            Ok(()) => say(format_args!("{}: CANCELLED", file.display())),
             Err(error) => {
                 complain(&error);
                 code = FAILED;
@@ -73,15 +74,24 @@ pub(super) fn cancel(arguments: &CancelArguments) -> Result<u8> {
     Ok(code)
 }
 
+/// Ends the job of the file's own mount. Nothing that a bucket says of a job chooses which: others may write there.
 fn cancel_one(file: &Path) -> Result<()> {
-    let status = read_status(file)?;
     let place = file.display().to_string();
+    let (root, inner) = within_mount(file)?;
+    let Some(status) = newest_job(&root, &inner)? else {
+        let elsewhere = status_beside(file).ok().filter(|status| !status.status.is_final());
+        let what = match elsewhere {
+            Some(status) => format!("no job of this mount makes it: it is made on host {}", status.host),
+            None => "no job of this mount makes it".to_owned(),
+        };
+        return Err(Error::new(ErrorKind::NotFound, what).in_file(place));
+    };
     if status.status.is_final() {
         let what = format!("the job has ended already: {}", word(status.status));
         return Err(Error::new(ErrorKind::NotFound, what).in_file(place));
     }
     // Not the object's own name: it could be complete by now, and would be removed.
-    let job = root_of(file)?.join("jobs").join(format!("{}.json", status.job_id));
+    let job = root.join("jobs").join(format!("{}.json", status.job_id));
     std::fs::remove_file(job).map_err(|e| match e.raw_os_error() {
         Some(libc::EBUSY | libc::EROFS) => {
             Error::new(ErrorKind::Busy, "the job ended before it could be cancelled").in_file(&place)
@@ -95,19 +105,25 @@ fn cancel_one(file: &Path) -> Result<()> {
 pub(super) fn read_status(file: &Path) -> Result<Status> {
     match status_beside(file) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NameTooLong) => {
-            newest_job(file).ok_or(error)
+            within_mount(file).and_then(|(root, inner)| newest_job(&root, &inner)).ok().flatten().ok_or(error)
         }
         read => read,
     }
 }
 
-/// The newest job that a file's mount knows for it.
-fn newest_job(file: &Path) -> Option<Status> {
-    let root = root_of(file).ok()?;
-    let absolute = std::path::absolute(file).ok()?;
-    let object = absolute.strip_prefix(&root).ok()?.strip_prefix("buckets").ok()?.to_str()?.to_owned();
-    let mut jobs = jobs_of(&root).ok()?.into_iter().rev();
-    jobs.find(|status| object == format!("{}/{}", status.bucket, status.key))
+/// The newest job that the mount `root` knows for a file of it, or for the file whose status that is.
+fn newest_job(root: &Path, file: &Path) -> Result<Option<Status>> {
+    let Some(name) = file.strip_prefix("buckets").ok().and_then(Path::to_str) else {
+        return Ok(None);
+    };
+    let is_of = |status: &Status, name: &str| name == format!("{}/{}", status.bucket, status.key);
+    let mut jobs = jobs_of(root)?;
+    jobs.reverse();
+    let found = jobs.iter().find(|status| is_of(status, name)).or_else(|| {
+        let object = name.strip_suffix(".status")?;
+        jobs.iter().find(|status| is_of(status, object))
+    });
+    Ok(found.cloned())
 }
 
 fn status_beside(file: &Path) -> Result<Status> {
@@ -118,16 +134,13 @@ fn status_beside(file: &Path) -> Result<Status> {
         name.push(".status");
         PathBuf::from(name)
     };
-    let place = path.display().to_string();
-    let json = whole_file::read(&path, MAX_STATUS).map_err(|e| match e.kind() {
+    read_document(&path, "status file", MAX_STATUS).map_err(|e: Error| match e.kind() {
         ErrorKind::NotFound => {
             Error::new(ErrorKind::NotFound, "there is no status: nothing was written to this name")
-                .in_file(&place)
+                .in_file(path.display().to_string())
         }
-        _ => Error::new(e.kind(), "cannot read the status file").because(e),
-    })?;
-    serde_json::from_slice(&json)
-        .map_err(|e| Error::new(ErrorKind::Malformed, "is not a status file").in_file(place).because(e))
+        _ => e,
+    })
 }
 
 /// The jobs that a mount knows, oldest first.
@@ -139,20 +152,31 @@ fn jobs_of(root: &Path) -> Result<Vec<Status>> {
     let mut found: Vec<Status> = entries
         .flatten()
         // A job may be forgotten between its listing and its reading.
-        .filter_map(|entry| serde_json::from_slice(&whole_file::read(&entry.path(), MAX_STATUS).ok()?).ok())
+        .filter_map(|entry| read_document(&entry.path(), "status", MAX_STATUS).ok())
         .collect();
     found.sort_by(|a, b| a.job_id.cmp(&b.job_id));
     Ok(found)
 }
 
-/// The mount that a path lies in.
-pub(super) fn root_of(path: &Path) -> Result<PathBuf> {
+/// The mount that a path lies in, and the path in it. The kernel says which directories are mounts: one that only looks like
+/// it has jobs of whoever made it.
+fn within_mount(path: &Path) -> Result<(PathBuf, PathBuf)> {
     let place = path.display().to_string();
-    let absolute = std::path::absolute(path)
-        .map_err(|e| Error::from_io("cannot resolve the path", e).in_file(&place))?;
-    let found = absolute.ancestors().find(|directory| directory.join(MARK).is_file());
-    let missing = || Error::new(ErrorKind::NotFound, "this is in no freightfs mount").in_file(&place);
-    found.map(Path::to_owned).ok_or_else(missing)
+    let failed = |e| Error::from_io("cannot resolve the path", e).in_file(&place);
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    let roots = mounts()?;
+    let split = |path: &Path| {
+        let around =
+            roots.iter().filter_map(|root| Some((root.clone(), path.strip_prefix(root).ok()?.to_owned())));
+        around.max_by_key(|(root, _)| root.as_os_str().len())
+    };
+    // A symbolic link may lead there from elsewhere; the file itself need not be there.
+    let resolved = || {
+        let (directory, name) = (absolute.parent()?, absolute.file_name()?);
+        split(&directory.canonicalize().ok()?.join(name))
+    };
+    let found = split(&absolute).or_else(resolved);
+    found.ok_or_else(|| Error::new(ErrorKind::NotFound, "this is in no freightfs mount").in_file(&place))
 }
 
 /// All mounts of this host that this user can look into.
@@ -173,28 +197,26 @@ fn word(state: JobState) -> &'static str {
 
 fn show(found: &[Status], json: bool) {
     if json {
-        let text =
-            serde_json::to_string_pretty(found).expect("a status has only string keys and finite numbers");
-        println!("{text}");
-        return;
+        return say_json(&found);
     }
-    let width = found.iter().map(|s| s.bucket.len() + s.key.len() + 1).max().unwrap_or(0).clamp(6, 48);
+    let object = |status: &Status| plain(format_args!("{}/{}", status.bucket, status.key));
+    let width = found.iter().map(|status| object(status).len()).max().unwrap_or(0).clamp(6, 48);
     if !found.is_empty() {
-        println!("{:width$}  {:9}  {:>4}  {:>9}  {:>7}", "OBJECT", "STATUS", "%", "SIZE", "LEFT");
+        say(format_args!("{:width$}  {:9}  {:>4}  {:>9}  {:>7}", "OBJECT", "STATUS", "%", "SIZE", "LEFT"));
     }
     for status in found {
-        let object = format!("{}/{}", status.bucket, status.key);
+        let (object, word, progress) = (object(status), word(status.status), status.progress);
         let size = status.size.map_or("-".to_owned(), human_bytes);
         let left = status.eta_seconds.map_or("-".to_owned(), |seconds| format!("{seconds} s"));
-        println!("{object:width$}  {:9}  {:>3}%  {size:>9}  {left:>7}", word(status.status), status.progress);
+        say(format_args!("{object:width$}  {word:9}  {progress:>3}%  {size:>9}  {left:>7}"));
         if let Some(since) = silent_since(status) {
-            println!("  {}", silence::sentence(status, since));
+            say(format_args!("  {}", silence::sentence(status, since)));
         }
-        status.waiting.iter().for_each(|waiting| println!("  waits: {waiting}"));
-        status.notes.iter().for_each(|note| println!("  {note}"));
+        status.waiting.iter().for_each(|waiting| say(format_args!("  waits: {waiting}")));
+        status.notes.iter().for_each(|note| say(format_args!("  {note}")));
         if let Some(error) = &status.error {
             let code = error.cloud_code.as_ref().map(|code| format!(", {code}")).unwrap_or_default();
-            println!("  {}{code}: {}", error.code, error.details);
+            say(format_args!("  {}{code}: {}", error.code, error.details));
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
+use super::terminal::{plain, say_error};
 use crate::units::human_bytes;
 
 /// How often a plain line is printed.
@@ -39,7 +40,7 @@ impl Board {
     /// One more thing, with its name, of `total` bytes.
     pub(super) fn add(&self, name: &str, total: u64) -> Progress {
         if let Some(bars) = &self.bars {
-            let bar = ProgressBar::new(total).with_style(style(SIZED)).with_message(name.to_owned());
+            let bar = ProgressBar::new(total).with_style(style(SIZED)).with_message(plain(name));
             return Progress(Kind::Bar(bars.add(bar)));
         }
         if !self.lines {
@@ -143,9 +144,9 @@ impl State {
             match &self.percent {
                 Some((percent, left)) => {
                     let comma = if left.is_empty() { "" } else { ", " };
-                    eprintln!("{}: {percent} %{comma}{left}", self.name);
+                    say_error(format_args!("{}: {percent} %{comma}{left}", self.name));
                 }
-                None => eprintln!("{}", line(&self.name, self.done, self.total, self.begun.elapsed())),
+                None => say_error(line(&self.name, self.done, self.total, self.begun.elapsed())),
             }
         }
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::jobs::read_status;
 use super::progress::{Board, Progress};
 use super::silence::{self, Watch};
+use super::terminal::say;
 use super::{FAILED, OK, WaitArguments, complain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobState, Status};
@@ -36,7 +37,7 @@ pub(super) fn run(arguments: &WaitArguments) -> Result<u8> {
             Ok(Some(status)) => {
                 progress.finish();
                 if !arguments.quiet || status.status != JobState::Success {
-                    board.print(|| println!("{}", sentence(file, &status)));
+                    board.print(|| sentence(file, &status).into_iter().for_each(say));
                 }
                 if status.status != JobState::Success {
                     code = FAILED;
@@ -78,19 +79,23 @@ fn look(file: &Path, progress: &Progress, watch: &mut Watch) -> Result<Option<St
     Ok(status.status.is_final().then_some(status))
 }
 
-fn sentence(file: &Path, status: &Status) -> String {
+/// How it ended, in lines.
+fn sentence(file: &Path, status: &Status) -> Vec<String> {
     let file = file.display();
     match (status.status, &status.error) {
         (JobState::Success, _) => {
             let (size, sha256) = (status.size.unwrap_or(0), status.sha256.as_deref().unwrap_or("-"));
-            format!("{file}: SUCCESS, {} ({size} bytes)\n  sha256 {sha256}", human_bytes(size))
+            vec![
+                format!("{file}: SUCCESS, {} ({size} bytes)", human_bytes(size)),
+                format!("  sha256 {sha256}"),
+            ]
         }
         (state, Some(error)) => {
             let cause = error.cause.as_ref().map(|c| format!(": {c}")).unwrap_or_default();
             let word = if state == JobState::Cancelled { "CANCELLED" } else { "FAIL" };
-            format!("{file}: {word} ({}), {}{cause}", error.code, error.details)
+            vec![format!("{file}: {word} ({}), {}{cause}", error.code, error.details)]
         }
-        (_, None) => format!("{file}: FAIL"),
+        (_, None) => vec![format!("{file}: FAIL")],
     }
 }
 
