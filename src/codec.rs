@@ -3,18 +3,22 @@
 //! Decompression is bounded on both sides: input by what is declared, output by one unit. Compression is
 //! deterministic: equal bytes give equal bytes on every machine, with one version of a compressor.
 
+mod deflate;
+
 use std::cell::RefCell;
 
 use sha2::{Digest, Sha256};
 use zlib_rs::{Deflate, DeflateFlush};
 
+use self::deflate::Deflater;
 use crate::error::{Error, ErrorKind, Result};
 
 thread_local! {
     static INFLATE: RefCell<libdeflater::Decompressor> = RefCell::new(libdeflater::Decompressor::new());
     static ZSTD: RefCell<zstd_safe::DCtx<'static>> = RefCell::new(zstd_safe::DCtx::create());
     static DEFLATE: RefCell<Option<(u8, libdeflater::Compressor)>> = const { RefCell::new(None) };
-    static ZLIB: RefCell<Option<((u8, u8), Deflate)>> = const { RefCell::new(None) };
+    static DEFLATE_SMALL_WINDOW: RefCell<Deflater> = RefCell::default();
+    static ZLIB: RefCell<Option<(u8, Deflate)>> = const { RefCell::new(None) };
     static ZSTD_COMPRESS: RefCell<zstd_safe::CCtx<'static>> = RefCell::new(zstd_safe::CCtx::create());
 }
 
@@ -23,7 +27,7 @@ thread_local! {
 pub enum Compression {
     /// A raw deflate stream (RFC 1951) by libdeflate.
     Deflate,
-    /// A raw deflate stream whose distances stay below 4 KiB, by zlib-rs.
+    /// A raw deflate stream whose distances stay below 4 KiB, by this crate.
     DeflateSmallWindow,
     /// A zlib stream (RFC 1950) by libdeflate.
     Zlib,
@@ -48,8 +52,8 @@ impl Compressor {
             // On a Debian root filesystem, level 6 is 0.5 % smaller and takes 13 % more time.
             Compression::Deflate | Compression::Zlib => (5, 12),
             Compression::DeflateFlushed => (5, 9),
-            // Levels below are more than 1 % larger than what qemu-img writes.
-            Compression::DeflateSmallWindow => (9, 9),
+            // On that file system, level 5 is as small as what qemu-img writes.
+            Compression::DeflateSmallWindow => (5, deflate::HIGHEST_LEVEL),
             Compression::Zstd => (3, 19),
         };
         let level = level.unwrap_or(default);
@@ -66,7 +70,8 @@ impl Compressor {
             Compression::Zstd => zstd_safe::compress_bound(length),
             // libdeflate.h, libdeflate_deflate_compress_bound: 5 bytes for each 5000, and the stream's ends.
             Compression::Deflate | Compression::Zlib => length + 5 * (length / 5000 + 1) + 16,
-            // zlib's bound for any window and memory level (deflate.c, deflateBound), and the flush.
+            // zlib's bound for any window and memory level (deflate.c, deflateBound), and the flush. The other one stores
+            // what does not become smaller, in blocks of at least 1 KiB.
             Compression::DeflateFlushed | Compression::DeflateSmallWindow => length + length / 8 + 128,
         }
     }
@@ -77,8 +82,10 @@ impl Compressor {
         let length = match self.compression {
             Compression::Deflate => self.libdeflate(|c| c.deflate_compress(input, &mut output))?,
             Compression::Zlib => self.libdeflate(|c| c.zlib_compress(input, &mut output))?,
-            Compression::DeflateSmallWindow => self.zlib(input, &mut output, 12, DeflateFlush::Finish)?,
-            Compression::DeflateFlushed => self.zlib(input, &mut output, 15, DeflateFlush::SyncFlush)?,
+            Compression::DeflateFlushed => self.zlib(input, &mut output)?,
+            Compression::DeflateSmallWindow => {
+                return Ok(DEFLATE_SMALL_WINDOW.with_borrow_mut(|d| d.compress(input, self.level)));
+            }
             Compression::Zstd => self.zstd(input, &mut output)?,
         };
         output.truncate(length);
@@ -104,16 +111,15 @@ impl Compressor {
         })
     }
 
-    fn zlib(self, input: &[u8], output: &mut [u8], window_bits: u8, flush: DeflateFlush) -> Result<usize> {
+    fn zlib(self, input: &[u8], output: &mut [u8]) -> Result<usize> {
         ZLIB.with_borrow_mut(|kept| {
             // A new stream clears more memory than a unit has.
             let (_, stream) = match kept {
-                Some(known) if known.0 == (self.level, window_bits) => known,
-                other => other
-                    .insert(((self.level, window_bits), Deflate::new(self.level.into(), false, window_bits))),
+                Some(known) if known.0 == self.level => known,
+                other => other.insert((self.level, Deflate::new(self.level.into(), false, 15))),
             };
             stream.reset();
-            stream.compress(input, output, flush).map_err(|e| failed(&e.as_str()))?;
+            stream.compress(input, output, DeflateFlush::SyncFlush).map_err(|e| failed(&e.as_str()))?;
             let written = stream.total_out() as usize;
             // A full buffer would mean that the flush was cut off.
             if stream.total_in() != input.len() as u64 || written >= output.len() {
