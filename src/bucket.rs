@@ -54,6 +54,8 @@ pub use rate_limit::RateLimit;
 pub use replaces::Replaces;
 pub use store::{Listing, ObjectMeta, Tags};
 pub use upload::{MAX_PARTS, START_LIMIT};
+#[doc(hidden)]
+pub use {listing::fuzz_listing, reply::fuzz_reply};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::{MountSettings, Secret};

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 pub use compressed::CompressedFile;
 pub use workspace::Workspace;
+#[doc(hidden)]
+pub use workspace::fuzz_lengths;
 pub use write::write_file;
 
 use crate::error::Result;

@@ -36,3 +36,5 @@ pub use retry::Retries;
 pub use staged::{StagedFile, staged_file};
 pub use state_dir::{DamagedRecord, Journal, Loaded, Publishing, Record, StateDir};
 pub use status::{JobState, Status, StatusError, StatusImage};
+#[doc(hidden)]
+pub use {lease::fuzz_lease, multipart::log::fuzz_log};

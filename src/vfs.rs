@@ -41,6 +41,8 @@ use crate::format::OutputFormat;
 use crate::metrics::Metrics;
 use crate::policy::{BucketFacts, Policy};
 use attributes::Attributes;
+#[doc(hidden)]
+pub use attributes::fuzz_attributes;
 use draft::{Drafts, PublishOptions, Publisher};
 use export_options::ExportOptions;
 use handle::Handles;

@@ -72,6 +72,13 @@ fn unescaped(text: &str) -> String {
     plain
 }
 
+/// For the fuzz targets: what is shown of a listing is less than all of it. Returns whether something is left out.
+pub fn fuzz_listing(text: &str) -> bool {
+    let shown = without_unshown(text);
+    assert!(shown.as_ref().is_none_or(|(shown, _)| shown.len() < text.len()));
+    shown.is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -117,6 +117,13 @@ impl StoreReply {
     }
 }
 
+/// For the fuzz targets: the error in which a store's answer has this text.
+pub fn fuzz_reply(text: &str) -> Error {
+    let text = format!("Server returned non-2xx status code: {text}");
+    let error = object_store::Error::Generic { store: "S3", source: text.into() };
+    write_error("cannot write it", &Replaces::Nothing, error)
+}
+
 impl std::fmt::Display for StoreReply {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.text)

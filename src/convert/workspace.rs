@@ -337,6 +337,29 @@ impl Body {
     }
 }
 
+/// For the fuzz targets: reads lengths that were kept, with digests that are made right. Returns whether there were any.
+pub fn fuzz_lengths(bytes: &[u8]) -> bool {
+    let count = bytes.first().copied().unwrap_or_default();
+    let mut found = false;
+    for sealed in [bytes.to_vec(), [bytes, Sha256::digest(bytes).as_slice()].concat()] {
+        if let Some(lengths) = parse_index(&sealed, "key", count.into()) {
+            assert_eq!(encode_index("key", &lengths), sealed);
+            found = true;
+        }
+    }
+    let mut growing = Vec::new();
+    for piece in bytes.chunks(40) {
+        growing.extend(piece);
+        growing.extend(growing_digest("key", piece));
+    }
+    for growing in [bytes, &growing] {
+        let (lengths, whole) = parse_growing(growing, "key");
+        assert!(whole <= growing.len() && lengths.len() <= growing.len() / 4);
+        found |= !lengths.is_empty();
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -294,6 +294,22 @@ async fn read<T: serde::de::DeserializeOwned>(bucket: &Bucket, name: &str) -> Re
     }
 }
 
+/// For the fuzz targets: reads claims and heartbeats, as those that they are written as again. Returns whether it is one.
+pub fn fuzz_lease(bytes: &[u8]) -> bool {
+    let (claim, beat) = (serde_json::from_slice::<Claim>(bytes), serde_json::from_slice::<Beat>(bytes));
+    let is_one = claim.is_ok() || beat.is_ok();
+    if let Ok(claim) = claim {
+        let text = serde_json::to_vec(&claim).unwrap_or_default();
+        let again = serde_json::from_slice::<Claim>(&text).map(|claim| serde_json::to_vec(&claim));
+        assert_eq!(again.ok().and_then(|text| text.ok()), Some(text));
+    }
+    if let Ok(beat) = beat {
+        let text = serde_json::to_vec(&beat).unwrap_or_default();
+        assert_eq!(serde_json::from_slice::<Beat>(&text).ok(), Some(beat));
+    }
+    is_one
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

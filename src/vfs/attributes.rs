@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use tracing::{debug, warn};
 
+pub use self::directory::fuzz_attributes;
 use self::directory::{Directory, Document, FileAttributes, Pending};
 use super::{Attr, AttrChange, ObjectName, Vfs};
 use crate::bucket::ObjectKey;

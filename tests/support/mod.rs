@@ -9,6 +9,7 @@ pub mod images;
 pub mod mount;
 pub mod proxied;
 pub mod proxy;
+pub mod random;
 pub mod s3;
 pub mod sparse;
 pub mod targets;

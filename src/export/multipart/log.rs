@@ -202,6 +202,11 @@ impl UploadLog {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.map_err(failed)?,
         };
+        Ok(Self::parse(path, &text))
+    }
+
+    /// The log of these bytes, which [`open`](Self::open) has read from `path`.
+    fn parse(path: &Path, text: &[u8]) -> Option<Self> {
         let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
         let mut inner = Inner::new(path.to_owned(), whole as u64);
         let mut name = None;
@@ -215,7 +220,7 @@ impl UploadLog {
                 }
             }
         }
-        Ok(name.map(|name| Self { name, inner: Mutex::new(inner) }))
+        name.map(|name| Self { name, inner: Mutex::new(inner) })
     }
 
     pub(in crate::export) fn name(&self) -> &UploadName {
@@ -424,6 +429,23 @@ impl Inner {
             Line::Placed(placed) => self.placed = Some(placed),
         }
     }
+}
+
+/// For the fuzz targets: reads a log's bytes, and its lines as the ones that they are written as again.
+/// Returns whether it names an upload.
+pub fn fuzz_log(bytes: &[u8]) -> bool {
+    let log = UploadLog::parse(Path::new("fuzz.parts"), bytes);
+    if let Some(log) = &log {
+        let parts = log.inner.lock().parts.clone();
+        assert_eq!(log.ids(parts.len()).is_ok(), parts.iter().all(Option::is_some));
+        let _ = (log.sent_bytes(), log.name.is_possible(), log.placed(), log.completing());
+    }
+    for line in bytes.split(|&byte| byte == b'\n').filter_map(Line::decode) {
+        let text = sealed(&line).unwrap_or_default();
+        let again = Line::decode(text.as_bytes()).and_then(|line| sealed(&line).ok());
+        assert_eq!(again.as_ref(), Some(&text), "a line is read as another one than it was written");
+    }
+    log.is_some()
 }
 
 #[cfg(test)]

@@ -271,6 +271,22 @@ fn replace<T>(all: &mut BTreeMap<String, T>, name: &str, value: Option<T>) {
     }
 }
 
+/// For the fuzz targets: reads a document of attributes, as the one that it is written as again. Returns whether it is
+/// one.
+pub fn fuzz_attributes(bytes: &[u8]) -> bool {
+    let Ok(mut document) = Document::parse(bytes, "d") else { return false };
+    // What is being written, and what changes nothing, is in no document.
+    document.pending.retain(|_, pending| pending.job.is_some() && !pending.set.is_empty());
+    let names: Vec<_> = document.files.keys().chain(document.pending.keys()).cloned().collect();
+    let mut directory = Directory::new(Some(document), None);
+    names.iter().for_each(|name| directory.mark(name));
+    let Ok(Snapshot { document: Some(written), .. }) = directory.snapshot("d") else { return true };
+    let again = Document::parse(&written, "d").ok();
+    let again = again.as_ref().map(|again| (&again.files, &again.pending));
+    assert_eq!(again, Some((&directory.files, &directory.pending)));
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

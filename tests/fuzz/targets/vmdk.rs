@@ -1,0 +1,3 @@
+#![no_main]
+
+freightfs_fuzz::program!("vmdk");
