@@ -199,7 +199,7 @@ struct ConvertArguments {
     /// Bytes of a qcow2 cluster, as 65536 or 64K
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     cluster_size: Option<u64>,
-    /// Compress qcow2's zlib clusters with a window of 32 KiB: 6 % smaller in half the time, and some readers fail
+    /// Compress qcow2's zlib clusters with a window of 32 KiB: 6 % smaller, and some readers fail
     #[arg(long)]
     large_window: bool,
     /// Threads; as many as cores by default
