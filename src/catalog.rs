@@ -187,11 +187,22 @@ impl Catalog {
         {
             return Ok(open);
         }
-        let workspace = Arc::clone(&self.workspace);
-        let open = OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace, self.walks())?;
-        let open = Arc::new(open);
+        let open = match self.open_anew(disk) {
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                // Others, which nobody uses, have the descriptors.
+                self.open.lock().clear();
+                self.open_anew(disk)
+            }
+            open => open,
+        };
+        let open = Arc::new(open?);
         self.keep(disk, &open);
         Ok(open)
+    }
+
+    fn open_anew(&self, disk: &CatalogDisk) -> Result<OpenDisk> {
+        let workspace = Arc::clone(&self.workspace);
+        OpenDisk::open(&self.store, disk, LayoutOptions::default(), workspace, self.walks())
     }
 
     /// Keeps a disk open for whoever comes next, and closes those that were used least recently where they are too many.
@@ -330,7 +341,10 @@ mod tests {
                 "disks has 26000 entries; an image has at most 256",
             ),
             (disks(256) + &list("allow", "'a'", 8193), "allow has 8193 entries; an image has at most 8192"),
-            (format!("[tags]\na = '{}'\n", "x".repeat(65_536)), "65537 bytes, more than 65536"),
+            (
+                format!("[tags]\na = '{}'\n", "x".repeat(1025)),
+                "has 1025 bytes; a word of a sidecar has at most 1024",
+            ),
             (format!("name = '{}'\n", "x".repeat(1 << 20)), "more than the 1048576 bytes"),
         ] {
             let (_dir, catalog) = catalog(&[("a.raw", ""), ("a.toml", &text)]);

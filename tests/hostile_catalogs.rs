@@ -10,17 +10,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use freightfs::catalog::{Catalog, CatalogStore, Entry, LocalFiles};
 use freightfs::error::{ErrorKind, Result};
 use freightfs::format::OutputFormat;
 use freightfs::storage::{Generation, Storage};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use support::mount::{Mount, World};
-use support::{can_mount, freightfs, run, sh, succeed, text};
+use support::{can_mount, command, freightfs, run, sh, succeed, text};
 
 const GOOD: [u8; 4096] = [7; 4096];
 
@@ -419,6 +420,9 @@ fn ten_thousand_names_and_as_many_that_are_missing_cost_a_few_listings() {
     catalog.image("folder").unwrap();
 }
 
+/// Held by tests that count or limit the descriptors of this process.
+static DESCRIPTORS: Mutex<()> = Mutex::new(());
+
 /// Descriptors that this process has open in a directory.
 fn descriptors(directory: &Path) -> usize {
     let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
@@ -427,6 +431,7 @@ fn descriptors(directory: &Path) -> usize {
 
 #[test]
 fn disks_that_nobody_uses_have_a_bound_of_descriptors_together() {
+    let _alone = DESCRIPTORS.lock();
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().canonicalize().unwrap();
     let (plain, split, extents) = (2000, 6, 250);
@@ -466,4 +471,68 @@ fn disks_that_nobody_uses_have_a_bound_of_descriptors_together() {
         catalog.open_disk(&image.disks[0]).unwrap();
     }
     assert_eq!(descriptors(&root), 64);
+}
+
+#[test]
+fn images_leave_half_of_the_descriptors_to_everything_else() {
+    let _alone = DESCRIPTORS.lock();
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().canonicalize().unwrap();
+    for number in 0..60 {
+        write(root.join(format!("p{number}.raw")), GOOD);
+    }
+    let catalog = Catalog::open(&root).unwrap();
+    let open = |number: usize| {
+        let image = catalog.image(&format!("p{number}")).unwrap();
+        catalog.open_disk(&image.disks[0])
+    };
+    let before = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 80, before.1).unwrap();
+    // Those that nobody uses give way; those that are used do not.
+    (0..60).for_each(|number| drop(open(number).unwrap()));
+    let used: Vec<_> = (0..40).map(|number| open(number).unwrap()).collect();
+    let refused = open(40).err().unwrap();
+    assert_eq!((refused.kind(), refused.is_transient()), (ErrorKind::Busy, true), "{}", refused.report());
+    assert!(refused.report().contains("p40.raw"), "{}", refused.report());
+    assert_eq!(descriptors(&root), 40);
+    drop(used);
+    open(40).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, before.0, before.1).unwrap();
+}
+
+#[test]
+fn documents_and_attributes_of_an_image_stay_small_whatever_its_names_are() {
+    if !can_mount() {
+        return;
+    }
+    let world = World::new();
+    let at = |name: &str| world.catalog().join(name);
+    // As long as a reader takes them, and of what grows most when it is escaped.
+    let name = "\u{202e}\u{1b}\"\\".repeat(1023 / 7);
+    let disks = 256;
+    for number in 0..disks {
+        let text = format!(
+            "# Disk DescriptorFile\nCID=1\ncreateType=\"custom\"\nRW 8 FLAT \"{}\" 0\n",
+            name.replace('"', "'")
+        );
+        write(at(&format!("many/{}{number}.vmdk", "d".repeat(200))), text);
+    }
+    write(at("many.toml"), format!("name = {:?}\n[tags]\n", "n".repeat(1024)));
+    let mount = world.mount(&["-o", "formats=raw:qcow2:vhd:vmdk:vhdx:vdi:zvhd:zvhd2"]);
+    sh(&format!("ls -l {} > {}", mount.path("images/many").display(), world.out("listed").display()));
+    let json = std::fs::read_to_string(mount.path("images/many/image.json")).unwrap();
+    let document: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(document["disks"].as_array().unwrap().len(), disks);
+    assert!(json.len() < 20 << 20, "{} bytes", json.len());
+    assert!(!json.contains('\u{1b}') && !json.contains('\u{202e}'));
+    let file = mount.path("images/many/many.raw");
+    let shown = succeed(
+        command("getfattr")
+            .args(["--absolute-names", "--only-values", "-n", "user.freightfs.error"])
+            .arg(&file),
+    );
+    assert!(shown.contains("among the files allowed") && shown.len() < 8192, "{shown}");
+    assert!(mount.log().len() < 1 << 20, "{} bytes of log", mount.log().len());
+    println!("image.json: {} bytes, the attribute: {}", json.len(), shown.len());
+    mount.unmount();
 }

@@ -119,6 +119,11 @@ impl LocalFiles {
         self.open_path(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | flags)
     }
 
+    fn storage(&self, path: &Path, flags: OFlag) -> Result<Arc<dyn Storage>> {
+        let file = FileStorage::of(self.open_regular(path, flags)?, self.place(path))?;
+        Ok(Arc::new(file.for_image()?))
+    }
+
     /// The refusal of a path that leads out of the catalog. The log has it once.
     fn leads_out(&self, path: &Path) -> Error {
         let what = "leads out of the catalog, by a link or a name that is absolute or has \"..\"; the mount option \
@@ -222,7 +227,7 @@ impl CatalogStore for LocalFiles {
     }
 
     fn open(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        Ok(Arc::new(FileStorage::of(self.open_regular(path, OFlag::empty())?, self.place(path))?))
+        self.storage(path, OFlag::empty())
     }
 
     fn open_reference(&self, path: &Path) -> Result<Arc<dyn Storage>> {
@@ -230,7 +235,7 @@ impl CatalogStore for LocalFiles {
             let what = "is a symbolic link, to which no image may refer";
             return Err(Error::new(ErrorKind::Malformed, what).in_file(self.place(path)));
         }
-        Ok(Arc::new(FileStorage::of(self.open_regular(path, OFlag::O_NOFOLLOW)?, self.place(path))?))
+        self.storage(path, OFlag::O_NOFOLLOW)
     }
 
     fn listing_age(&self) -> Duration {

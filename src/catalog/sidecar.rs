@@ -18,9 +18,9 @@ pub(super) const MAX_DISKS: usize = 256;
 /// Files that an image may refer to at most: a VMDK has up to 4096 extents, and there may be images below it.
 const MAX_ALLOWED: usize = 8192;
 
-/// Tags of an image at most, and bytes of all of them and of other words: they stand in its image.json.
+/// Tags of an image at most, and bytes of each word: they stand in its image.json, and its name in every status.
 const MAX_TAGS: usize = 256;
-const MAX_WORDS: usize = 64 << 10;
+const MAX_WORD: usize = 1024;
 
 /// Where an image comes from; clouds refuse to export some of these.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,12 +147,11 @@ impl Sidecar {
                 return Err(Error::new(ErrorKind::TooLarge, what));
             }
         }
-        let words = [&self.name, &self.status, &self.os, &self.region];
-        let words: usize = words.into_iter().flatten().map(String::len).sum();
-        let tags: usize = self.tags.iter().map(|(key, value)| key.len() + value.len()).sum();
-        let bytes = words + tags;
-        if bytes > MAX_WORDS {
-            let what = format!("name, status, os, region and tags have {bytes} bytes, more than {MAX_WORDS}");
+        let words = [&self.name, &self.status, &self.os, &self.region].into_iter().flatten();
+        let words = words.chain(self.tags.keys()).chain(self.tags.values());
+        if let Some(long) = words.max_by_key(|word| word.len()).filter(|word| word.len() > MAX_WORD) {
+            let (word, length) = (quoted(long), long.len());
+            let what = format!("{word} has {length} bytes; a word of a sidecar has at most {MAX_WORD}");
             return Err(Error::new(ErrorKind::TooLarge, what));
         }
         Ok(())

@@ -85,7 +85,7 @@ pub(super) fn begin(detached: bool, state: &Path, log_size: u64) -> Result<Log> 
 
 /// Allows as many open files as the hard limit does. The soft limit is 1024 nearly everywhere, for the sake of programs
 /// that use select(2); each open file, staged file and connection takes a descriptor.
-fn raise_descriptor_limit() {
+pub(super) fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {

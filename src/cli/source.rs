@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use percent_encoding::percent_decode_str;
 use tokio::runtime::Runtime;
 
+use super::daemon::raise_descriptor_limit;
 use super::{SourceArguments, cores};
 use crate::bucket::{Bucket, RequestLimits};
 use crate::catalog::{BucketFiles, CatalogDisk, CatalogStore, LocalFiles, OpenDisk};
@@ -31,6 +32,8 @@ pub(super) fn open_source(
     options: LayoutOptions,
 ) -> Result<NamedImage> {
     let place = path.display().to_string();
+    // A VMDK may be made of thousands of files.
+    raise_descriptor_limit();
     let (store, path, allowed): (Arc<dyn CatalogStore>, _, _) = match CatalogSetting::named(path) {
         CatalogSetting::Directory(path) => (Arc::new(LocalFiles::anywhere()), path, source.allowed.clone()),
         CatalogSetting::Bucket { url, .. } => {

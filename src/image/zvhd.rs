@@ -5,6 +5,7 @@
 //! that compress blocks one by one (this program is one) make records that refer to nothing; those are inflated
 //! alone. For others the end of the record before is needed, and so on back to a checkpoint.
 
+use std::collections::BTreeSet;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ const MAX_PAYLOAD: u32 = 3 << 20;
 /// Entries of an index that are read at once.
 const INDEX_PIECE: usize = 4096;
 
-/// Ends of blocks that are kept as checkpoints, of 32 KiB each.
+/// Ends of blocks that are kept as checkpoints, of 32 KiB each, while their bound for all images allows it.
 const CHECKPOINTS: usize = 512;
 
 /// A ZVHD or ZVHD2 image.
@@ -52,7 +53,9 @@ struct StoredBlock {
 
 /// The last 32 KiB of blocks, by the record's number.
 struct Windows {
-    checkpoints: std::collections::BTreeMap<usize, Arc<Vec<u8>>>,
+    /// Those of which a window was kept, and may be kept still.
+    checkpoints: BTreeSet<usize>,
+    kept: InflatedUnits,
     newest: Option<(usize, Arc<Vec<u8>>)>,
 }
 
@@ -80,7 +83,7 @@ impl ZvhdImage {
         } else {
             read_index(&*storage, &header, end, blocks)?
         };
-        let windows = Windows { checkpoints: std::collections::BTreeMap::new(), newest: None };
+        let windows = Windows { checkpoints: BTreeSet::new(), kept: InflatedUnits::windows(), newest: None };
         Ok(Self { storage, header, records, blocks: InflatedUnits::new(), windows: Mutex::new(windows) })
     }
 
@@ -151,15 +154,17 @@ impl ZvhdImage {
 impl Windows {
     /// Where to begin in order to inflate record `number`: a record at or before it, and what came before that.
     fn before(&self, number: usize) -> (usize, Option<Arc<Vec<u8>>>) {
-        let newest = self.newest.iter().map(|(at, window)| (*at, window));
-        let known = self.checkpoints.range(..number).next_back().map(|(at, window)| (*at, window));
-        let nearest = newest.chain(known).filter(|(at, _)| *at < number).max_by_key(|(at, _)| *at);
-        nearest.map_or((0, None), |(at, window)| (at + 1, Some(Arc::clone(window))))
+        let newest = self.newest.clone().filter(|(at, _)| *at < number);
+        let kept = |&at: &usize| Some((at, self.kept.get(at as u64)?));
+        let checkpoint = self.checkpoints.range(..number).rev().find_map(kept);
+        let nearest = newest.into_iter().chain(checkpoint).max_by_key(|(at, _)| *at);
+        nearest.map_or((0, None), |(at, window)| (at + 1, Some(window)))
     }
 
     fn keep(&mut self, number: usize, window: &Arc<Vec<u8>>, records: usize) {
         if number.is_multiple_of(records / CHECKPOINTS + 1) {
-            self.checkpoints.insert(number, Arc::clone(window));
+            self.checkpoints.insert(number);
+            self.kept.put(number as u64, Arc::clone(window));
         }
         self.newest = Some((number, Arc::clone(window)));
     }
@@ -351,6 +356,7 @@ impl BlockImage for ZvhdImage {
 mod tests {
     use super::*;
     use crate::image::DiskImage;
+    use crate::image::inflated::{self, INFLATED_MEMORY, WINDOW_MEMORY};
     use crate::storage::MemoryStorage;
     use crate::units::VirtualOffset;
     use zlib_rs::{Deflate, DeflateFlush};
@@ -404,6 +410,16 @@ mod tests {
                 image.read_at(VirtualOffset(u64::from(*block) << 21), &mut read).unwrap();
                 assert!(read == *bytes, "block {block} in order {order:?}");
             }
+            // Without the windows the stream is begun anew.
+            let others = InflatedUnits::windows();
+            (0..WINDOW_MEMORY >> 15).for_each(|number| others.put(number, Arc::new(vec![0; codec::WINDOW])));
+            assert!(inflated::memory() <= INFLATED_MEMORY + WINDOW_MEMORY);
+            let mut windows = image.windows.lock();
+            assert!(!windows.checkpoints.is_empty());
+            assert!(windows.checkpoints.iter().all(|&at| windows.kept.get(at as u64).is_none()));
+            windows.newest = None;
+            drop(windows);
+            assert!(image.inflate(5).unwrap() == blocks[5].1);
             let mut hole = vec![1; 100];
             image.read_at(VirtualOffset(2 << 20), &mut hole).unwrap();
             assert_eq!(hole, [0; 100]);

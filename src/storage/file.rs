@@ -4,14 +4,16 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Once;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{Whence, lseek64};
 use tracing::debug;
 
 use super::{Generation, Storage, changed, check_range};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::units::{FileOffset, SECTOR};
 use crate::whole_file;
@@ -32,6 +34,35 @@ pub struct FileStorage {
     links: u64,
     /// Done when the filesystem was asked to tell the same holes from then on.
     settled: Once,
+    /// Its place among the files of images.
+    place: Option<ImagePlace>,
+}
+
+/// A descriptor of those that images may have.
+#[derive(Debug)]
+struct ImagePlace;
+
+/// Files that images have open, of all catalogs of the process: descriptors are the process's.
+static OF_IMAGES: AtomicU64 = AtomicU64::new(0);
+
+impl ImagePlace {
+    fn take() -> Result<Self> {
+        let (most, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((u64::MAX, 0));
+        // Counted before it is looked at: two that come at once do not both take the last place.
+        let (place, others) = (Self, OF_IMAGES.fetch_add(1, Ordering::SeqCst));
+        if others >= most / 2 {
+            drop(place);
+            let what = format!("images have {others} files open, half of what this process may have");
+            return Err(Error::new(ErrorKind::Busy, what).transient());
+        }
+        Ok(place)
+    }
+}
+
+impl Drop for ImagePlace {
+    fn drop(&mut self) {
+        OF_IMAGES.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl FileStorage {
@@ -47,7 +78,17 @@ impl FileStorage {
         let meta = file.metadata().map_err(|e| Error::from_io("cannot stat", e).in_file(&name))?;
         whole_file::check_regular(meta.file_type()).map_err(|e| e.in_file(&name))?;
         let (generation, links) = (generation_of(&meta), meta.nlink());
-        Ok(Self { name, file_size: meta.len(), generation, links, settled: Once::new(), file })
+        Ok(Self { name, file_size: meta.len(), generation, links, settled: Once::new(), place: None, file })
+    }
+
+    /// The same file, counted among those of images, which have half of the process's descriptors at most: what else the
+    /// process does needs some, however many files an image is made of.
+    ///
+    /// # Errors
+    /// [`Busy`](ErrorKind::Busy) when these are taken; it may go away.
+    pub fn for_image(mut self) -> Result<Self> {
+        self.place = Some(ImagePlace::take().map_err(|e| e.in_file(&self.name))?);
+        Ok(self)
     }
 
     /// Has the filesystem tell the same holes now and later, as far as it can; done once.
@@ -145,7 +186,6 @@ impl Storage for FileStorage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
     use std::io::Write;
 
     #[test]

@@ -1,14 +1,21 @@
 //! `image.json`: what an image is, and what can be had of it.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use super::Vfs;
+use super::permit::facts_of;
 use super::tree::MAX_NAME;
 use crate::catalog::{CatalogDisk, CatalogImage, OpenDisk, Sidecar};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, shown};
 use crate::export::StatusError;
 use crate::format::OutputFormat;
 use crate::image::ImageDescription;
+use crate::policy::ImageFacts;
+
+/// Bytes of each text of an error that the formats of a disk repeat.
+const MAX_BRIEF: usize = 512;
 
 #[derive(Serialize)]
 struct ImageDocument<'a> {
@@ -60,8 +67,7 @@ impl Vfs {
     pub(super) fn image_document(&self, image: &CatalogImage) -> Vec<u8> {
         let Sidecar { name, status, os, origin, made_from, kind, region, encrypted, tags, .. } =
             &*image.sidecar;
-        let disks: Vec<_> =
-            image.disks.iter().enumerate().map(|(i, d)| self.disk_document(image, i, d)).collect();
+        let disks = self.disk_documents(image);
         let document = ImageDocument {
             version: 1,
             id: &image.id,
@@ -84,20 +90,38 @@ impl Vfs {
         json
     }
 
-    fn disk_document(&self, image: &CatalogImage, index: usize, disk: &CatalogDisk) -> DiskDocument {
-        let open = match &image.error {
+    /// Each disk is opened once, however many there are.
+    fn disk_documents(&self, image: &CatalogImage) -> Vec<DiskDocument> {
+        let open = |disk| match &image.error {
             Some(error) => Err(error.clone()),
             None => self.catalog.open_disk(disk),
         };
-        let facts = self.image_facts(image, &disk.name);
+        let opened: Vec<_> = image.disks.iter().map(open).collect();
+        let size = |open: &Result<Arc<OpenDisk>>| Some(open.as_ref().ok()?.image().virtual_size());
+        let mut facts = facts_of(image, opened.iter().map(size).collect(), 0);
+        let mut documents = Vec::new();
+        for (index, (disk, open)) in image.disks.iter().zip(&opened).enumerate() {
+            facts.disk = index;
+            documents.push(self.disk_document(image, &facts, disk, open));
+        }
+        documents
+    }
+
+    fn disk_document(
+        &self,
+        image: &CatalogImage,
+        facts: &ImageFacts,
+        disk: &CatalogDisk,
+        open: &Result<Arc<OpenDisk>>,
+    ) -> DiskDocument {
         let document = |&format| {
-            let permit = self.permits.image(&facts, format, (&image.id, &disk.name));
+            let permit = self.permits.image(facts, format, (&image.id, &disk.name));
             format_document(&disk.name, format, &open.clone().and_then(|open| permit.map(|()| open)))
         };
         let formats = self.settings.formats.iter().map(document).collect();
         DiskDocument {
             name: disk.name.clone(),
-            role: if index == 0 { "system" } else { "data" },
+            role: if facts.disk == 0 { "system" } else { "data" },
             virtual_size: open.as_ref().ok().map(|o| o.image().virtual_size()),
             generation: open.as_ref().ok().map(|o| o.generation().shown().to_owned()),
             source: open.as_ref().ok().map(|o| o.image().description()),
@@ -107,11 +131,20 @@ impl Vfs {
     }
 }
 
-fn format_document(
-    disk: &str,
-    format: OutputFormat,
-    open: &Result<std::sync::Arc<OpenDisk>>,
-) -> FormatDocument {
+/// An error as each format repeats it: an image may have hundreds of disks and each a dozen formats, and what a disk's own
+/// error says in full is bounded by what errors are.
+fn brief(error: &Error) -> StatusError {
+    let cut = |text: String| shown(&text, MAX_BRIEF).into_owned();
+    let full = StatusError::from(error);
+    StatusError {
+        description: cut(full.description),
+        details: cut(full.details),
+        cause: full.cause.map(cut),
+        ..full
+    }
+}
+
+fn format_document(disk: &str, format: OutputFormat, open: &Result<Arc<OpenDisk>>) -> FormatDocument {
     let name = format!("{disk}.{}", format.suffix());
     let too_long =
         || Error::new(ErrorKind::NameTooLong, format!("the file's name has more than {MAX_NAME} bytes"));
@@ -124,6 +157,6 @@ fn format_document(
         size,
         largest_size: file.as_ref().ok().filter(|_| size.is_none()).map(|f| f.file_size()),
         exportable: file.is_ok(),
-        error: file.err().as_ref().map(StatusError::from),
+        error: file.err().as_ref().map(brief),
     }
 }

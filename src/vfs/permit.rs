@@ -157,19 +157,25 @@ impl Vfs {
 
     /// What the policy is told of an image whose disk `disk` is exported. Disks that cannot be opened have no size.
     pub(super) fn image_facts(&self, image: &CatalogImage, disk: &str) -> ImageFacts {
-        let sidecar = &image.sidecar;
         let size = |disk| Some(self.catalog.open_disk(disk).ok()?.image().virtual_size());
-        ImageFacts {
-            status: sidecar.status.clone(),
-            os: sidecar.os.clone(),
-            origin: sidecar.origin.name().to_owned(),
-            made_from: sidecar.made_from.map(|origin| origin.name().to_owned()),
-            kind: sidecar.kind.name().to_owned(),
-            encrypted: sidecar.encrypted,
-            region: sidecar.region.clone(),
-            disks: image.disks.iter().map(size).collect(),
-            disk: image.disks.iter().position(|known| known.name == disk).unwrap_or(0),
-        }
+        let disks = image.disks.iter().map(size).collect();
+        facts_of(image, disks, image.disks.iter().position(|known| known.name == disk).unwrap_or(0))
+    }
+}
+
+/// What the policy is told of an image with disks of so many bytes, one of which is exported.
+pub(super) fn facts_of(image: &CatalogImage, disks: Vec<Option<u64>>, disk: usize) -> ImageFacts {
+    let sidecar = &image.sidecar;
+    ImageFacts {
+        status: sidecar.status.clone(),
+        os: sidecar.os.clone(),
+        origin: sidecar.origin.name().to_owned(),
+        made_from: sidecar.made_from.map(|origin| origin.name().to_owned()),
+        kind: sidecar.kind.name().to_owned(),
+        encrypted: sidecar.encrypted,
+        region: sidecar.region.clone(),
+        disks,
+        disk,
     }
 }
 

@@ -240,7 +240,7 @@ impl Vfs {
         };
         Ok(match file {
             Ok((modified, file)) => self.virtual_file_attr(node, &*file.virtual_file(), modified),
-            Err(_) => self.file_attr(node, 0, 0o444, self.image_modified(&image)),
+            Err(_) => self.file_attr(node, 0, 0o444, self.catalog.modified(disk).unwrap_or(self.mounted)),
         })
     }
 
