@@ -233,6 +233,12 @@ impl Tokens {
         self.tokens.clear();
     }
 
+    /// The largest distance of a match.
+    #[cfg(test)]
+    pub(super) fn farthest(&self) -> u32 {
+        self.tokens.iter().map(|token| token.distance()).max().unwrap_or(0)
+    }
+
     /// Writes all of them, as the final blocks of a stream.
     pub(super) fn write(&self, input: &[u8], out: &mut BitWriter) {
         let mut block = Block { tokens: 0..0, start: 0, counts: Counts::NONE };
