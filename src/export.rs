@@ -11,6 +11,7 @@ mod job;
 mod job_id;
 mod lease;
 mod limits;
+pub mod moves;
 mod multipart;
 mod orphans;
 mod progress;

@@ -87,8 +87,14 @@ steps! {
     LogRemove = "log-remove",
     /// The record of an old ended job is removed.
     RecordPrune = "record-prune",
-    /// A rename or a copy within a bucket makes the new object.
+    /// What is about to be renamed, or removed with what stands beside it, is recorded.
+    MoveRecord = "move-record",
+    /// A rename makes the new object.
     CopyPlace = "copy-place",
+    /// It is noted which object that is.
+    MoveNote = "move-note",
+    /// It is noted that nothing is left to be renamed or removed.
+    MoveEnd = "move-end",
     /// The objects beside a renamed or removed one are renamed or removed with it.
     SidecarMove = "sidecar-move",
     /// An object is removed from its bucket.

@@ -79,8 +79,7 @@
 //! handles on it see the same bytes. When the name is removed or given to another file by a rename, its number and its
 //! handles keep it, with a link count of 0, and nothing of it is published any more; the name's new file has another
 //! number, or the same one in another generation when the kernel had forgotten the old one. A rename takes the number
-//! along: the bucket has the object under its new name before it is removed under the old one, and what was written is
-//! published under the new name. Another host's new version of an object is another file.
+//! along, and what was written is published under the new name. Another host's new version of an object is another file.
 //!
 //! Drafts know buckets, jobs and lanes by their publisher, and not the mount.
 //!
@@ -126,6 +125,19 @@
 //! the reason; a damaged line of a log costs the parts before it. A job whose store does not say whether the object is in
 //! place stays in Publishing and asks, and who waits in close gets the error meanwhile. Jobs that wait for a bucket or an image of theirs stay,
 //! visibly, until it is there again or somebody cancels them.
+//!
+//! A store has no rename: an object is copied, removed under its old name, and its sidecars follow; in a local bucket the
+//! first two are one step of the filesystem. Before the first step a line in the state directory says what there was at
+//! both names, with entity tags ([`export::moves`]), and so it does before an object is removed that has sidecars. What is
+//! left after a crash, or after a request that failed, is a function of what the bucket shows; whoever comes to one of the
+//! names meanwhile waits:
+//!
+//! | progress | what the bucket shows | what is done |
+//! |---|---|---|
+//! | Unmade | the old name's object as recorded; none or another at the new one | nothing: it was not renamed, or not removed |
+//! | Made | the old name's object as recorded; the same at the new one | removes the old one, if it is as recorded still; what stands beside it follows |
+//! | Moved | none or another at the old name; the object at the new one | what stood beside the old one follows |
+//! | Gone | none or another at the old name; none or another at the new one | what stood beside an object that is gone is removed |
 //!
 //! Hosts that share a bucket agree in it: an object for each epoch of a key's lease, created by a put that fails when it
 //! is there, and heartbeats that carry the upload's log. A host that sees no heartbeat for one lease period takes

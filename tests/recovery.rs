@@ -525,7 +525,7 @@ fn users_objects_at_the_places_of_sidecars_stay() {
     let job = queue.jobs.newest("b", &key("k.raw")).unwrap();
     assert!(!job.holds_status(), "the user's object is hidden by a status");
     // Removing and renaming the object leaves them, too.
-    world.runtime.block_on(queue.jobs.rename_sidecars(&world.bucket, &key("k.raw"), &key("l.raw"))).unwrap();
+    world.runtime.block_on(queue.jobs.rename(&world.bucket, &key("k.raw"), &key("l.raw"), false)).unwrap();
     world.runtime.block_on(queue.jobs.remove_sidecars(&world.bucket, &key("k.raw"))).unwrap();
     for name in foreign {
         assert_eq!(world.get(name).unwrap(), b"mine");
@@ -542,14 +542,14 @@ fn sidecars_go_with_their_object_and_other_files_have_none() {
     world.put("d/l.raw", &world.content);
     world.put("d/l.raw.md5", b"mine");
     let (from, to) = (key("d/k.raw"), key("d/l.raw"));
-    world.runtime.block_on(queue.jobs.rename_sidecars(&world.bucket, &from, &to)).unwrap();
+    world.runtime.block_on(queue.jobs.rename(&world.bucket, &from, &to, false)).unwrap();
     assert_eq!((world.get("d/k.raw.status"), world.get("d/k.raw.sha256")), (None, None));
     let status = world.status_in_bucket("d/l.raw").unwrap();
     assert_eq!((status.key.as_str(), status.url.as_str()), ("d/l.raw", "memory://b/d/l.raw"));
     let checksum = String::from_utf8(world.get("d/l.raw.sha256").unwrap()).unwrap();
     assert_eq!(checksum, format!("{}  l.raw\n", status.sha256.unwrap()));
     assert_eq!(world.get("d/l.raw.md5").unwrap(), b"mine");
-    world.runtime.block_on(queue.jobs.rename_sidecars(&world.bucket, &to, &key("d/notes"))).unwrap();
+    world.runtime.block_on(queue.jobs.rename(&world.bucket, &to, &key("d/notes"), false)).unwrap();
     assert_eq!((world.get("d/l.raw.status"), world.get("d/notes.status")), (None, None));
     // A name that is no disk's has none, and loses those of an earlier version when it is replaced.
     world.submit(&queue, "notes", true).wait(LIMIT).unwrap();

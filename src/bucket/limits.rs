@@ -199,6 +199,16 @@ impl<S: Store> Store for LimitedStore<S> {
         self.writing(&self.writes, limit, self.store.copy(from, etag, to, replaces)).await
     }
 
+    async fn rename(
+        &self,
+        from: &ObjectKey,
+        etag: Option<&str>,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<bool> {
+        self.promptly(self.store.rename(from, etag, to, replaces)).await
+    }
+
     async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
         self.promptly(self.store.make_directory(key)).await
     }

@@ -11,6 +11,7 @@
 mod directory;
 mod names;
 mod owner;
+mod rename;
 
 use std::fs::File;
 use std::ops::Range;
@@ -314,6 +315,18 @@ impl Store for LocalStore {
             })
         })
         .await
+    }
+
+    async fn rename(
+        &self,
+        from: &ObjectKey,
+        etag: Option<&str>,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<bool> {
+        let (from, to) = (from.clone(), to.clone());
+        let (etag, replaces) = (etag.map(str::to_owned), replaces.clone());
+        self.blocking(move |store| store.rename_now(&from, etag.as_deref(), &to, &replaces)).await
     }
 
     async fn make_directory(&self, key: &ObjectKey) -> Result<()> {

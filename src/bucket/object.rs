@@ -235,8 +235,24 @@ impl Bucket {
         self.verify(to, size, &SentTags::default()).await
     }
 
+    /// Gives an object another name in one step, where the store has such a step; `None`, and nothing done, elsewhere.
+    ///
+    /// # Errors
+    /// As [`copy`](Self::copy).
+    pub async fn rename(
+        &self,
+        from: &ObjectMeta,
+        to: &ObjectKey,
+        replaces: &Replaces,
+    ) -> Result<Option<ObjectMeta>> {
+        self.check_writable()?;
+        let renamed = self.store().rename(&from.key, from.etag.as_deref(), to, replaces).await;
+        let is_renamed = renamed.map_err(|e| self.named(e, &from.key))?;
+        Ok(is_renamed.then(|| ObjectMeta { key: to.clone(), ..from.clone() }))
+    }
+
     /// Whether two objects have the same bytes. A copy of an object that was made of parts has another tag than that.
-    async fn is_copy(&self, one: &ObjectMeta, other: &ObjectMeta) -> Result<bool> {
+    pub async fn is_copy(&self, one: &ObjectMeta, other: &ObjectMeta) -> Result<bool> {
         if one.object_size != other.object_size || one.etag.is_some() && one.etag == other.etag {
             return Ok(one.object_size == other.object_size);
         }

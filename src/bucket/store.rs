@@ -164,6 +164,18 @@ pub(super) trait Store: Send + Sync {
         replaces: &Replaces,
     ) -> Result<()>;
 
+    /// Gives an object, which must still have the tag `etag` when one is given, another name in one step; says whether the
+    /// store has such a step. The object keeps its tag.
+    async fn rename(
+        &self,
+        _from: &ObjectKey,
+        _etag: Option<&str>,
+        _to: &ObjectKey,
+        _replaces: &Replaces,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Makes an empty directory, where the store has directories.
     async fn make_directory(&self, key: &ObjectKey) -> Result<()>;
 

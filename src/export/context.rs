@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::moves::Moves;
 use super::multipart::digests::joined;
 use super::multipart::memory::PartMemory;
 use super::multipart::uploads::Uploads;
@@ -39,6 +40,7 @@ pub(super) struct Context {
     pub(super) buckets: BTreeMap<String, MountedBucket>,
     pub(super) journal: Journal,
     pub(super) uploads: Uploads,
+    pub(super) moves: Arc<Moves>,
     pub(super) metrics: Arc<Metrics>,
     /// Rights to run over all buckets, where the policy limits them.
     allowed: Arc<Semaphore>,
@@ -110,6 +112,7 @@ impl Context {
         let mounted = |(name, bucket)| (name, MountedBucket::new(bucket, settings.running, count));
         Self {
             buckets: buckets.into_iter().map(mounted).collect(),
+            moves: Arc::new(Moves::new(journal.moves(), uploads.clone(), settings.all_sidecars)),
             uploads,
             journal,
             metrics,

@@ -1,5 +1,6 @@
 //! The queue: accepts jobs durably, starts their runs, and resumes those of a daemon that died.
 
+mod moving;
 mod resume;
 
 use std::collections::BTreeMap;
@@ -14,7 +15,6 @@ use super::deferred::DeferredFile;
 use super::job::{Holds, Job, Stop};
 use super::job_id::JobId;
 use super::limits;
-use super::multipart::copy;
 use super::multipart::early::{EarlySource, EarlyUpload};
 use super::orphans;
 use super::queue_settings::QueueSettings;
@@ -23,7 +23,7 @@ use super::run::{Begin, Run};
 use super::sidecars::{self, has_sidecars};
 use super::stage::Recovery;
 use super::state_dir::{Journal, Record};
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
+use crate::bucket::{Bucket, ObjectKey, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::Step;
 use crate::metrics::Metrics;
@@ -199,20 +199,6 @@ impl JobQueue {
         EarlyUpload::begin(source, uploads, memory, permit, &self.context.runtime)
     }
 
-    /// Copies an object to another key of its bucket: within the store where it does that, else in parts that this
-    /// process reads and sends. What such a copy leaves in a crash is given up by the next mount.
-    /// Returns what was copied.
-    pub async fn copy(
-        &self,
-        bucket: &Bucket,
-        from: &ObjectKey,
-        to: &ObjectKey,
-        replaces: &Replaces,
-    ) -> Result<ObjectMeta> {
-        let log_id = format!("copy-{}", JobId::new());
-        copy::copy(&self.context.uploads, bucket, from, to, replaces, &log_id).await
-    }
-
     /// Whether objects of this key have sidecars in this mount.
     pub fn has_sidecars(&self, key: &ObjectKey) -> bool {
         has_sidecars(key, self.context.settings.all_sidecars)
@@ -221,11 +207,6 @@ impl JobQueue {
     /// Removes those sidecars of an object that are ours, after the object itself was removed.
     pub async fn remove_sidecars(&self, bucket: &Bucket, object: &ObjectKey) -> Result<()> {
         sidecars::remove(bucket, object).await
-    }
-
-    /// Renames the sidecars of an object with it, as far as they are ours.
-    pub async fn rename_sidecars(&self, bucket: &Bucket, from: &ObjectKey, to: &ObjectKey) -> Result<()> {
-        sidecars::rename(bucket, from, to, self.context.settings.all_sidecars).await
     }
 
     /// A run for a job that has ended, or ends before it begins.

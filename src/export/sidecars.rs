@@ -5,8 +5,9 @@
 //! removes there is its own, which the content says, and a user's object of such a name stays.
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
-use super::status::Status;
+use super::status::{JobState, Status};
 use crate::bucket::{Bucket, ObjectKey, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
@@ -19,7 +20,8 @@ const MAX_SIZE: u64 = 1 << 20;
 const TRIES: u32 = 5;
 
 /// One of the objects beside an exported one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Sidecar {
     /// How far the export is and how it ended, see [`Status`].
     Status,
@@ -161,33 +163,22 @@ pub async fn remove(bucket: &Bucket, object: &ObjectKey) -> Result<()> {
     Ok(())
 }
 
-/// Renames the sidecars of `from`, as far as they are ours, after their object got the name `to`; with `all` names of
-/// every kind have sidecars. They name the new object afterwards. What the object that was replaced had of them goes.
-pub async fn rename(bucket: &Bucket, from: &ObjectKey, to: &ObjectKey, all: bool) -> Result<()> {
-    if has_sidecars(to, all) {
-        for sidecar in Sidecar::ALL {
-            if sidecar.key_for(from).is_err() {
-                continue;
-            }
-            // What cannot be looked at now must not be removed below.
-            let Beside::Ours { bytes, .. } = look(bucket, from, sidecar).await? else { continue };
-            let renamed = renamed(bucket, to, sidecar, &bytes)?;
-            failpoint::pass(Step::SidecarMove)?;
-            write(bucket, to, sidecar, renamed, Replaces::Nothing, |_| async { Ok(true) }).await?;
-        }
-    } else {
-        remove(bucket, to).await?;
-    }
-    remove(bucket, from).await
-}
-
-/// The bytes of a sidecar of ours as one of `to`.
-fn renamed(bucket: &Bucket, to: &ObjectKey, sidecar: Sidecar, bytes: &Bytes) -> Result<Bytes> {
+/// The bytes of a sidecar of ours as one of `to`, whose entity tag is `etag`.
+pub(super) fn renamed(
+    bucket: &Bucket,
+    to: &ObjectKey,
+    sidecar: Sidecar,
+    bytes: &Bytes,
+    etag: Option<String>,
+) -> Result<Bytes> {
     let damaged = || Error::new(ErrorKind::Internal, "a sidecar of ours cannot be read any more");
     if sidecar == Sidecar::Status {
         let mut status: Status = serde_json::from_slice(bytes).map_err(|e| damaged().because(e))?;
         (status.bucket, status.key) = (bucket.name().to_owned(), to.to_string());
         status.url = bucket.url_of(to);
+        if status.status == JobState::Success {
+            status.etag = etag;
+        }
         return Ok(Bytes::from(status.to_json()));
     }
     let line = std::str::from_utf8(bytes).map_err(|e| damaged().because(e))?;

@@ -122,7 +122,7 @@ impl Record {
 /// A state directory that this process holds.
 ///
 /// Layout: `lock`; `jobs/ID.json`, replaced atomically; `jobs/damaged/`, records that cannot be used; `uploads/ID.parts`, logs of uploads under way, and `.intent`, those that begin; `staging/`, files
-/// that writers are filling; `lengths/`, what compressed files keep.
+/// that writers are filling; `moves`, renames and removals under way; `lengths/`, what compressed files keep.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
@@ -183,6 +183,7 @@ impl StateDir {
             directory: self.path.join("jobs"),
             uploads: self.path.join("uploads"),
             staging: self.path.join("staging"),
+            moves: self.path.join("moves"),
         }
     }
 }
@@ -205,11 +206,17 @@ pub struct Journal {
     directory: PathBuf,
     uploads: PathBuf,
     staging: PathBuf,
+    moves: PathBuf,
 }
 
 impl Journal {
     fn path(&self, job_id: &str) -> PathBuf {
         self.directory.join(format!("{job_id}.json"))
+    }
+
+    /// Where renames and removals are recorded.
+    pub(super) fn moves(&self) -> PathBuf {
+        self.moves.clone()
     }
 
     /// What tells this state directory from others of the host: its device and inode; empty where they cannot be known.

@@ -24,6 +24,7 @@ use super::{Attr, AttrChange, ObjectName, Vfs};
 use crate::bucket::ObjectKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::JobState;
+use crate::export::moves::Renamed;
 
 /// How long attributes that were read from a bucket are believed: other hosts may change them.
 const AGE: Duration = Duration::from_secs(30);
@@ -475,12 +476,24 @@ impl Vfs {
         Ok((!set.is_empty()).then_some(set))
     }
 
-    /// An object has been copied to another name, with what was set on it.
-    pub(super) async fn move_attributes(&self, to: &ObjectName, set: Option<FileAttributes>) -> Result<()> {
+    /// An object has got another name, with what was set on it. It keeps its time, which that of a copy is not.
+    pub(super) async fn move_attributes(
+        &self,
+        to: &ObjectName,
+        mut set: Option<FileAttributes>,
+        renamed: Option<Renamed>,
+    ) -> Result<()> {
         self.recent.forget(to);
         // What is to be published under that name has its own already.
         if self.being_made(to).is_some() {
             return Ok(());
+        }
+        if let Some(Renamed { from, to }) =
+            renamed.filter(|renamed| renamed.from.modified != renamed.to.modified)
+            && let Ok(modified) = Timestamp::try_from(from.modified)
+            && to.etag.is_some()
+        {
+            set.get_or_insert_default().modified.get_or_insert(modified);
         }
         let Some(set) = set else {
             self.forget_attributes(to, false).await;

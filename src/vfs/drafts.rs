@@ -48,6 +48,7 @@ impl Vfs {
     pub(super) async fn open_draft(&self, object: &ObjectName, how: Opening) -> Result<Arc<Draft>> {
         let (bucket, key) = object;
         if how.write {
+            self.check_moved(object).await?;
             self.check_not_exporting(object)?;
         }
         let known = self.drafts.named(object);
@@ -122,6 +123,11 @@ impl Vfs {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Waits for a rename or a removal that is not over.
+    pub(super) async fn check_moved(&self, object: &ObjectName) -> Result<()> {
+        self.jobs.check_moved(&object.0, &object.1, PREVIOUS_LIMIT).await
     }
 
     /// Refuses to touch what a job is making; one that publishes what a program wrote is waited for.

@@ -11,11 +11,10 @@ use super::drafts::{Detached, Opening, object_node};
 use super::inode::{Ino, Node};
 use super::tree::{no_entry, read_only, status_time};
 use super::{ObjectName, Vfs};
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Job;
 use crate::export::sidecars::Sidecar;
-use crate::failpoint::{self, Step};
 use std::sync::Arc;
 
 /// The suffix of status files.
@@ -227,6 +226,7 @@ impl Vfs {
             return self.cancel_job(name).await;
         }
         let object = self.writable_child(parent, name)?;
+        self.check_moved(&object).await?;
         let (bucket, key) = &object;
         let held = self.status_job(bucket, key);
         if held.as_ref().is_some_and(|job| !job.status().status.is_final()) {
@@ -264,15 +264,16 @@ impl Vfs {
             }
         }
         let store = self.bucket(bucket)?;
-        match store.head(key).await? {
-            Some(_) => {
-                failpoint::pass(Step::ObjectRemove)?;
-                store.delete(key).await?;
+        if !self.jobs.remove(store, key).await? {
+            if !is_known {
+                return Err(no_entry(key.as_str()));
             }
-            None if is_known => {}
-            None => return Err(no_entry(key.as_str())),
+            self.remove_sidecars(object).await;
         }
-        self.remove_sidecars(object).await;
+        if self.jobs.has_sidecars(key) {
+            self.jobs.forget(bucket, key);
+            self.forget_recent_sidecars(bucket, key);
+        }
         self.forget_attributes(object, false).await;
         self.requests.forget(object);
         if let Some(base) = key.as_str().strip_suffix(STATUS_SUFFIX)
@@ -293,25 +294,6 @@ impl Vfs {
         if let Err(error) = removed.await {
             warn!(%key, "sidecars stay although their object is gone: {}", error.report());
         }
-        self.jobs.forget(bucket, key);
-        self.forget_recent_sidecars(bucket, key);
-    }
-
-    /// The sidecars of an object that has another name now get that too, in place of those of what had it before.
-    async fn rename_sidecars(&self, from: &ObjectName, to: &ObjectName) {
-        if !self.jobs.has_sidecars(&from.1) && !self.jobs.has_sidecars(&to.1) {
-            return;
-        }
-        let renamed = async {
-            let store = self.bucket(&from.0)?;
-            self.jobs.remove_sidecars(store, &to.1).await?;
-            self.jobs.rename_sidecars(store, &from.1, &to.1).await
-        };
-        if let Err(error) = renamed.await {
-            warn!(key = %to.1, "sidecars did not go with their object: {}", error.report());
-        }
-        self.forget_recent_sidecars(&from.0, &from.1);
-        self.forget_recent_sidecars(&to.0, &to.1);
     }
 
     fn forget_recent_sidecars(&self, bucket: &str, key: &ObjectKey) {
@@ -364,7 +346,12 @@ impl Vfs {
 
     /// Renames an object, open or not. The bucket has it under the new name before it is removed under the old one; what
     /// was written to it and is not published yet is published under the new name.
-    async fn rename_object(self: &Arc<Self>, from: &ObjectName, to: &ObjectName) -> Result<()> {
+    async fn rename_object(
+        self: &Arc<Self>,
+        from: &ObjectName,
+        to: &ObjectName,
+        exclusive: bool,
+    ) -> Result<()> {
         self.check_settled(from).await?;
         self.check_settled(to).await?;
         self.load_attributes(to).await?;
@@ -376,38 +363,33 @@ impl Vfs {
             self.check_settled(from).await?;
             self.check_settled(to).await?;
             let is_new = draft.as_ref().is_some_and(|draft| !draft.is_published());
-            let store = self.bucket(&from.0)?;
-            match store.head(&from.1).await? {
-                Some(_) => {
-                    let copied = self.jobs.copy(store, &from.1, &to.1, &Replaces::Anything).await?;
-                    // What somebody else has written there meanwhile stays.
-                    failpoint::pass(Step::ObjectRemove)?;
-                    store.delete_if(&from.1, &Replaces::found(Some(copied.etag.as_deref()))).await
-                }
+            match self.jobs.rename(self.bucket(&from.0)?, &from.1, &to.1, exclusive).await {
+                Ok(renamed) => Ok(Some(renamed)),
                 // Nothing of it was published yet.
-                None if is_new => Ok(()),
-                None => Err(no_entry(from.1.as_str())),
+                Err(error) if error.kind() == ErrorKind::NotFound && is_new => Ok(None),
+                Err(error) => Err(error),
             }
         };
         let moved = match &draft {
             Some(draft) => self.drafts.rename(draft, to, moving).await,
             None => moving.await,
         };
-        if let Err(error) = moved {
-            self.reattach(replaced).await;
-            return Err(error);
-        }
+        let renamed = match moved {
+            Ok(renamed) => renamed,
+            Err(error) => {
+                self.reattach(replaced).await;
+                return Err(error);
+            }
+        };
         self.renamed(from, to, replaced);
-        if draft.is_none_or(|draft| draft.is_published()) {
-            self.rename_sidecars(from, to).await;
-        }
+        [from, to].into_iter().for_each(|name| self.forget_recent_sidecars(&name.0, &name.1));
         if let Some(parent) = to.1.parent() {
             // The store has it now.
             self.made_directories.remove(&(to.0.clone(), parent));
         }
         self.keep_directory_of(from).await;
         self.forget_attributes(from, false).await;
-        self.move_attributes(to, set).await
+        self.move_attributes(to, set, renamed).await
     }
 
     /// What is known of a file goes with it to its new name.
@@ -434,6 +416,8 @@ impl Vfs {
         if from == to {
             return self.resolve_object(from.0, from.1).await.map(drop);
         }
+        self.check_moved(&from).await?;
+        self.check_moved(&to).await?;
         if from.0 != to.0 {
             return Err(Error::new(ErrorKind::CrossDevice, "a rename from one bucket to another is a copy"));
         }
@@ -459,7 +443,7 @@ impl Vfs {
                 self.check_settled(&to).await?;
                 self.rename_parked(&draft, &from, &to).await
             }
-            None => self.rename_object(&from, &to).await,
+            None => self.rename_object(&from, &to, exclusive).await,
         }
     }
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::log::{Part, UploadLog};
-use super::place::gone;
 use super::transfer::MAX_PARTS_IN_FLIGHT;
 use super::uploads::{Uploads, abort};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
@@ -14,31 +13,30 @@ use crate::failpoint::{self, Step};
 
 /// Copies an object to another key of its bucket: within the store where it does that, else in parts that this process
 /// reads and sends. What such a copy leaves in a crash, under the log `log_id`, is given up by the next mount. Returns
-/// what was copied.
+/// what was made.
 pub(in crate::export) async fn copy(
     uploads: &Uploads,
     bucket: &Bucket,
-    from: &ObjectKey,
+    source: &ObjectMeta,
     to: &ObjectKey,
     replaces: &Replaces,
     log_id: &str,
 ) -> Result<ObjectMeta> {
-    let source = bucket.head(from).await?.ok_or_else(|| gone(bucket, from))?;
     if bucket.can_copy(source.object_size) {
-        failpoint::pass(Step::CopyPlace)?;
-        bucket.copy(&source, to, replaces).await?;
-        return Ok(source);
+        return bucket.copy(source, to, replaces).await;
     }
     let part_size = bucket.part_size_for(source.object_size)?;
     let log = uploads.begin(bucket, to, &Tags::new(), part_size, log_id).await?;
-    match copy_parts(bucket, &source, &log, replaces).await {
-        Ok(()) => log.remove(),
+    match copy_parts(bucket, source, &log, replaces).await {
+        Ok(made) => {
+            log.remove();
+            Ok(made)
+        }
         Err(error) => {
             abort(bucket, &log).await;
-            return Err(error);
+            Err(error)
         }
     }
-    Ok(source)
 }
 
 async fn copy_parts(
@@ -46,7 +44,7 @@ async fn copy_parts(
     source: &ObjectMeta,
     log: &Arc<UploadLog>,
     replaces: &Replaces,
-) -> Result<()> {
+) -> Result<ObjectMeta> {
     let (part_size, to) = (log.name().part_size, &log.name().key);
     let parts = source.object_size.div_ceil(part_size) as usize;
     stream::iter((0..parts).map(|index| async move {
@@ -61,7 +59,6 @@ async fn copy_parts(
     .buffer_unordered(MAX_PARTS_IN_FLIGHT)
     .try_collect::<()>()
     .await?;
-    failpoint::pass(Step::CopyPlace)?;
     let (ids, size) = (log.ids(parts)?, source.object_size);
-    bucket.complete_upload(to, &log.name().id, ids, size, replaces).await.map(drop)
+    bucket.complete_upload(to, &log.name().id, ids, size, replaces).await
 }

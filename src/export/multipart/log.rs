@@ -110,7 +110,7 @@ const SUM_END: &str = "\"}";
 const SUM_LENGTH: usize = SUM.len() + 8 + SUM_END.len();
 
 /// A JSON object as a line with its checksum and its end.
-pub(super) fn sealed(value: &impl Serialize) -> serde_json::Result<String> {
+pub(in crate::export) fn sealed(value: &impl Serialize) -> serde_json::Result<String> {
     let mut text = serde_json::to_string(value)?;
     let sum = checksum(&text);
     text.truncate(text.len() - 1);
@@ -118,7 +118,7 @@ pub(super) fn sealed(value: &impl Serialize) -> serde_json::Result<String> {
 }
 
 /// What was sealed, if it is whole.
-pub(super) fn unsealed<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
+pub(in crate::export) fn unsealed<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
     let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
     let (text, sum) = text.split_at_checked(text.len().checked_sub(SUM_LENGTH)?)?;
     let sum = u32::from_str_radix(sum.strip_prefix(SUM)?.strip_suffix(SUM_END)?, 16).ok()?;

@@ -38,6 +38,7 @@ impl JobQueue {
         if !is_partial {
             self.context.journal.sweep_staging(&records, &damaged);
         }
+        self.resume_moves();
         let Left { logs, intents } = self.context.uploads.load()?;
         let mut logs: Logs = logs.into_iter().collect();
         for intent in intents {

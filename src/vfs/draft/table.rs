@@ -108,14 +108,14 @@ impl Drafts {
 
     /// Another name leads to the draft, when `moving` has moved what the bucket has of it. Nothing is published
     /// meanwhile.
-    pub(in super::super) async fn rename(
+    pub(in super::super) async fn rename<T>(
         &self,
         draft: &Arc<Draft>,
         to: &ObjectName,
-        moving: impl Future<Output = Result<()>>,
-    ) -> Result<()> {
+        moving: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let mut state = draft.lock().await;
-        moving.await?;
+        let moved = moving.await?;
         let from = draft.object();
         draft.set_object(&mut state, to);
         let mut table = self.table.lock();
@@ -125,7 +125,7 @@ impl Drafts {
         if !draft.is_closed() || draft.is_parked() {
             table.named.insert(to.clone(), Arc::clone(draft));
         }
-        Ok(())
+        Ok(moved)
     }
 
     /// One handle fewer. The last one that writes publishes, and the last one of all takes the draft away; who opens the
