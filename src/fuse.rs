@@ -4,6 +4,7 @@
 //! and writes into a staged file that nobody else changes. Everything else is a task of the runtime that replies when it
 //! is done, so that however many requests wait for a store, no thread does.
 
+mod interrupt;
 mod reply;
 mod session;
 
@@ -21,14 +22,17 @@ use fuser::{
 use tokio::runtime::Handle as Runtime;
 use tracing::debug;
 
+use self::interrupt::{Refuse, told_to_end};
 use self::reply::{
-    copy_errno, errno, file_attr, handle, ino, open_options, permissions, read_now, reply_attr,
-    reply_directory, reply_empty, reply_entry, reply_write, reply_xattr, reply_xattr_change, time, utf8,
+    SharedDirectory, copy_errno, errno, file_attr, handle, ino, open_options, permissions, read_now,
+    reply_attr, reply_empty, reply_entry, reply_open, reply_write, reply_xattr, reply_xattr_change, time,
+    utf8,
 };
 pub use self::session::{FuseOptions, MountedSession, Requests, Unmounter};
+use crate::error::Result;
 use crate::metrics::Op;
 use crate::units::{FileOffset, MIB};
-use crate::vfs::{AttrChange, OpenOptions, Vfs, Whence};
+use crate::vfs::{Attr, AttrChange, HandleId, OpenOptions, Vfs, Whence};
 
 /// Largest read and write request, in bytes: what the kernel allows (FUSE_MAX_MAX_PAGES, 256 pages).
 const MAX_REQUEST: u32 = MIB as u32;
@@ -55,6 +59,57 @@ impl FuseAdapter {
             drop(unanswered);
         });
     }
+
+    /// The same for work during which a program may be told to end. It gets EINTR then; the work goes on, and `undo`
+    /// takes back what the kernel has not got.
+    fn wait_or_undo<R, T, F, U>(
+        &self,
+        op: Op,
+        request: &Request,
+        reply: R,
+        work: impl FnOnce(Arc<Vfs>) -> F,
+        answer: impl FnOnce(Result<T>, R) + Send + 'static,
+        undo: impl FnOnce(Arc<Vfs>, T) -> U + Send + 'static,
+    ) where
+        R: Refuse + Send + 'static,
+        T: Send,
+        F: Future<Output = Result<T>> + Send + 'static,
+        U: Future<Output = ()> + Send,
+    {
+        let task = request.pid();
+        self.work(op, |vfs| {
+            let work = work(Arc::clone(&vfs));
+            async move {
+                let mut work = std::pin::pin!(work);
+                tokio::select! {
+                    biased;
+                    result = &mut work => answer(result, reply),
+                    () = told_to_end(task) => {
+                        reply.refuse(Errno::EINTR);
+                        if let Ok(given) = work.await {
+                            undo(vfs, given).await;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// The same where there is nothing to take back.
+    fn wait<R, T, F>(
+        &self,
+        op: Op,
+        request: &Request,
+        reply: R,
+        work: impl FnOnce(Arc<Vfs>) -> F,
+        answer: impl FnOnce(Result<T>, R) + Send + 'static,
+    ) where
+        R: Refuse + Send + 'static,
+        T: Send,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        self.wait_or_undo(op, request, reply, work, answer, async |_, _| {});
+    }
 }
 
 impl Filesystem for FuseAdapter {
@@ -76,20 +131,20 @@ impl Filesystem for FuseAdapter {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = utf8(name);
-        self.work(Op::Lookup, async move |vfs| {
-            let found = async { vfs.lookup(ino(parent), &name?).await };
-            reply_entry("lookup", found.await, reply);
-        });
+        let look = async move |vfs: Arc<Vfs>| vfs.lookup(ino(parent), &name?).await;
+        let answer = |found, reply| reply_entry("lookup", found, reply);
+        self.wait_or_undo(Op::Lookup, req, reply, look, answer, async |vfs, attr| vfs.forget(attr.ino, 1));
     }
 
     fn forget(&self, _req: &Request, node: INodeNo, lookups: u64) {
         self.vfs.forget(ino(node), lookups);
     }
 
-    fn getattr(&self, _req: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.work(Op::Getattr, async move |vfs| reply_attr("getattr", vfs.getattr(ino(node)).await, reply));
+    fn getattr(&self, req: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let look = async move |vfs: Arc<Vfs>| vfs.getattr(ino(node)).await;
+        self.wait(Op::Getattr, req, reply, look, |attr, reply| reply_attr("getattr", attr, reply));
     }
 
     fn setattr(
@@ -202,10 +257,9 @@ impl Filesystem for FuseAdapter {
 
     fn open(&self, req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let options = OpenOptions { opener: Some(req.pid()), ..open_options(flags.0) };
-        self.work(Op::Open, async move |vfs| match vfs.open(ino(node), options).await {
-            Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO),
-            Err(e) => reply.error(errno("open", &e)),
-        });
+        let open = async move |vfs: Arc<Vfs>| vfs.open(ino(node), options).await;
+        let answer = |opened, reply| reply_open("open", opened, FopenFlags::FOPEN_DIRECT_IO, reply);
+        self.wait_or_undo(Op::Open, req, reply, open, answer, async |vfs, id| vfs.release(id).await);
     }
 
     fn create(
@@ -220,21 +274,23 @@ impl Filesystem for FuseAdapter {
     ) {
         let name = utf8(name);
         let options = OpenOptions { opener: Some(req.pid()), mode: permissions(mode), ..open_options(flags) };
-        self.work(Op::Create, async move |vfs| {
-            let created = async { vfs.create(ino(parent), &name?, options).await };
-            match created.await {
-                Ok((attr, id)) => {
-                    let (fh, flags) = (FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO);
-                    reply.created(&attr.ttl, &file_attr(&attr), Generation(attr.generation), fh, flags);
-                }
-                Err(e) => reply.error(errno("create", &e)),
+        let create = async move |vfs: Arc<Vfs>| vfs.create(ino(parent), &name?, options).await;
+        let answer = |created: Result<(Attr, HandleId)>, reply: ReplyCreate| match created {
+            Ok((attr, id)) => {
+                let (fh, flags) = (FileHandle(id.0), FopenFlags::FOPEN_DIRECT_IO);
+                reply.created(&attr.ttl, &file_attr(&attr), Generation(attr.generation), fh, flags);
             }
+            Err(e) => reply.error(errno("create", &e)),
+        };
+        self.wait_or_undo(Op::Create, req, reply, create, answer, async |vfs, (attr, id)| {
+            vfs.forget(attr.ino, 1);
+            vfs.release(id).await;
         });
     }
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         _node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -245,7 +301,8 @@ impl Filesystem for FuseAdapter {
     ) {
         let size = size.min(MAX_REQUEST) as usize;
         let Some(reply) = read_now(&self.vfs, fh, offset, size, reply) else { return };
-        self.work(Op::Read, async move |vfs| match vfs.read(handle(fh), FileOffset(offset), size).await {
+        let read = async move |vfs: Arc<Vfs>| vfs.read(handle(fh), FileOffset(offset), size).await;
+        self.wait(Op::Read, req, reply, read, |read, reply| match read {
             Ok(bytes) => reply.data(&bytes),
             Err(e) => reply.error(errno("read", &e)),
         });
@@ -253,7 +310,7 @@ impl Filesystem for FuseAdapter {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         _node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -269,13 +326,13 @@ impl Filesystem for FuseAdapter {
             return reply_write(written, length, reply);
         }
         let data = data.to_vec();
-        self.work(Op::Write, async move |vfs| {
-            reply_write(vfs.write(handle(fh), at, data).await, length, reply);
-        });
+        let write = async move |vfs: Arc<Vfs>| vfs.write(handle(fh), at, data).await;
+        self.wait(Op::Write, req, reply, write, move |written, reply| reply_write(written, length, reply));
     }
 
-    fn flush(&self, _req: &Request, _node: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        self.work(Op::Flush, async move |vfs| reply_empty("flush", vfs.flush(handle(fh)).await, reply));
+    fn flush(&self, req: &Request, _node: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        let flush = async move |vfs: Arc<Vfs>| vfs.flush(handle(fh)).await;
+        self.wait(Op::Flush, req, reply, flush, |flushed, reply| reply_empty("flush", flushed, reply));
     }
 
     fn release(
@@ -294,19 +351,22 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn fsync(&self, _req: &Request, _node: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.work(Op::Fsync, async move |vfs| reply_empty("fsync", vfs.sync(handle(fh)).await, reply));
+    fn fsync(&self, req: &Request, _node: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let sync = async move |vfs: Arc<Vfs>| vfs.sync(handle(fh)).await;
+        self.wait(Op::Fsync, req, reply, sync, |synced, reply| reply_empty("fsync", synced, reply));
     }
 
-    fn opendir(&self, _req: &Request, node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.work(Op::Readdir, async move |vfs| match vfs.open_directory(ino(node)).await {
-            Ok(id) => reply.opened(FileHandle(id.0), FopenFlags::empty()),
-            Err(e) => reply.error(errno("opendir", &e)),
-        });
+    fn opendir(&self, req: &Request, node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let open = async move |vfs: Arc<Vfs>| vfs.open_directory(ino(node)).await;
+        let answer = |opened, reply| reply_open("opendir", opened, FopenFlags::empty(), reply);
+        self.wait_or_undo(Op::Readdir, req, reply, open, answer, async |vfs, id| vfs.release(id).await);
     }
 
-    fn readdir(&self, _req: &Request, node: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        self.work(Op::Readdir, move |vfs| reply_directory(vfs, node, handle(fh), offset, reply));
+    fn readdir(&self, req: &Request, node: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        let filled = SharedDirectory::new(reply);
+        let (names, fh) = (filled.clone(), handle(fh));
+        let read = async move |vfs| names.fill(vfs, node, fh, offset).await;
+        self.wait(Op::Readdir, req, filled, read, |read, filled| filled.answer(read));
     }
 
     fn releasedir(

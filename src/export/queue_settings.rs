@@ -6,6 +6,9 @@ use std::time::Duration;
 use super::retry::Retries;
 use crate::policy::Policy;
 
+/// How often, at most, a running job's status is written into the bucket.
+const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+
 /// How a queue works.
 #[derive(Clone, Debug)]
 pub struct QueueSettings {
@@ -33,7 +36,15 @@ impl Default for QueueSettings {
             policy: Arc::default(),
             retries: Retries::default(),
             all_sidecars: false,
-            status_interval: Duration::from_secs(10),
+            status_interval: status_interval(),
         }
     }
+}
+
+/// Builds with debug assertions take the milliseconds of `FREIGHTFS_STATUS_INTERVAL` instead, so that tests see a status
+/// that is written again.
+fn status_interval() -> Duration {
+    let wanted = || std::env::var("FREIGHTFS_STATUS_INTERVAL").ok()?.parse().ok();
+    let wanted = if cfg!(debug_assertions) { wanted() } else { None };
+    wanted.map_or(STATUS_INTERVAL, Duration::from_millis)
 }

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Generation, INodeNo, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyWrite, ReplyXattr, TimeOrNow,
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, ReplyXattr, TimeOrNow,
 };
+use parking_lot::Mutex;
 use tracing::{debug, warn};
 
 use super::{MAX_NAME, MAX_REQUEST};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{FileOffset, SECTOR};
-use crate::vfs::{Attr, HandleId, Ino, NodeKind, OpenOptions, Vfs};
+use crate::vfs::{Attr, DirectoryEntry, HandleId, Ino, NodeKind, OpenOptions, Vfs};
 
 thread_local! {
     /// The dispatcher thread's buffer for reads, grown once.
@@ -42,23 +43,47 @@ pub(super) fn read_now(
     })
 }
 
-/// `.` and `..` come before the directory's own names.
-pub(super) async fn reply_directory(
-    vfs: Arc<Vfs>,
-    node: INodeNo,
-    fh: HandleId,
-    offset: u64,
-    mut reply: ReplyDirectory,
-) {
-    for (number, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
-        let _ = reply.add(node, number as u64 + 1, FileType::Directory, name);
+/// A directory's reply, which is filled by one and may be given up by another.
+#[derive(Clone)]
+pub(super) struct SharedDirectory {
+    reply: Arc<Mutex<Option<ReplyDirectory>>>,
+}
+
+impl SharedDirectory {
+    pub(super) fn new(reply: ReplyDirectory) -> Self {
+        Self { reply: Arc::new(Mutex::new(Some(reply))) }
     }
-    let read = vfs.read_directory(fh, offset.saturating_sub(2), |number, entry| {
-        reply.add(INodeNo(entry.ino.0), number + 3, file_type(entry.kind), &entry.name)
-    });
-    match read.await {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno("readdir", &e)),
+
+    /// Takes a name; says whether there is no room for it. A reply that was given up has none.
+    fn add(&self, ino: INodeNo, next: u64, kind: FileType, name: &str) -> bool {
+        self.reply.lock().as_mut().is_none_or(|reply| reply.add(ino, next, kind, name))
+    }
+
+    /// Fills it. `.` and `..` come before the directory's own names.
+    pub(super) async fn fill(self, vfs: Arc<Vfs>, node: INodeNo, fh: HandleId, offset: u64) -> Result<()> {
+        for (number, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+            let _ = self.add(node, number as u64 + 1, FileType::Directory, name);
+        }
+        let take = |number: u64, entry: &DirectoryEntry| {
+            self.add(INodeNo(entry.ino.0), number + 3, file_type(entry.kind), &entry.name)
+        };
+        vfs.read_directory(fh, offset.saturating_sub(2), take).await
+    }
+
+    /// Sends it.
+    pub(super) fn answer(self, read: Result<()>) {
+        let Some(reply) = self.reply.lock().take() else { return };
+        match read {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno("readdir", &e)),
+        }
+    }
+
+    /// Sends an error instead.
+    pub(super) fn error(self, errno: Errno) {
+        if let Some(reply) = self.reply.lock().take() {
+            reply.error(errno);
+        }
     }
 }
 
@@ -161,6 +186,13 @@ pub(super) fn reply_write(written: Result<()>, length: u32, reply: ReplyWrite) {
     match written {
         Ok(()) => reply.written(length),
         Err(e) => reply.error(errno("write", &e)),
+    }
+}
+
+pub(super) fn reply_open(op: &str, opened: Result<HandleId>, flags: FopenFlags, reply: ReplyOpen) {
+    match opened {
+        Ok(id) => reply.opened(FileHandle(id.0), flags),
+        Err(e) => reply.error(errno(op, &e)),
     }
 }
 

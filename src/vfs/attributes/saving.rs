@@ -9,6 +9,7 @@ use tracing::warn;
 use super::directory::{Directory, Snapshot};
 use super::{DirectoryName, directory_key, document_name};
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::{self, Step};
 use crate::vfs::Vfs;
 
 /// How often changes are written.
@@ -54,6 +55,7 @@ impl Vfs {
                 None => return Ok(()),
             };
             let Snapshot { document: json, replaces, .. } = &snapshot;
+            failpoint::pass(Step::AttributesSave)?;
             let written = match json.clone() {
                 Some(json) => bucket.put_control(&document, Bytes::from(json), replaces).await.map(Some),
                 None => bucket.delete_control_if(&document, replaces).await.map(|()| None),
