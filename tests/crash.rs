@@ -30,13 +30,14 @@ const NEW: &[u8] = b"a new object, and longer";
 const ACTIONS: [&str; 3] = ["kill", "error", "full"];
 
 /// Steps that write to this host's disk: it is full for them whatever the store is.
-const HOST_STEPS: [Step; 13] = [
+const HOST_STEPS: [Step; 14] = [
     Step::StageCreate,
     Step::StageWrite,
     Step::StageSync,
     Step::RecordWrite,
     Step::RecordRename,
     Step::JobRecord,
+    Step::UploadIntent,
     Step::LogCreate,
     Step::PartLog,
     Step::StaleMark,
