@@ -82,6 +82,8 @@ pub struct CatalogDisk {
 pub struct Catalog {
     store: Arc<dyn CatalogStore>,
     listed: Mutex<Option<Listed>>,
+    /// Held by who lists. Others wait for that listing, as they would for one of their own.
+    listing: Mutex<()>,
     open: Mutex<LruCache<PathBuf, OpenedDisk>>,
     workspace: Arc<Workspace>,
     walks: Cancel,
@@ -90,11 +92,11 @@ pub struct Catalog {
 /// Images by their ids.
 type Images = BTreeMap<String, Arc<CatalogImage>>;
 
-/// A listing, and when it was begun.
+/// A listing that ended, well or not, and when it was begun.
 struct Listed {
-    age: Instant,
+    begun: Instant,
     since: SystemTime,
-    images: Arc<Images>,
+    images: Result<Arc<Images>>,
 }
 
 /// A disk as the catalog named it, and as it was opened.
@@ -111,6 +113,7 @@ impl Catalog {
         Self {
             store,
             listed: Mutex::default(),
+            listing: Mutex::default(),
             open: Mutex::new(LruCache::new(OPEN_DISKS)),
             workspace: Workspace::in_memory(),
             walks: Cancel::default(),
@@ -150,17 +153,19 @@ impl Catalog {
 
     /// The images, and when they were listed.
     fn listed(&self) -> Result<(Arc<Images>, SystemTime)> {
-        if let Some(listed) = &*self.listed.lock()
-            && listed.age.elapsed() < self.store.listing_age()
+        let asked = Instant::now();
+        if let Some(Listed { begun, since, images: Ok(images) }) = &*self.listed.lock()
+            && begun.elapsed() < self.store.listing_age()
         {
-            return Ok((Arc::clone(&listed.images), listed.since));
+            return Ok((Arc::clone(images), *since));
         }
-        self.list_again()
+        self.list(asked)
     }
 
     /// The image with that id. One that is not in a recent listing is looked for again when it may be new, so that names
     /// that are not there cost no listing each.
     pub fn image(&self, id: &str) -> Result<Arc<CatalogImage>> {
+        let asked = Instant::now();
         let (images, since) = self.listed()?;
         if let Some(image) = images.get(id) {
             return Ok(Arc::clone(image));
@@ -169,14 +174,25 @@ impl Catalog {
         if !self.store.may_have_new(id, since) {
             return Err(missing());
         }
-        self.list_again()?.0.get(id).cloned().ok_or_else(missing)
+        self.list(asked)?.0.get(id).cloned().ok_or_else(missing)
     }
 
-    fn list_again(&self) -> Result<(Arc<Images>, SystemTime)> {
-        let (age, since) = (Instant::now(), SystemTime::now());
-        let images = Arc::new(candidate::list(&*self.store)?);
-        *self.listed.lock() = Some(Listed { age, since, images: Arc::clone(&images) });
-        Ok((images, since))
+    /// The outcome of a listing that was begun at `asked` or later: however many ask at once, one of them lists for the
+    /// others, and a store that does not answer is waited for once.
+    fn list(&self, asked: Instant) -> Result<(Arc<Images>, SystemTime)> {
+        let _listing = self.listing.lock();
+        let known = |listed: &Listed| (listed.begun >= asked).then(|| (listed.images.clone(), listed.since));
+        let known = self.listed.lock().as_ref().and_then(known);
+        let (images, since) = match known {
+            Some(known) => known,
+            None => {
+                let (begun, since) = (Instant::now(), SystemTime::now());
+                let images = candidate::list(&*self.store).map(Arc::new);
+                *self.listed.lock() = Some(Listed { begun, since, images: images.clone() });
+                (images, since)
+            }
+        };
+        Ok((images?, since))
     }
 
     /// The disk `disk` opened, or the same opening as long as the names of all files of its chain lead to what was

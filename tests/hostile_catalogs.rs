@@ -317,6 +317,8 @@ fn every_name_that_can_be_shown_is_and_the_others_are_in_the_log_once() {
 /// A catalog's files, and how often they were listed, stated and opened.
 struct Counted {
     files: LocalFiles,
+    /// Names that are looked for before a listing ends, beginning with the second one.
+    awaited: usize,
     listed: AtomicUsize,
     stated: AtomicUsize,
     opened: AtomicUsize,
@@ -324,9 +326,13 @@ struct Counted {
 
 impl Counted {
     fn new(root: &Path) -> Arc<Self> {
+        Arc::new(Self::awaiting(root, 0))
+    }
+
+    fn awaiting(root: &Path, awaited: usize) -> Self {
         let files = LocalFiles::open(root).unwrap();
         let none = AtomicUsize::default;
-        Arc::new(Self { files, listed: none(), stated: none(), opened: none() })
+        Self { files, awaited, listed: none(), stated: none(), opened: none() }
     }
 
     /// Listings, look-ups of times, and openings since this was last asked.
@@ -345,7 +351,10 @@ impl CatalogStore for Counted {
     }
 
     fn entries(&self) -> Result<BTreeMap<String, Entry>> {
-        self.listed.fetch_add(1, Ordering::SeqCst);
+        let before = self.listed.fetch_add(1, Ordering::SeqCst);
+        while before > 0 && self.stated.load(Ordering::SeqCst) < self.awaited {
+            std::thread::yield_now();
+        }
         self.files.entries()
     }
 
@@ -418,6 +427,28 @@ fn ten_thousand_names_and_as_many_that_are_missing_cost_a_few_listings() {
     assert!(catalog.image("folder").is_err());
     write(directory.path().join("folder/disk.raw"), "");
     catalog.image("folder").unwrap();
+}
+
+#[test]
+fn any_number_of_names_that_are_looked_for_at_once_cost_two_listings() {
+    let directory = tempfile::tempdir().unwrap();
+    write(directory.path().join("old.raw"), "");
+    let count = 200;
+    let store = Arc::new(Counted::awaiting(directory.path(), count));
+    let catalog = Catalog::new(Arc::clone(&store) as Arc<dyn CatalogStore>);
+    catalog.images().unwrap();
+    write(directory.path().join("new.raw"), "");
+    std::thread::scope(|scope| {
+        for number in 0..count {
+            let catalog = &catalog;
+            scope.spawn(move || match number % 2 {
+                0 => assert_eq!(catalog.image("new").unwrap().id, "new"),
+                _ => assert!(catalog.image("missing").is_err()),
+            });
+        }
+    });
+    // The one that was there, one that the first asked for, and one for those who came while that was made.
+    assert!(store.taken()[0] <= 3);
 }
 
 /// Held by tests that count or limit the descriptors of this process.

@@ -143,8 +143,8 @@ impl LocalFiles {
     fn link(&self, path: &Path) -> Entry {
         match self.metadata(path, OFlag::empty()) {
             Ok(meta) if meta.is_dir() => Entry::Directory(self.files_in(path)),
-            // It would be an image.
-            Err(error) if error.kind() == ErrorKind::ReferenceDenied && path.is_dir() => {
+            // It may lead to a directory. Nobody looks: what is there may be another machine's that does not answer.
+            Err(error) if error.kind() == ErrorKind::ReferenceDenied && path.extension().is_none() => {
                 Entry::Unavailable(error)
             }
             // Opening it says what is wrong with it.

@@ -15,7 +15,7 @@ pub enum Entry {
     File,
     /// A directory with the names of the images' files in it, and perhaps others.
     Directory(Vec<String>),
-    /// A directory that may not be looked into.
+    /// A link that is not followed, and may be one to a directory.
     Unavailable(Error),
 }
 
