@@ -250,6 +250,28 @@ fn looking_reads_no_image_and_reading_fetches_what_it_needs_once() {
 }
 
 #[test]
+fn names_that_are_missing_do_not_list_a_bucket_each() {
+    let Some(mut setup) = Setup::new("missing", |_| Fate::Forward) else { return };
+    let raw = images::noise(&setup.world.out(""), 1 << 20);
+    put(&setup.endpoint, &setup.bucket, "images/disk.raw", &raw);
+    setup.world.source = Some(format!("s3://{}/images", setup.bucket));
+    let mount = setup.mount(&[]);
+    let lists = || setup.proxy.answered().iter().filter(|(r, _)| r.target.contains("list-type=2")).count();
+    let before = lists();
+    let look = format!(
+        "cd {}; (ls missing{{1..600}} 2>&1 || true) | grep -c 'No such'",
+        mount.path("images").display()
+    );
+    assert_eq!(sh(&look).trim(), "600");
+    // Sixteen at once, then one in a second, and one every five seconds for whoever looks.
+    let taken = lists() - before;
+    assert!(taken < 120, "{taken} listings for 600 names");
+    put(&setup.endpoint, &setup.bucket, "images/new.raw", &raw);
+    until("the new image is found", || mount.path("images/new/new.raw").exists());
+    mount.unmount();
+}
+
+#[test]
 fn an_image_that_is_replaced_is_never_mixed_and_the_new_one_is_found() {
     let (Some(endpoint), true) = (s3::endpoint(), can_mount()) else { return };
     let bucket = format!("replaced-{}", std::process::id());
