@@ -3,9 +3,10 @@
 
 mod support;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
@@ -49,8 +50,12 @@ const WRITERS: usize = 12;
 /// A mount of `b`, which may be stopped, and of `c`, a directory.
 fn mount(setup: &Setup) -> Mount {
     images::odd(&setup.world.catalog());
+    mount_again(setup, "timeout=5")
+}
+
+fn mount_again(setup: &Setup, timeout: &str) -> Mount {
     let other = format!("c=file://{}", setup.world.bucket().display());
-    setup.mount(&["--bucket", &other, "-o", "timeout=5"])
+    setup.mount(&["--bucket", &other, "-o", timeout])
 }
 
 fn names(mount: &Mount, directory: &str) -> Vec<String> {
@@ -150,6 +155,65 @@ fn a_close_whose_upload_hangs_holds_up_nobody_else() {
     mount.unmount();
     let last = closed.iter().rposition(|closed| *closed).unwrap();
     assert_eq!(std::fs::read(setup.fetch(&format!("slow-{last}"))).unwrap(), b"slow");
+}
+
+/// Whether the bucket `c` has this mode of some file.
+fn has_mode(setup: &Setup, mode: u32) -> bool {
+    let documents = std::fs::read_dir(setup.world.bucket().join(".freightfs/attributes"));
+    let mut documents = documents.into_iter().flatten().map(|entry| entry.unwrap().path());
+    documents.any(|path| {
+        std::fs::read_to_string(path).is_ok_and(|text| text.contains(&format!("\"mode\":{mode}")))
+    })
+}
+
+#[test]
+fn what_is_set_on_files_waits_for_no_other_store_and_neither_does_the_end_of_the_mount() {
+    let stopped = Stopped::default();
+    let store = stopped.clone();
+    let decide = move |request: &Request| store.fate(request, "PUT", "/");
+    let Some(setup) = Setup::new("attributes-wait", decide) else { return };
+    images::odd(&setup.world.catalog());
+    // What hangs does so for ever.
+    let mount_again = || mount_again(&setup, "timeout=3600");
+    let mount = mount_again();
+    let set = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    std::fs::write(mount.key("other"), "other").unwrap();
+    std::fs::write(mount.path("buckets/c/file"), "bytes").unwrap();
+    stopped.stop(true);
+    set(&mount.key("other"), 0o640);
+    stopped.wait_until_asked();
+    mount.cp(&mount.path("images/odd/odd.vhd"), "odd.vhd");
+    set(&mount.path("buckets/c/file"), 0o611);
+    until("the other bucket has it", || has_mode(&setup, 0o611));
+    set(&mount.path("buckets/c/file"), 0o622);
+    mount.signal("TERM");
+    assert!(has_mode(&setup, 0o622));
+    stopped.stop(false);
+    let mount = mount_again();
+    assert!(
+        mount
+            .log()
+            .contains("what was last set on its files is lost: its store did not take it bucket=\"b\"")
+    );
+    let status = mount.wait("odd.vhd");
+    assert_eq!(status["status"], "SUCCESS", "{status}");
+    let made = std::fs::read(mount.path("images/odd/odd.vhd")).unwrap();
+    // After umount nothing is lost: the daemon ends when the store has it.
+    stopped.unanswered.store(0, Ordering::SeqCst);
+    stopped.stop(true);
+    set(&mount.key("odd.vhd"), 0o604);
+    stopped.wait_until_asked();
+    let pid = mount.pid();
+    let unmounting = std::thread::spawn(|| mount.unmount());
+    until("the mount is gone", || !setup.world.path("mnt/images").exists());
+    assert!(Path::new(&format!("/proc/{pid}")).exists(), "the daemon has ended without having saved it");
+    stopped.stop(false);
+    setup.proxy.release();
+    unmounting.join().unwrap();
+    assert!(std::fs::read(setup.fetch("odd.vhd")).unwrap() == made);
+    let mount = mount_again();
+    assert_eq!(std::fs::metadata(mount.key("odd.vhd")).unwrap().mode() & 0o777, 0o604);
+    mount.unmount();
 }
 
 /// A process that does nothing until it is dropped.

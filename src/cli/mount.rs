@@ -32,9 +32,12 @@ const CATALOG: &str = "catalog";
 /// How long fsync and `wait` wait for a job, at most: ZStack's default time-out of an export.
 const WAIT_LIMIT: Duration = Duration::from_secs(3 * 3600);
 
-/// How long the daemon may take to end after a signal. What a store has not answered by then is interrupted, as a crash
-/// would interrupt it, and the next mount resumes it. systemd kills after 90 seconds.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How long the daemon waits for stores when it ends. What they have not answered by then is interrupted, as a crash would
+/// interrupt it, and the next mount resumes it. Container runtimes kill after 10 seconds.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long it waits then for what was last set on files.
+const SAVE_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
     let (settings, catalog) = settings(arguments)?;
@@ -157,15 +160,7 @@ impl Mounted {
         if by_signal {
             info!("ending by signal; unfinished jobs stay recorded");
         }
-        let stop = async {
-            vfs.end_drafts().await;
-            self.jobs.stop().await;
-            // Waits for the one under way.
-            vfs.save_attributes().await;
-        };
-        if self.runtime.block_on(async { tokio::time::timeout(STOP_LIMIT, stop).await }).is_err() {
-            warn!("a store did not answer within {} s; the next mount resumes", STOP_LIMIT.as_secs());
-        }
+        self.runtime.block_on(stop(&vfs, &self.jobs));
         saving.abort();
         info!("ended");
         self.runtime.shutdown_timeout(Duration::from_secs(1));
@@ -183,6 +178,22 @@ async fn keep_telling(log: Log) {
     }
 }
 
+/// Ends what still works for the mount. What a store does not answer holds up nothing of another one.
+async fn stop(vfs: &Arc<Vfs>, jobs: &JobQueue) {
+    let ended = async {
+        vfs.end_drafts().await;
+        jobs.stop().await;
+    };
+    if tokio::time::timeout(STOP_LIMIT, ended).await.is_err() {
+        warn!("a store did not answer within {} s; the next mount resumes", STOP_LIMIT.as_secs());
+    }
+    // Waits for those under way.
+    let _ = tokio::time::timeout(SAVE_LIMIT, vfs.save_attributes()).await;
+    for bucket in vfs.unsaved_attributes() {
+        warn!(bucket, "what was last set on its files is lost: its store did not take it");
+    }
+}
+
 /// Serves the kernel's requests on a thread of its own; gives the session's result. Nobody waits for the thread: somebody's
 /// working directory or open file keeps a session alive that is detached already, and only the process's end ends it.
 fn serve_session(session: MountedSession) -> Result<oneshot::Receiver<Result<()>>> {
@@ -194,8 +205,8 @@ fn serve_session(session: MountedSession) -> Result<oneshot::Receiver<Result<()>
     Ok(ended)
 }
 
-/// Finishes what a mount that is gone has begun: requests that the kernel does not wait for, files that were closed, and
-/// jobs. Returns whether a signal came first.
+/// Finishes what a mount that is gone has begun: requests that the kernel does not wait for, files that were closed, jobs,
+/// and what was set on files. Returns whether a signal came first.
 async fn finish(vfs: &Arc<Vfs>, requests: &Requests, jobs: &JobQueue, signalled: impl Future) -> bool {
     let ending = Arc::clone(vfs);
     let finished = async {
@@ -207,6 +218,7 @@ async fn finish(vfs: &Arc<Vfs>, requests: &Requests, jobs: &JobQueue, signalled:
             info!("unmounted; finishing {left} jobs");
         }
         jobs.drain().await;
+        vfs.save_all_attributes().await;
     };
     tokio::select! {
         () = finished => false,

@@ -11,6 +11,7 @@ mod directory;
 mod saving;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
@@ -49,8 +50,8 @@ type DirectoryName = (String, Option<ObjectKey>);
 #[derive(Default)]
 pub(super) struct Attributes {
     directories: Mutex<HashMap<DirectoryName, Directory>>,
-    /// Held while changes are written, so that who waits for it knows that they are.
-    saving: tokio::sync::Mutex<()>,
+    /// By bucket, held while its changes are written, so that who waits for it knows that they are.
+    saving: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 /// Whose attributes are changed.

@@ -1,12 +1,13 @@
 //! Writing what was set into the bucket's documents.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tracing::warn;
 
-use super::directory::{Directory, Snapshot};
+use super::directory::Snapshot;
 use super::{DirectoryName, directory_key, document_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
@@ -19,29 +20,50 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 const SAVE_ATTEMPTS: usize = 10;
 
 impl Vfs {
-    /// Writes what was changed, now. When this returns, changes made before it are in the bucket, or the log says why
-    /// not. One bucket does not wait for another.
-    pub async fn save_attributes(&self) {
-        let _alone = self.attributes.saving.lock().await;
-        let known: Vec<DirectoryName> = self.attributes.directories.lock().keys().cloned().collect();
-        let mut changed: BTreeMap<String, Vec<DirectoryName>> = BTreeMap::new();
-        for name in known {
-            self.settle_pending(&name);
-            if let Some(directory) = self.attributes.directories.lock().get_mut(&name) {
-                directory.sweep(|file| self.is_open(&name, file));
-            }
-            if self.attributes.directories.lock().get(&name).is_some_and(Directory::is_changed) {
-                changed.entry(name.0.clone()).or_default().push(name);
+    /// Writes what was changed, now. When this returns, changes made before it are in the buckets, or the log says why
+    /// not. One bucket does not wait for another. Returns whether trying again may write more.
+    pub async fn save_attributes(&self) -> bool {
+        futures::future::join_all(self.buckets.keys().map(|bucket| self.save_bucket(bucket)))
+            .await
+            .contains(&true)
+    }
+
+    async fn save_bucket(&self, bucket: &str) -> bool {
+        let saving = Arc::clone(self.attributes.saving.lock().entry(bucket.to_owned()).or_default());
+        let _alone = saving.lock().await;
+        let mut is_unsaved = false;
+        for name in self.changed_directories(bucket) {
+            if let Err(error) = self.save_directory(&name).await {
+                is_unsaved |= error.is_transient();
+                self.note_unsaved(&name, &error);
             }
         }
-        let save = async |names: Vec<DirectoryName>| {
-            for name in names {
-                if let Err(error) = self.save_directory(&name).await {
-                    self.note_unsaved(&name, &error);
-                }
-            }
+        is_unsaved
+    }
+
+    /// The directories of a bucket of which something is to be written.
+    fn changed_directories(&self, bucket: &str) -> Vec<DirectoryName> {
+        let known: Vec<DirectoryName> = {
+            let directories = self.attributes.directories.lock();
+            directories.keys().filter(|name| name.0 == bucket).cloned().collect()
         };
-        futures::future::join_all(changed.into_values().map(save)).await;
+        let is_changed = |name: &DirectoryName| {
+            self.settle_pending(name);
+            let mut directories = self.attributes.directories.lock();
+            directories.get_mut(name).is_some_and(|directory| {
+                directory.sweep(|file| self.is_open(name, file));
+                directory.is_changed()
+            })
+        };
+        known.into_iter().filter(is_changed).collect()
+    }
+
+    /// The buckets that do not have what was last set on their files.
+    pub fn unsaved_attributes(&self) -> Vec<String> {
+        let directories = self.attributes.directories.lock();
+        let unsaved = directories.iter().filter(|(_, directory)| directory.is_changed());
+        let buckets: BTreeSet<_> = unsaved.map(|(name, _)| name.0.clone()).collect();
+        buckets.into_iter().collect()
     }
 
     /// Writes a directory's document over the one that was read; over another one only what was changed here.
@@ -90,9 +112,19 @@ impl Vfs {
 
     /// Writes changes every second, for ever.
     pub async fn keep_saving_attributes(&self) {
-        loop {
+        let keep_saving = self.buckets.keys().map(async |bucket| {
+            loop {
+                tokio::time::sleep(SAVE_INTERVAL).await;
+                self.save_bucket(bucket).await;
+            }
+        });
+        futures::future::join_all(keep_saving).await;
+    }
+
+    /// Writes changes until all are in their buckets, but for those that a store refuses.
+    pub async fn save_all_attributes(&self) {
+        while self.save_attributes().await {
             tokio::time::sleep(SAVE_INTERVAL).await;
-            self.save_attributes().await;
         }
     }
 }
