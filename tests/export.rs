@@ -16,6 +16,7 @@ use freightfs::export::{
     Status, StatusImage, staged_file,
 };
 use freightfs::metrics::Metrics;
+use freightfs::storage::Identity;
 use freightfs::vfile::VirtualFile;
 use md5::Md5;
 use sha2::digest::common::hazmat::SerializableState;
@@ -64,6 +65,14 @@ impl Setup {
             QueueSettings { retries, ..QueueSettings::default() },
             self.runtime.handle().clone(),
         )
+    }
+
+    /// A queue of one of several hosts that share the bucket, and runs one job at a time.
+    fn sharing(&self, bucket: &Bucket, state: &StateDir, lease: Duration) -> JobQueue {
+        let buckets = BTreeMap::from([("b".to_owned(), bucket.clone())]);
+        let settings = QueueSettings { lease: Some(lease), running: 1, ..QueueSettings::default() };
+        let runtime = self.runtime.handle().clone();
+        JobQueue::new(buckets, state.journal(), Arc::new(Metrics::default()), settings, runtime)
     }
 
     fn state(&self) -> StateDir {
@@ -589,4 +598,90 @@ fn a_record_that_may_be_there_after_an_error_is_removed() {
     arm(None);
     assert_eq!(submitted.err().unwrap().kind(), ErrorKind::Io);
     assert_eq!(std::fs::read_dir(setup.directory.path().join("state/jobs")).unwrap().count(), 0);
+}
+
+/// A request for an image that other hosts have too.
+fn known_request(key: &str) -> JobRequest {
+    let mut request = request(key);
+    if let JobSource::Image(image) = &mut request.source {
+        image.identity = Some(Identity::of_facts().fact("the image").finish(None));
+    }
+    request
+}
+
+#[test]
+fn who_follows_another_host_survives_a_store_that_does_not_answer() {
+    let (setup, other) = (Setup::new(9 << 20), Setup::new(9 << 20));
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let (state, other_state) = (setup.state(), other.state());
+    let lease = Duration::from_secs(2);
+    let (queue, follower) =
+        (setup.sharing(&bucket, &state, lease), other.sharing(&bucket, &other_state, lease));
+    store.hold(true);
+    let job = queue.submit(known_request("k.raw"), setup.file(), &mut None).unwrap();
+    until("an upload", || store.open_uploads() == 1);
+    let followed = follower.submit(known_request("k.raw"), other.file(), &mut None).unwrap();
+    until("it follows", || !followed.holds_status() || followed.has_ended());
+    store.fail_reads(3);
+    until("its looks have failed", || store.failing_reads() == 0 || followed.has_ended());
+    store.hold(false);
+    assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success);
+    assert_eq!(followed.wait(LIMIT).unwrap().repeated, 1);
+    assert_eq!(store.open_uploads(), 0);
+}
+
+#[test]
+fn what_somebody_writes_while_a_shared_job_waits_for_its_turn_stays() {
+    let setup = Setup::new(9 << 20);
+    let store = FaultyStore::new(0);
+    let (bucket, state) = (setup.bucket(&store), setup.state());
+    let queue = setup.sharing(&bucket, &state, Duration::from_secs(60));
+    let key = ObjectKey::parse("second.raw").unwrap();
+    let put =
+        |bytes| setup.runtime.block_on(bucket.put(&key, Bytes::from_static(bytes), &Replaces::Anything));
+    put(b"old").unwrap();
+    store.hold(true);
+    let first = queue.submit(request("first.raw"), setup.file(), &mut None).unwrap();
+    until("an upload", || store.open_uploads() == 1);
+    let second = queue.submit(request("second.raw"), setup.file(), &mut None).unwrap();
+    let records = setup.directory.path().join("state/jobs").join(format!("{}.json", second.id()));
+    until("what it replaces is recorded", || {
+        std::fs::read_to_string(&records).unwrap_or_default().contains("\"replaces\": {")
+    });
+    put(b"newer").unwrap();
+    store.hold(false);
+    first.wait(LIMIT).unwrap();
+    assert_eq!(second.wait(LIMIT).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(read(&setup, &bucket, "second.raw").unwrap(), "newer");
+}
+
+/// The other host's clock is a year ahead: its job has a greater id, and has ended after this one.
+#[test]
+fn a_status_of_a_host_with_another_clock_gives_way_by_the_order_of_the_leases() {
+    let (setup, lease) = (Setup::new(1000), Duration::from_secs(60));
+    let (bucket, state) = (setup.bucket(&FaultyStore::new(0)), setup.state());
+    let queue = setup.sharing(&bucket, &state, lease);
+    queue.submit(request("k.raw"), setup.file(), &mut None).unwrap().wait(LIMIT).unwrap();
+    let status = read(&setup, &bucket, "k.raw.status").unwrap();
+    for state in ["SUCCESS", "FAIL"] {
+        let mut ahead: serde_json::Value = serde_json::from_slice(&status).unwrap();
+        (ahead["job_id"], ahead["status"]) = ("ffffffffffff-0".into(), state.into());
+        ahead["end_time"] = "2999-01-01T00:00:00Z".into();
+        let (key, text) = (ObjectKey::parse("k.raw.status").unwrap(), Bytes::from(ahead.to_string()));
+        setup.runtime.block_on(bucket.put(&key, text, &Replaces::Anything)).unwrap();
+        // A source that is shorter than it was.
+        let source = setup.file();
+        std::fs::File::options()
+            .write(true)
+            .open(setup.directory.path().join("source"))
+            .unwrap()
+            .set_len(10)
+            .unwrap();
+        let failed = queue.submit(request("k.raw"), source, &mut None).unwrap();
+        assert!(failed.wait(LIMIT).is_err());
+        std::fs::write(setup.directory.path().join("source"), &setup.content).unwrap();
+        let told: Status = serde_json::from_slice(&read(&setup, &bucket, "k.raw.status").unwrap()).unwrap();
+        assert_eq!((&*told.job_id, told.status), (&*failed.id(), JobState::Fail), "over {state}");
+    }
 }

@@ -318,6 +318,40 @@ fn a_record_that_cannot_be_used_costs_its_own_job_which_fails_with_the_reason() 
     world.stop(queue);
 }
 
+/// Credentials have expired when a daemon comes back; they are renewed later.
+#[test]
+fn a_resumed_job_whose_store_denies_access_waits_visibly_until_it_is_allowed() {
+    for (staged, is_seen_at_mount) in [(false, true), (true, false)] {
+        let world = World::new(LARGE);
+        {
+            let queue = world.queue();
+            // The job is under way when the mount ends.
+            world.store.hold(true);
+            let job = world.submit(&queue, "k.raw", staged);
+            world.stop(queue);
+            assert!(!job.has_ended(), "{:?}", job.status());
+            world.store.hold(false);
+        }
+        world.store.deny(true);
+        if is_seen_at_mount {
+            world.runtime.block_on(world.bucket.probe()).unwrap();
+            assert!(world.bucket.check_writable().is_err());
+        }
+        let queue = world.next_queue();
+        let job = queue.jobs.newest("b", &key("k.raw")).unwrap();
+        until("the job waits", || job.is_waiting() || job.has_ended());
+        let waiting = job.status().waiting.unwrap_or_default();
+        assert!(waiting.contains("denie"), "{waiting:?}: {:?}", job.status());
+        world.store.deny(false);
+        assert_eq!(ended(&queue, "k.raw").status, JobState::Success);
+        until("its status", || {
+            world.status_in_bucket("k.raw").is_some_and(|s| s.status == JobState::Success)
+        });
+        assert!(world.get("k.raw").unwrap() == world.content);
+        world.stop(queue);
+    }
+}
+
 #[test]
 fn staged_files_that_no_record_needs_are_removed() {
     let world = World::new(LARGE);

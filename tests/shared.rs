@@ -219,6 +219,87 @@ fn a_host_that_slept_past_its_lease_completes_nothing() {
     second.unmount();
 }
 
+/// Whether it puts a small object of that key in place, by one put or by an upload of one part.
+fn places(request: &Request, key: &str) -> bool {
+    request.method == "PUT" && request.target.ends_with(&format!("/{key}"))
+        || request.method == "POST" && request.target.contains(&format!("/{key}?uploadId"))
+}
+
+#[test]
+fn a_host_that_slept_with_a_small_object_on_its_way_leaves_its_successors_alone() {
+    for (name, is_shared) in [("small-shared", true), ("small-plain", false)] {
+        // The first request that puts an object in place arrives when everything else is over.
+        let held = Arc::new(std::sync::Mutex::new(std::collections::BTreeSet::new()));
+        let decide = move |request: &Request| {
+            let key = ["k.raw", "p.raw"].into_iter().find(|key| places(request, key));
+            let is_first = key.is_some_and(|key| held.lock().unwrap().insert(key));
+            if is_first { Fate::Hold } else { Fate::Forward }
+        };
+        let Some(hosts) = Hosts::new(name, decide) else { return };
+        for (world, byte) in hosts.worlds.iter().zip(1..) {
+            std::fs::write(world.catalog().join("noise.raw"), vec![byte; 1024]).unwrap();
+        }
+        let options = if is_shared { "shared,lease=2,formats=raw" } else { "formats=raw" };
+        let bucket = format!("b=s3://{}", hosts.bucket);
+        let mount = |host: usize| hosts.worlds[host].mount_exactly(&["--bucket", &bucket, "-o", options]);
+        let (first, second) = (mount(0), mount(1));
+        let write = |mount: &Mount, text: &str| run(command("cp").arg(text).arg(mount.key("p.raw")));
+        let plain = |host: usize| hosts.worlds[host].catalog().join("noise.raw").display().to_string();
+        copy(&first, "raw", "k.raw");
+        std::thread::scope(|scope| {
+            let closed = scope.spawn(|| write(&first, &plain(0)));
+            until("both objects are on their way", || hosts.proxy.hanging() == 2);
+            let pid = first.pid().to_string();
+            run(command("kill").args(["-STOP", &pid]));
+            copy(&second, "raw", "k.raw");
+            assert!(write(&second, &plain(1)).status.success());
+            let names = |key: &str| ["", ".status", ".sha256", ".md5"].map(|suffix| format!("{key}{suffix}"));
+            let all: Vec<_> = ["k.raw", "p.raw"].into_iter().flat_map(names).collect();
+            ended(&second, "k.raw");
+            let now = || all.iter().map(|name| s3::find(&hosts.endpoint, &hosts.bucket, name)).collect();
+            let before: Vec<_> = now();
+            run(command("kill").args(["-CONT", &pid]));
+            hosts.proxy.release();
+            assert!(!closed.join().unwrap().status.success(), "{name}: close does not tell");
+            ended(&first, "k.raw");
+            for (name, (before, after)) in all.iter().zip(before.into_iter().zip(now())) {
+                assert!(before.is_some() && before == after, "{name} of the successor is another one");
+            }
+            for key in ["k.raw", "p.raw"] {
+                assert_eq!(second.status(key)["status"], "SUCCESS");
+                assert_eq!(s3::get(&hosts.endpoint, &hosts.bucket, key), [2; 1024]);
+            }
+        });
+        first.unmount();
+        second.unmount();
+    }
+}
+
+#[test]
+fn a_host_that_dies_before_it_ends_its_lease_ends_it_at_its_next_mount() {
+    if !can_mount() {
+        return;
+    }
+    let (mut first, second) = (World::new(), World::new());
+    for world in [&first, &second] {
+        images::noise(&world.catalog(), 1024);
+    }
+    let bucket = format!("b=file://{}", first.bucket().display());
+    // Nobody waits for so long.
+    let arguments = ["--bucket", &bucket, "-o", "shared,lease=3600,formats=raw"];
+    first.environment.push(("FREIGHTFS_FAILPOINT".to_owned(), "lease-end:1:kill".to_owned()));
+    let mount = first.mount_exactly(&arguments);
+    run(command("cp").arg(mount.path("images/noise/noise.raw")).arg(mount.key("k.raw")));
+    until("the daemon's end", || first.is_dead());
+    drop(mount);
+    first.environment.clear();
+    first.mount_exactly(&arguments).unmount();
+    let mount = second.mount_exactly(&arguments);
+    copy(&mount, "raw", "k.raw");
+    assert_eq!(mount.wait("k.raw")["status"], "SUCCESS");
+    mount.unmount();
+}
+
 #[test]
 fn a_store_that_ignores_conditions_cannot_be_shared() {
     let seen = std::sync::Mutex::new((String::new(), 0));

@@ -72,6 +72,16 @@ impl Bucket {
         removed.map(|()| found)
     }
 
+    /// Asks once more a store that denied writing when it was [probed](Self::probe): credentials may have been renewed.
+    pub async fn probe_again(&self) -> Result<()> {
+        if !self.inner.abilities.lock().is_read_only {
+            return Ok(());
+        }
+        self.inner.abilities.lock().is_read_only = false;
+        // What the store can do is not known before that was tried out.
+        self.probe().await.inspect_err(|_| self.inner.abilities.lock().is_read_only = true)
+    }
+
     /// Whether hosts can agree in this bucket, as [`probe`](Self::probe) has found out: whether its store refuses to create
     /// what is there. Some accept that condition and ignore it.
     ///

@@ -63,12 +63,21 @@ pub(super) struct Lease {
 /// How a job that several hosts may have begins.
 pub(super) enum Claimed {
     /// This host makes the object.
-    Held(Lease, Option<Inherited>),
+    Held(Held),
     /// Another host has made it, or has failed.
     Done(Box<Status>),
 }
 
-/// What the holder before left.
+/// The right to make an object, and what the holder before left.
+pub(super) struct Held {
+    pub(super) lease: Lease,
+    /// What it had under way, when it was silent.
+    pub(super) inherited: Option<Inherited>,
+    /// The entity tag of the object that it made, when it had ended.
+    pub(super) made: Option<String>,
+}
+
+/// What a silent holder left.
 pub(super) struct Inherited {
     /// The log of its upload.
     pub(super) upload: String,
@@ -90,27 +99,40 @@ pub(super) async fn claim(
 ) -> Result<Claimed> {
     let mut follows = false;
     let directory = directory_of(key);
-    let held = |epoch| Lease { bucket: bucket.clone(), directory: directory.clone(), epoch, lease };
+    let held = |epoch, inherited, made| {
+        let lease = Lease { bucket: bucket.clone(), directory: directory.clone(), epoch, lease };
+        Claimed::Held(Held { lease, inherited, made })
+    };
     let mut seen: Option<(u64, Beat, Instant)> = None;
     loop {
-        let epoch = newest(bucket, &directory).await?;
-        let claim: Option<Claim> = read(bucket, &epoch_name(&directory, epoch)).await?;
-        let beat: Beat = read(bucket, &beat_name(&directory, epoch)).await?.unwrap_or_default();
+        let (epoch, claim, beat) = match newest_of(bucket, &directory).await {
+            // The holder's beats do not arrive either: its silence counts from when the store answers again.
+            Err(error) if follows && error.is_transient() => {
+                seen = None;
+                tokio::time::sleep(lease / LOOKS).await;
+                continue;
+            }
+            found => found?,
+        };
         let Some(claim) = claim.filter(|_| !beat.ended) else {
-            let done = same_before(bucket, key, own, beat.status, follows).await?;
-            if let Some(status) = done {
-                return Ok(Claimed::Done(Box::new(status)));
+            let before = ended_before(bucket, key, beat.status).await?;
+            let is_done = match &before {
+                Some(status) => is_done_by(bucket, key, own, status, follows).await?,
+                None => false,
+            };
+            if let Some(status) = before.as_ref().filter(|_| is_done) {
+                return Ok(Claimed::Done(Box::new(status.clone())));
             }
             let next = after(epoch)?;
             if create(bucket, &directory, next, own).await? {
-                return Ok(Claimed::Held(held(next), None));
+                return Ok(held(next, None, before.and_then(|status| status.etag)));
             }
             // Another host was faster.
             tokio::time::sleep(lease / LOOKS).await;
             continue;
         };
         if claim.job_id == own.job_id {
-            return Ok(Claimed::Held(held(epoch), None));
+            return Ok(held(epoch, None, None));
         }
         let is_same = is_same(claim.image.as_ref(), own.image.as_ref());
         let (is_alive, since) = match &seen {
@@ -121,7 +143,7 @@ pub(super) async fn claim(
         if since.elapsed() > lease && create(bucket, &directory, after(epoch)?, own).await? {
             info!(job = %own.job_id, host = claim.host, "taking over the job of a host that is silent");
             let inherited = beat.upload.map(|upload| Inherited { upload, is_same });
-            return Ok(Claimed::Held(held(after(epoch)?), inherited));
+            return Ok(held(after(epoch)?, inherited, None));
         }
         if is_alive && !is_same {
             let what = format!("host {} is making something else of this key", claim.host);
@@ -136,11 +158,11 @@ pub(super) async fn claim(
 
 impl Lease {
     /// Shows that this host is alive, until it is dropped; `upload` gives the log of the upload under way.
-    pub(super) async fn keep(&self, upload: impl Fn() -> Option<String>) {
+    pub(super) async fn keep<F: Future<Output = Option<String>>>(&self, upload: impl Fn() -> F) {
         let mut beat = Beat::default();
         loop {
             beat.number += 1;
-            beat.upload = upload();
+            beat.upload = upload().await;
             if let Err(error) = self.put(&beat).await {
                 warn!("a lease could not be renewed: {}", error.report());
             }
@@ -185,35 +207,35 @@ impl Lease {
     }
 }
 
-/// Whether an export that ended before made what `own` is to make, and the object is still that. `told` is how the newest
-/// one ended, where no status beside the key says it.
-async fn same_before(
+/// How the export ended that had the key before: `told` by its holder where no status beside the key says it.
+async fn ended_before(bucket: &Bucket, key: &ObjectKey, told: Option<Box<Status>>) -> Result<Option<Status>> {
+    let status = match told {
+        Some(status) => Some(*status),
+        None => match look(bucket, key, Sidecar::Status).await? {
+            Beside::Ours { bytes, .. } => serde_json::from_slice::<Status>(&bytes).ok(),
+            _ => None,
+        },
+    };
+    Ok(status.filter(|status| status.status.is_final()))
+}
+
+/// Whether an export that has ended did what `own` is to do, and the object is still that.
+async fn is_done_by(
     bucket: &Bucket,
     key: &ObjectKey,
     own: &Claim,
-    told: Option<Box<Status>>,
+    ended: &Status,
     follows: bool,
-) -> Result<Option<Status>> {
-    let status = match told {
-        Some(status) => *status,
-        None => match look(bucket, key, Sidecar::Status).await? {
-            Beside::Ours { bytes, .. } => match serde_json::from_slice::<Status>(&bytes) {
-                Ok(status) => status,
-                Err(_) => return Ok(None),
-            },
-            _ => return Ok(None),
-        },
-    };
-    if !status.status.is_final() || !is_same(status.image.as_ref(), own.image.as_ref()) {
-        return Ok(None);
+) -> Result<bool> {
+    if !is_same(ended.image.as_ref(), own.image.as_ref()) {
+        return Ok(false);
     }
-    if status.error.is_some() {
+    if ended.error.is_some() {
         // A failure that was followed is the follower's too; one from before it was asked is not.
-        return Ok(follows.then_some(status));
+        return Ok(follows);
     }
     let object = bucket.head(key).await?;
-    let unchanged = object.as_ref().is_some_and(|meta| status.etag.is_some() && meta.etag == status.etag);
-    Ok(unchanged.then_some(status))
+    Ok(object.is_some_and(|meta| ended.etag.is_some() && meta.etag == ended.etag))
 }
 
 /// Whether two hosts mean the same bytes. What a program wrote is like nothing else.
@@ -269,6 +291,14 @@ fn beat_name(directory: &str, epoch: u64) -> String {
     format!("{directory}/{epoch:010}.beat")
 }
 
+/// The newest epoch, its holder and that one's last sign of life.
+async fn newest_of(bucket: &Bucket, directory: &str) -> Result<(u64, Option<Claim>, Beat)> {
+    let epoch = newest(bucket, directory).await?;
+    let claim = read(bucket, &epoch_name(directory, epoch)).await?;
+    let beat: Option<Beat> = read(bucket, &beat_name(directory, epoch)).await?;
+    Ok((epoch, claim, beat.unwrap_or_default()))
+}
+
 /// The newest epoch, 0 when there is none.
 async fn newest(bucket: &Bucket, directory: &str) -> Result<u64> {
     Ok(epochs(bucket, directory).await?.into_iter().max().unwrap_or(0))
@@ -322,7 +352,7 @@ mod tests {
 
     async fn held(bucket: &Bucket, key: &ObjectKey, job_id: &str) -> Lease {
         match claim(bucket, key, &claim_of(job_id), LEASE, || {}).await.unwrap() {
-            Claimed::Held(lease, _) => lease,
+            Claimed::Held(held) => held.lease,
             Claimed::Done(status) => panic!("{status:?}"),
         }
     }

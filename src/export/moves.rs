@@ -199,7 +199,8 @@ impl Moves {
             Some(made) => made.clone(),
             None => {
                 let log_id = format!("copy-{}", JobId::new());
-                copy::copy(&self.uploads, bucket, source, &target.key, &replaces, &log_id).await?
+                let memory = &self.mounted(bucket.name())?.memory;
+                copy::copy(&self.uploads, (bucket, memory), source, &target.key, &replaces, &log_id).await?
             }
         };
         begun.made = Some(made.etag.clone());

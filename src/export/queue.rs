@@ -94,7 +94,7 @@ impl JobQueue {
             return Err(error);
         }
         self.context.metrics.jobs_submitted.add(1);
-        let begin = Begin { record, upload: None, early, is_deferred };
+        let begin = Begin { record, upload: None, early, is_deferred, is_resumed: false };
         self.spawn(Run::new(Arc::clone(&self.context), Arc::clone(&job), begin), Recovery::Begin);
         Ok(job)
     }
@@ -212,7 +212,7 @@ impl JobQueue {
     /// A run for a job that has ended, or ends before it begins.
     fn run_of(&self, job: &Arc<Job>) -> Arc<Run> {
         let record = Record::new(job.request().clone(), job.status());
-        let begin = Begin { record, upload: None, early: None, is_deferred: false };
+        let begin = Begin { record, upload: None, early: None, is_deferred: false, is_resumed: false };
         Run::new(Arc::clone(&self.context), Arc::clone(job), begin)
     }
 

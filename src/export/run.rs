@@ -20,7 +20,7 @@ use super::multipart::early::EarlyUpload;
 use super::multipart::log::{Placed, UploadLog};
 use super::multipart::place::{self, Body, Sent, Target};
 use super::multipart::transfer::Transfer;
-use super::multipart::uploads::abort;
+use super::multipart::uploads::{abort, blocking};
 use super::request::JobSource;
 use super::sidecars::has_sidecars;
 use super::stage::Recovery;
@@ -53,6 +53,8 @@ pub(super) struct Run {
     early: Mutex<Option<EarlyUpload>>,
     /// Whether the job's file stands for one that has to be found again.
     is_deferred: bool,
+    /// Whether it is resumed: nobody waits in close(2) for it.
+    is_resumed: bool,
     /// The right to make the object, where hosts share the bucket.
     lease: Mutex<Option<Arc<Lease>>>,
     /// Whether a status of this job is beside the key, or is to be.
@@ -60,6 +62,8 @@ pub(super) struct Run {
     told: tokio::sync::Mutex<Told>,
     /// Whether the bucket has a status of this run.
     is_announced: AtomicBool,
+    /// Whether another host has taken the job over from this run: what it has made came after this job.
+    is_overtaken: AtomicBool,
     /// Whether another host makes the object, and its status is the one in the bucket.
     follows: AtomicBool,
     /// Whether the object is being put in place, which cannot be taken back.
@@ -76,6 +80,7 @@ pub(super) struct Begin {
     pub(super) upload: Option<Arc<UploadLog>>,
     pub(super) early: Option<EarlyUpload>,
     pub(super) is_deferred: bool,
+    pub(super) is_resumed: bool,
 }
 
 impl Run {
@@ -89,10 +94,12 @@ impl Run {
             upload: Mutex::new(begin.upload),
             early: Mutex::new(begin.early),
             is_deferred: begin.is_deferred,
+            is_resumed: begin.is_resumed,
             lease: Mutex::default(),
             has_status,
             told: tokio::sync::Mutex::new(Told::Ours(Replaces::Nothing)),
             is_announced: AtomicBool::new(false),
+            is_overtaken: AtomicBool::new(false),
             follows: AtomicBool::new(false),
             publishes: AtomicBool::new(false),
             in_doubt: AtomicBool::new(false),
@@ -165,13 +172,7 @@ impl Run {
                     let what = Error::new(ErrorKind::Cancelled, "the export was cancelled");
                     return Err(what.in_file(self.job.status().url));
                 }
-                None => {
-                    // What hosts that share a bucket replace, the order of their leases says.
-                    if self.context.settings.lease.is_none() {
-                        self.replaces(&mounted.bucket).await?;
-                    }
-                    self.make(mounted).await?
-                }
+                None => self.make_when_allowed(mounted).await?,
             };
             if !self.follows() {
                 self.put_checksums(&mounted.bucket, &placed).await;
@@ -181,6 +182,26 @@ impl Run {
         tokio::select! {
             placed = work => placed,
             never = self.renew_status() => match never {},
+        }
+    }
+
+    /// Makes the object. A resumed job whose store denies that, with credentials that have expired for instance, waits
+    /// visibly until it is allowed, or cancelled.
+    async fn make_when_allowed(self: &Arc<Self>, mounted: &MountedBucket) -> Result<Placed> {
+        let mut failures = 0;
+        loop {
+            let made = async {
+                // Before it waits for anything: what somebody writes meanwhile stays.
+                self.replaces(&mounted.bucket).await?;
+                self.make(mounted).await
+            };
+            let error = match made.await {
+                Err(error) if self.is_resumed && is_denial(&error) => error,
+                made => return made,
+            };
+            self.wait_for(&error, failures).await;
+            failures += 1;
+            let _ = mounted.bucket.probe_again().await;
         }
     }
 
@@ -397,6 +418,22 @@ impl Run {
         self.whole_step(step).await?
     }
 
+    /// Another host's export of the key has ended since this job was asked for, and has made the object `made`: what hosts
+    /// that share a bucket replace, the order of their leases says.
+    async fn replaces_made(&self, bucket: &Bucket, made: String) -> Result<()> {
+        let replaces = Replaces::Tag(made);
+        {
+            let record = self.record.lock();
+            if record.request.replaces.is_some() || record.replaces.as_ref() == Some(&replaces) {
+                return Ok(());
+            }
+        }
+        if self.retried(|| found(bucket, &self.job.request().key)).await? == replaces {
+            self.save(Step::JobRecord, |record| record.replaces = Some(replaces)).await?;
+        }
+        Ok(())
+    }
+
     /// What the object replaces; looked up and recorded where the request does not say it.
     async fn replaces(&self, bucket: &Bucket) -> Result<Replaces> {
         let key = &self.job.request().key;
@@ -471,7 +508,7 @@ impl Run {
     async fn restart(&self) -> Result<()> {
         let given_up = self.upload.lock().take();
         if let Some(log) = given_up {
-            log.set_aside()?;
+            blocking(&log, UploadLog::set_aside).await??;
             abort(&self.context.mounted(&log.name().bucket)?.bucket, &log).await;
         }
         Ok(())
@@ -535,6 +572,12 @@ impl Run {
         self.lease.lock().clone()
     }
 
+    /// Whether this job comes after every other one of its key, by the order of the leases. One that was overtaken, or is
+    /// resumed and may have been, comes before some.
+    fn is_latest(&self) -> bool {
+        self.lease().is_some() && !self.is_resumed && !self.is_overtaken.load(Ordering::SeqCst)
+    }
+
     fn follows(&self) -> bool {
         self.follows.load(Ordering::SeqCst)
     }
@@ -566,6 +609,11 @@ impl Run {
         let table = self.context.table.lock();
         table.newest(&request.bucket, &request.key).is_none_or(|newest| newest.id() <= self.job.id())
     }
+}
+
+/// Whether a store denies access, or did so when it was mounted.
+fn is_denial(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
 }
 
 fn intent(sent: &Sent) -> Publishing {

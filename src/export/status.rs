@@ -159,6 +159,17 @@ pub struct Status {
     pub notes: Vec<String>,
 }
 
+/// What is known, without anybody's clock, of which of two jobs of a key came first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// This one: the other's status came after one of this job.
+    Before,
+    /// The other one: the order of the leases says so.
+    After,
+    /// Nothing: the times that both say are all there is.
+    ByTime,
+}
+
 impl Status {
     /// The end with an object in the bucket.
     pub(super) fn succeed(&mut self, etag: Option<String>, sha256: &str, md5: &str) {
@@ -186,17 +197,17 @@ impl Status {
     }
 
     /// Whether this status may take the place of `there`, that of another job, beside an object with the entity tag
-    /// `object`. `was_there` says that the bucket had a status of this job before, so that `there` came after it.
+    /// `object`. `order` says what is known of which job came first.
     ///
     /// A success is told beside the object that it made. Everything else gives way to a later job, whose id is greater, and
     /// to the success that made the object and came after this job began.
-    pub(super) fn may_replace(&self, there: &Self, object: Option<&str>, was_there: bool) -> bool {
+    pub(super) fn may_replace(&self, there: &Self, object: Option<&str>, order: Order) -> bool {
         if self.status == JobState::Success {
             return self.is_of(object);
         }
-        let came_after = was_there || there.end_time.is_some_and(|end| end >= self.begin_time);
+        let came_after = order == Order::Before || there.end_time.is_some_and(|end| end >= self.begin_time);
         let made_it = there.status == JobState::Success && there.etag.is_some() && there.is_of(object);
-        there.job_id < self.job_id && !(made_it && came_after)
+        order == Order::After || there.job_id < self.job_id && !(made_it && came_after)
     }
 
     /// Whether an object with this entity tag is the one of this status, as far as that has one.
@@ -239,22 +250,27 @@ mod tests {
         let object = Some("new");
         let success = |job, etag| status(job, "SUCCESS", Some(etag));
         let failed = |job| status(job, "FAIL", None);
-        for (own, there, was_there, may) in [
+        use Order::{After, Before, ByTime};
+        for (own, there, order, may) in [
             // The success that made the object, and one that did not.
-            (success(1, "new"), success(5, "old"), true, true),
-            (success(5, "old"), failed(1), true, false),
+            (success(1, "new"), success(5, "old"), Before, true),
+            (success(5, "old"), failed(1), Before, false),
             // A failure leaves the success of whoever won, and takes the place of one from before it.
-            (failed(5), success(4, "new"), false, false),
-            (failed(9), success(4, "new"), false, true),
-            (failed(9), success(4, "new"), true, false),
-            (failed(9), success(4, "old"), true, true),
+            (failed(5), success(4, "new"), ByTime, false),
+            (failed(9), success(4, "new"), ByTime, true),
+            (failed(9), success(4, "new"), Before, false),
+            (failed(9), success(4, "old"), Before, true),
             // Later jobs have the word.
-            (failed(5), failed(6), true, false),
-            (status(5, "RUNNING", None), status(6, "RUNNING", None), true, false),
-            (status(6, "RUNNING", None), status(5, "RUNNING", None), true, true),
+            (failed(5), failed(6), Before, false),
+            (status(5, "RUNNING", None), status(6, "RUNNING", None), Before, false),
+            (status(6, "RUNNING", None), status(5, "RUNNING", None), Before, true),
+            // Whatever the clocks say, where hosts agree on an order.
+            (failed(5), failed(6), After, true),
+            (status(5, "RUNNING", None), success(9, "new"), After, true),
+            (success(5, "old"), failed(6), After, false),
         ] {
             let text = format!("{own:?}\n{there:?}");
-            assert_eq!(own.may_replace(&there, object, was_there), may, "{text}");
+            assert_eq!(own.may_replace(&there, object, order), may, "{text}");
         }
     }
 }

@@ -27,6 +27,10 @@ pub struct FaultyStore {
     open_uploads: Mutex<HashSet<MultipartId>>,
     /// Requests that were refused while it was down.
     refused: AtomicUsize,
+    /// Reads that fail from now on.
+    failing_reads: AtomicUsize,
+    /// Whether writing is denied.
+    denies: AtomicBool,
     /// Whether no request is answered.
     down: AtomicBool,
     /// Whether the store goes down between the next completion and its answer.
@@ -69,6 +73,21 @@ impl FaultyStore {
     /// Answers no request any more, or all again.
     pub fn set_down(&self, down: bool) {
         self.down.store(down, Ordering::SeqCst);
+    }
+
+    /// Lets so many reads fail.
+    pub fn fail_reads(&self, reads: usize) {
+        self.failing_reads.store(reads, Ordering::SeqCst);
+    }
+
+    /// How many reads are still to fail.
+    pub fn failing_reads(&self) -> usize {
+        self.failing_reads.load(Ordering::SeqCst)
+    }
+
+    /// Denies writing, or allows it again.
+    pub fn deny(&self, denies: bool) {
+        self.denies.store(denies, Ordering::SeqCst);
     }
 
     pub fn refused(&self) -> usize {
@@ -118,6 +137,10 @@ impl FaultyStore {
 
     fn count(&self, what: &str) -> Result<()> {
         self.reached()?;
+        if self.denies.load(Ordering::SeqCst) {
+            let (path, source) = (what.to_owned(), "credentials have expired".into());
+            return Err(Error::PermissionDenied { path, source });
+        }
         let number = self.requests.fetch_add(1, Ordering::SeqCst) + 1;
         if number == self.failing.load(Ordering::SeqCst) {
             return Err(Error::Generic {
@@ -153,6 +176,13 @@ impl ObjectStore for FaultyStore {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         self.reached()?;
+        let fails = self
+            .failing_reads
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+            .is_ok();
+        if fails {
+            return Err(Error::Generic { store: "faulty", source: "this read fails".into() });
+        }
         self.inner.get_opts(location, options).await
     }
 

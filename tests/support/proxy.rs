@@ -40,6 +40,8 @@ pub enum Fate {
     /// The server does not get it, and there is no answer until the client gives up or the proxy is
     /// [released](Proxy::release), which cuts the connection.
     Hang,
+    /// The server gets it when the proxy is [released](Proxy::release).
+    Hold,
     /// The server gets it with one bit in the middle of its body flipped.
     DamageRequest,
     /// The answer has one bit in the middle of its body flipped, or of its entity tag where it has no body.
@@ -90,7 +92,7 @@ impl Proxy {
         self.hangs.now.load(Ordering::SeqCst)
     }
 
-    /// Cuts the requests that hang; from now on a fate of hanging is one of being cut.
+    /// Cuts the requests that hang, and forwards those that are held; from now on both is done at once.
     pub fn release(&self) {
         self.hangs.released.store(true, Ordering::SeqCst);
     }
@@ -156,6 +158,13 @@ fn serve(
                 client,
                 "HTTP/1.1 {status} Fault\r\netag: \"0\"\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{xml}"
             );
+        }
+        Fate::Hold => {
+            hangs.now.fetch_add(1, Ordering::SeqCst);
+            while !hangs.released.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            hangs.now.fetch_sub(1, Ordering::SeqCst);
         }
         Fate::Delay(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
         Fate::Forward | Fate::CutAnswer | Fate::WrongEtag | Fate::DamageRequest | Fate::DamageAnswer => {}

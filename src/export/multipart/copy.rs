@@ -5,6 +5,7 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::log::{Part, UploadLog};
+use super::memory::PartMemory;
 use super::transfer::MAX_PARTS_IN_FLIGHT;
 use super::uploads::{Uploads, abort};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
@@ -16,7 +17,7 @@ use crate::failpoint::{self, Step};
 /// what was made.
 pub(in crate::export) async fn copy(
     uploads: &Uploads,
-    bucket: &Bucket,
+    (bucket, memory): (&Bucket, &PartMemory),
     source: &ObjectMeta,
     to: &ObjectKey,
     replaces: &Replaces,
@@ -27,7 +28,7 @@ pub(in crate::export) async fn copy(
     }
     let part_size = bucket.part_size_for(source.object_size)?;
     let log = uploads.begin(bucket, to, &Tags::new(), part_size, log_id).await?;
-    match copy_parts(bucket, source, &log, replaces).await {
+    match copy_parts((bucket, memory), source, &log, replaces).await {
         Ok(made) => {
             log.remove();
             Ok(made)
@@ -40,7 +41,7 @@ pub(in crate::export) async fn copy(
 }
 
 async fn copy_parts(
-    bucket: &Bucket,
+    (bucket, memory): (&Bucket, &PartMemory),
     source: &ObjectMeta,
     log: &Arc<UploadLog>,
     replaces: &Replaces,
@@ -50,7 +51,8 @@ async fn copy_parts(
     stream::iter((0..parts).map(|index| async move {
         let start = index as u64 * part_size;
         let end = (start + part_size).min(source.object_size);
-        let bytes = bucket.read(&source.key, start..end, source.etag.as_deref()).await?;
+        let reading = bucket.read(&source.key, start..end, source.etag.as_deref());
+        let bytes = memory.hold(end - start, reading).await?;
         failpoint::pass(Step::PartSend)?;
         let id = bucket.put_part(to, &log.name().id, index, bytes).await?;
         log.finished(index, Part { length: end - start, id });

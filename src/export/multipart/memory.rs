@@ -29,14 +29,14 @@ pub(in crate::export) struct PartMemory {
 }
 
 /// Bytes with their part of the bound, which ends when the last clone of them is dropped.
-struct Held {
-    bytes: Vec<u8>,
+struct Held<B> {
+    bytes: B,
     _units: OwnedSemaphorePermit,
 }
 
-impl AsRef<[u8]> for Held {
+impl<B: AsRef<[u8]>> AsRef<[u8]> for Held<B> {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes
+        self.bytes.as_ref()
     }
 }
 
@@ -59,13 +59,22 @@ impl PartMemory {
         let (memory, file) = (self.clone(), Arc::clone(file));
         tokio::spawn(async move {
             let length = file.known_size().map_or(length, |size| length.min(size.saturating_sub(at)));
-            let wanted = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, memory.total);
-            let units = memory.units.acquire_many_owned(wanted).await;
-            let units = units.map_err(|e| Error::new(ErrorKind::Internal, "the mount ends").because(e))?;
-            let reading = tokio::task::spawn_blocking(move || read_full(&*file, at, length));
-            let bytes = joined(reading.await)??;
-            Ok(Bytes::from_owner(Held { bytes, _units: units }))
+            let reading =
+                async { joined(tokio::task::spawn_blocking(move || read_full(&*file, at, length)).await)? };
+            memory.hold(length, reading).await
         })
+    }
+
+    /// Reads what comes otherwise, at most `length` bytes, when the bound allows it.
+    pub(super) async fn hold<B: AsRef<[u8]> + Send + 'static>(
+        &self,
+        length: u64,
+        reading: impl Future<Output = Result<B>>,
+    ) -> Result<Bytes> {
+        let wanted = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.total);
+        let units = Arc::clone(&self.units).acquire_many_owned(wanted).await;
+        let units = units.map_err(|e| Error::new(ErrorKind::Internal, "the mount ends").because(e))?;
+        Ok(Bytes::from_owner(Held { bytes: reading.await?, _units: units }))
     }
 }
 

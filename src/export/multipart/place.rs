@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::digests::Digests;
 use super::log::{Placed, UploadLog};
-use super::uploads::{Uploads, abort};
+use super::uploads::{Uploads, abort, blocking};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
@@ -65,7 +65,8 @@ impl Target<'_> {
             Body::Whole(bytes) => self.put(sent, bytes, may).await,
             Body::Parts(log, count) => {
                 let placed = self.complete(sent, log, *count, may).await?;
-                log.place(placed.clone());
+                let in_place = placed.clone();
+                blocking(log, move |log| log.place(in_place)).await?;
                 Ok(placed)
             }
         }
@@ -120,7 +121,7 @@ impl Target<'_> {
     async fn complete(
         &self,
         sent: &Sent,
-        log: &UploadLog,
+        log: &Arc<UploadLog>,
         count: usize,
         may: impl Future<Output = Result<()>>,
     ) -> Result<Placed> {
@@ -129,7 +130,7 @@ impl Target<'_> {
             return Ok(sent.placed(meta));
         }
         if let Some(mark) = self.bucket.expected_etag_prefix(&log.name().id, &ids, sent.size).await? {
-            log.complete(&mark)?;
+            blocking(log, move |log| log.complete(&mark)).await??;
         }
         may.await?;
         failpoint::pass(Step::ObjectPlace)?;

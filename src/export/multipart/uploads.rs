@@ -167,6 +167,15 @@ impl Uploads {
     }
 }
 
+/// Does with a log what waits for a disk.
+pub(in crate::export) async fn blocking<T: Send + 'static>(
+    log: &Arc<UploadLog>,
+    act: impl FnOnce(&UploadLog) -> T + Send + 'static,
+) -> Result<T> {
+    let log = Arc::clone(log);
+    joined(tokio::task::spawn_blocking(move || act(&log)).await)
+}
+
 /// Gives an upload up. Its log stays when that fails, so that the next mount tries again.
 pub(in crate::export) async fn abort(bucket: &Bucket, log: &UploadLog) {
     let name = log.name();

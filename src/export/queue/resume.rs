@@ -95,12 +95,12 @@ impl JobQueue {
         if let Some(upload) = record.upload.clone() {
             self.abort_of_version_1(record.request.bucket.clone(), record.request.key.clone(), upload);
         }
-        let begin = Begin { record, upload: log, early: None, is_deferred: true };
+        let begin = Begin { record, upload: log, early: None, is_deferred: true, is_resumed: true };
         let run = Run::new(Arc::clone(&self.context), Arc::clone(&job), begin);
         match recovery {
             Recovery::Remember => {}
             Recovery::Tell => {
-                self.spawn_counted(async move { run.settle(true, false).await });
+                self.spawn_counted(async move { run.settle_found().await });
             }
             _ if !is_newest => {
                 let what = "a later job has the key, and how this one ended could not be recorded";

@@ -16,7 +16,7 @@ use crate::export::multipart::log::{Placed, UploadLog};
 use crate::export::multipart::uploads::abort;
 use crate::export::request::JobSource;
 use crate::export::sidecars::{self, Beside, Sidecar, Written, checksum_line};
-use crate::export::status::{JobState, Status};
+use crate::export::status::{JobState, Order, Status};
 use crate::failpoint::{self, Step};
 
 /// How long writing a status may take; the job's end does not wait longer for it.
@@ -32,13 +32,12 @@ impl Run {
         let last = self.last_status(&result);
         let tells = self.tells();
         self.record.lock().status = last.clone();
-        let recorded = self.record_end(tells).await;
+        let owes = tells || self.lease().is_some();
+        let recorded = self.record_end(owes).await;
         let told = !tells || self.tell_end(&last).await;
-        if recorded && tells && told {
+        self.end_lease(&last).await;
+        if recorded && owes && told {
             self.confirm_end().await;
-        }
-        if let Some(lease) = self.lease() {
-            lease.end((!self.has_status).then(|| last.clone())).await;
         }
         let last = Status { notes: self.job.status().notes, ..last };
         if !told {
@@ -52,6 +51,13 @@ impl Run {
                 run.settle(recorded, told).await;
                 drop(task);
             });
+        }
+    }
+
+    /// Tells hosts that share the bucket that the job has ended, and how where no status beside the key says it.
+    async fn end_lease(&self, last: &Status) {
+        if let Some(lease) = self.lease() {
+            lease.end((!self.has_status).then(|| last.clone())).await;
         }
     }
 
@@ -123,6 +129,14 @@ impl Run {
         }
     }
 
+    /// Tells an end that an earlier process has recorded and perhaps not told.
+    pub(in crate::export) async fn settle_found(self: &Arc<Self>) {
+        if let Ok(mounted) = self.context.mounted(&self.job.request().bucket) {
+            self.take_lease_back(&mounted.bucket).await;
+        }
+        self.settle(true, false).await;
+    }
+
     /// Records and tells an end that could not be, with back-off, until the mount ends or a later job has the key.
     pub(in crate::export) async fn settle(self: &Arc<Self>, mut recorded: bool, mut told: bool) {
         let mut stopping = self.context.stopping.subscribe();
@@ -138,6 +152,8 @@ impl Run {
                 told = self.tell_end(&last).await;
             }
             if recorded && told {
+                let last = self.record.lock().status.clone();
+                self.end_lease(&last).await;
                 self.confirm_end().await;
                 if self.has_status {
                     self.job.set_holds(Holds::UntilEnd);
@@ -147,6 +163,9 @@ impl Run {
             tokio::select! {
                 _ = stopping.wait_for(|stopping| *stopping) => return,
                 () = tokio::time::sleep(self.context.settings.retries.pause(failures)) => {}
+            }
+            if let Ok(mounted) = self.context.mounted(&self.job.request().bucket) {
+                let _ = mounted.bucket.probe_again().await;
             }
         }
     }
@@ -239,7 +258,14 @@ impl Run {
         }
         match there.as_ref().and_then(status_in) {
             Some(there) if there.job_id == status.job_id => Ok(true),
-            Some(there) => Ok(status.may_replace(&there, self.object(bucket).await?.as_deref(), was_there)),
+            Some(there) => {
+                let order = match (self.is_latest(), was_there || self.is_overtaken.load(Ordering::SeqCst)) {
+                    (_, true) => Order::Before,
+                    (true, _) => Order::After,
+                    _ => Order::ByTime,
+                };
+                Ok(status.may_replace(&there, self.object(bucket).await?.as_deref(), order))
+            }
             // It was removed, perhaps with its object.
             None => {
                 Ok(status.status != JobState::Success || status.is_of(self.object(bucket).await?.as_deref()))

@@ -10,10 +10,11 @@ use crate::bucket::Bucket;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::context::MountedBucket;
 use crate::export::job::Holds;
-use crate::export::lease::{self, Claim, Claimed};
+use crate::export::lease::{self, Claim, Claimed, Held, Inherited};
+use crate::export::multipart::digests::joined;
 use crate::export::multipart::log::{Placed, UploadLog};
 use crate::export::multipart::place::gone;
-use crate::export::multipart::uploads::abort;
+use crate::export::multipart::uploads::{abort, blocking};
 use crate::export::status::Status;
 
 impl Run {
@@ -32,33 +33,34 @@ impl Run {
             for log in lost.drain(..) {
                 // That one has completed it, or has never known of it; or it comes back to this host.
                 let inherited = match &claimed {
-                    Claimed::Held(_, Some(before)) => before.upload.contains(&log.name().id),
+                    Claimed::Held(Held { inherited: Some(before), .. }) => {
+                        before.upload.contains(&log.name().id)
+                    }
                     _ => false,
                 };
                 if !inherited {
                     abort(bucket, &log).await;
                 }
             }
-            let (held, before) = match claimed {
-                Claimed::Held(held, before) => (Arc::new(held), before),
+            let Held { lease: held, inherited, made } = match claimed {
+                Claimed::Held(held) => held,
                 Claimed::Done(status) => {
                     self.set_follows(true);
                     return self.done_elsewhere(bucket, *status).await;
                 }
             };
             self.set_follows(false);
-            if let Some(before) = before {
-                let path = self.context.uploads.path(&job.id());
-                let log = UploadLog::adopt(&path, &before.upload, bucket.name(), &job.request().key)?;
-                match log.map(Arc::new) {
-                    Some(log) if !before.is_same => abort(bucket, &log).await,
-                    log => *self.upload.lock() = log,
-                }
+            if let Some(before) = inherited {
+                self.inherit(bucket, before).await?;
             }
+            let held = Arc::new(held);
             *self.lease.lock() = Some(Arc::clone(&held));
+            if let Some(made) = made.filter(|_| self.is_latest()) {
+                self.replaces_made(bucket, made).await?;
+            }
             let placed = {
                 let mut upload = std::pin::pin!(self.upload_all(mounted));
-                let log = || self.upload().and_then(|log| log.text());
+                let log = async || blocking(&self.upload()?, UploadLog::text).await.ok().flatten();
                 tokio::select! {
                     placed = &mut upload => placed,
                     () = held.keep(log) => upload.await,
@@ -68,11 +70,24 @@ impl Run {
             if placed.is_err() && matches!(held.is_newest().await, Ok(false)) {
                 lost.extend(self.upload.lock().take());
                 *self.lease.lock() = None;
+                self.is_overtaken.store(true, Ordering::SeqCst);
                 warn!(job = job.id(), "another host has taken the job over");
                 continue;
             }
             return placed;
         }
+    }
+
+    /// Goes on with the upload of a host that is silent, if it was of the same; else that is given up.
+    async fn inherit(&self, bucket: &Bucket, before: Inherited) -> Result<()> {
+        let (path, name) = (self.context.uploads.path(&self.job.id()), bucket.name().to_owned());
+        let (key, is_same) = (self.job.request().key.clone(), before.is_same);
+        let adopt = move || UploadLog::adopt(&path, &before.upload, &name, &key);
+        match joined(tokio::task::spawn_blocking(adopt).await)??.map(Arc::new) {
+            Some(log) if !is_same => abort(bucket, &log).await,
+            log => *self.upload.lock() = log,
+        }
+        Ok(())
     }
 
     fn set_follows(&self, follows: bool) {
