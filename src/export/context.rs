@@ -110,9 +110,12 @@ impl Context {
     ) -> Self {
         let count = buckets.len();
         let mounted = |(name, bucket)| (name, MountedBucket::new(bucket, settings.running, count));
+        let buckets: BTreeMap<_, _> = buckets.into_iter().map(mounted).collect();
+        let memory = |(name, mounted): (&String, &MountedBucket)| (name.clone(), mounted.memory.clone());
+        let memory = buckets.iter().map(memory).collect();
         Self {
-            buckets: buckets.into_iter().map(mounted).collect(),
-            moves: Arc::new(Moves::new(journal.moves(), uploads.clone(), settings.all_sidecars)),
+            buckets,
+            moves: Arc::new(Moves::new(journal.moves(), uploads.clone(), memory, settings.all_sidecars)),
             uploads,
             journal,
             metrics,

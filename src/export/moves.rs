@@ -8,7 +8,7 @@
 
 mod log;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,6 +21,7 @@ pub(super) use self::log::{Move, MoveLog};
 use super::job_id::JobId;
 use super::multipart::copy;
 use super::multipart::digests::joined;
+use super::multipart::memory::PartMemory;
 use super::multipart::uploads::Uploads;
 use super::retry::Retries;
 use super::sidecars::{self, Beside, Sidecar, has_sidecars};
@@ -106,13 +107,20 @@ pub(super) type Outcome<T> = (Result<T>, Option<Move>);
 pub(super) struct Moves {
     log: MoveLog,
     uploads: Uploads,
+    /// The memory for parts of each bucket, by its name.
+    memory: BTreeMap<String, PartMemory>,
     /// Whether every key has sidecars.
     all_sidecars: bool,
 }
 
 impl Moves {
-    pub(super) fn new(path: PathBuf, uploads: Uploads, all_sidecars: bool) -> Self {
-        Self { log: MoveLog::new(path), uploads, all_sidecars }
+    pub(super) fn new(
+        path: PathBuf,
+        uploads: Uploads,
+        memory: BTreeMap<String, PartMemory>,
+        all_sidecars: bool,
+    ) -> Self {
+        Self { log: MoveLog::new(path), uploads, memory, all_sidecars }
     }
 
     pub(super) fn log(&self) -> &MoveLog {
@@ -199,7 +207,8 @@ impl Moves {
             Some(made) => made.clone(),
             None => {
                 let log_id = format!("copy-{}", JobId::new());
-                let memory = &self.mounted(bucket.name())?.memory;
+                let unknown = || Error::new(ErrorKind::Internal, "a rename in a bucket that is not mounted");
+                let memory = self.memory.get(bucket.name()).ok_or_else(unknown)?;
                 copy::copy(&self.uploads, (bucket, memory), source, &target.key, &replaces, &log_id).await?
             }
         };
