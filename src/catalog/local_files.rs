@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, Metadata};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -243,19 +244,40 @@ impl CatalogStore for LocalFiles {
     }
 
     fn may_have_new(&self, id: &str, since: SystemTime) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        // The time of the last status change: nobody can set it.
-        let changed = |path: &Path| {
-            let meta = std::fs::symlink_metadata(path).ok()?;
-            let seconds =
-                Duration::new(u64::try_from(meta.ctime()).ok()?, u32::try_from(meta.ctime_nsec()).ok()?);
-            SystemTime::UNIX_EPOCH.checked_add(seconds + TICK)
-        };
-        let is_changed = |path: &Path| changed(path).is_some_and(|at| at >= since);
+        let is_changed =
+            |path: &Path| changed(path).is_some_and(|at| is_recent(at, since, SystemTime::now()));
         is_changed(&self.root) || Path::new(id).components().count() == 1 && is_changed(&self.root.join(id))
     }
 
     fn is_remote(&self) -> bool {
         false
+    }
+}
+
+/// When a directory got or lost a name: the time of its last status change, which nobody can set.
+fn changed(path: &Path) -> Option<SystemTime> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    let (seconds, nanoseconds) = (u64::try_from(meta.ctime()).ok()?, u32::try_from(meta.ctime_nsec()).ok()?);
+    SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds))
+}
+
+/// Whether what changed at `at` may have changed since a listing. A time to come is from before the clock was set back, or
+/// another machine's.
+fn is_recent(at: SystemTime, since: SystemTime, now: SystemTime) -> bool {
+    at.checked_add(TICK).is_none_or(|latest| latest >= since) && at <= now + TICK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changed_before_a_listing_or_is_still_to_come_is_no_change_since() {
+        let at = |milliseconds| SystemTime::UNIX_EPOCH + Duration::from_millis(milliseconds);
+        for (changed, recent) in
+            [(0, false), (979, false), (980, true), (1500, true), (2020, true), (2021, false)]
+        {
+            assert_eq!(is_recent(at(changed), at(1000), at(2000)), recent, "{changed}");
+        }
     }
 }

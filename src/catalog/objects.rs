@@ -29,8 +29,9 @@ const MISSED: Duration = Duration::from_secs(1);
 /// Objects of which something is remembered.
 const KNOWN: std::num::NonZeroUsize = std::num::NonZeroUsize::new(65_536).expect("it is not 0");
 
-/// Sidecars whose text is remembered.
-const TEXTS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).expect("it is not 0");
+/// Sidecars whose text is remembered, and their bytes together.
+const TEXTS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(4096).expect("it is not 0");
+const TEXT_BYTES: usize = 16 << 20;
 
 /// Objects that are listed whatever their level: a thousand a request. Of a bucket with more, each directory is a request.
 const LISTED_DEEP: usize = 10_000;
@@ -214,7 +215,11 @@ impl CatalogStore for BucketFiles {
                 (self::generation(&meta), self.text(&meta, limit)?)
             }
         };
-        self.inner.texts.lock().put(key, (generation, text.clone()));
+        let mut texts = self.inner.texts.lock();
+        texts.put(key, (generation, text.clone()));
+        while texts.iter().map(|(_, (_, text))| text.len()).sum::<usize>() > TEXT_BYTES {
+            texts.pop_lru();
+        }
         Ok(text)
     }
 
