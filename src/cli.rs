@@ -10,8 +10,10 @@ mod jobs;
 mod log;
 mod mount;
 mod mount_table;
+mod mounter;
 mod mountpoint;
 mod progress;
+mod sandbox;
 mod silence;
 mod source;
 mod terminal;
@@ -268,6 +270,9 @@ pub fn run() -> ExitCode {
     let words: Vec<_> = std::env::args_os().collect();
     if words.first().is_some_and(helper::is_called) {
         return helper::run(&words);
+    }
+    if words.first().is_some_and(|program| mounter::is_called(program)) {
+        return mounter::run(&words);
     }
     let result = match Arguments::parse_from(words).command {
         Command::Mount(arguments) => mount::run(&arguments),

@@ -28,7 +28,7 @@ use self::reply::{
     reply_attr, reply_empty, reply_entry, reply_open, reply_write, reply_xattr, reply_xattr_change, time,
     utf8,
 };
-pub use self::session::{FuseOptions, MountedSession, Requests, Unmounter};
+pub use self::session::{FuseOptions, MountedSession, Requests};
 use crate::error::Result;
 use crate::metrics::Op;
 use crate::units::{FileOffset, MIB};

@@ -113,6 +113,10 @@ pub struct MountSettings {
     pub state: Option<PathBuf>,
     /// `log_size=SIZE` at which the log is put aside.
     pub log_size: u64,
+    /// `user=USER` that a daemon of root becomes.
+    pub user: Option<String>,
+    /// `sandbox=auto|off`.
+    pub sandbox: bool,
     /// `allow_other`.
     pub allow_other: bool,
     /// `uid=N`.
@@ -133,7 +137,6 @@ const IGNORED: &[&str] = &[
     "rw",
     "auto",
     "noauto",
-    "user",
     "nouser",
     "users",
     "owner",
@@ -165,7 +168,7 @@ const IGNORED: &[&str] = &[
     "loud",
 ];
 
-/// Whether an option is one of mount(8)'s own: `user=NAME` is what it says to helpers.
+/// Whether an option is one of mount(8)'s own.
 fn is_ignored(word: &str) -> bool {
     word.is_empty() || IGNORED.contains(&word) || word.starts_with("x-") || word.starts_with("X-")
 }
@@ -207,6 +210,8 @@ impl MountSettings {
             wait: false,
             state: None,
             log_size: 0,
+            user: None,
+            sandbox: false,
             allow_other: false,
             uid: None,
             gid: None,
@@ -240,6 +245,10 @@ impl MountSettings {
     /// [`Malformed`](ErrorKind::Malformed), with the option's name, when it is unknown or its value is wrong.
     pub fn apply(&mut self, word: &str, value: Option<&str>) -> Result<()> {
         let malformed = |what: String| Err(Error::new(ErrorKind::Malformed, what));
+        // By fstab: ordinary users may mount.
+        if word == "user" && value.is_none() {
+            return Ok(());
+        }
         match OPTIONS.iter().find(|option| option.word == word) {
             Some(option) => match (option.value, value) {
                 (Some(_), None | Some("")) => malformed(format!("option {word:?} needs a value")),

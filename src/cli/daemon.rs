@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::User;
 use tracing::warn;
 
 use super::log::Log;
@@ -17,13 +18,16 @@ use crate::error::{Error, ErrorKind, Result};
 /// does not.
 const READY: &str = "ready\n";
 
-/// Starts this program again as a daemon, and returns when its mount answers or with its reason.
-pub(super) fn start(arguments: &MountArguments) -> Result<u8> {
+/// Starts this program again as a daemon, which may become another user, and returns when its mount answers or with its reason.
+pub(super) fn start(arguments: &MountArguments, user: Option<&User>) -> Result<u8> {
     let failed = |e| Error::from_io("cannot start the daemon", e);
     let program = std::env::current_exe().map_err(failed)?;
     let flags = arguments.flags.words();
     let options = arguments.options.iter().flat_map(|options| ["-o", options]);
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    // Where stores' clients look for credentials.
+    command.envs(user.map(|user| ("HOME", &user.dir)));
+    let mut child = command
         .arg("mount")
         .args(flags)
         .args(options)

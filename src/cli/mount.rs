@@ -5,21 +5,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::unistd::User;
 use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use super::log::{Log, REPEATS_TOLD};
-use super::mountpoint::{detach, mountpoint, source};
-use super::{MountArguments, OK, cores, daemon};
+use super::mounter::{MountRequest, Mounter, session_error};
+use super::mountpoint::{mountpoint, source};
+use super::sandbox::Files;
+use super::{MountArguments, OK, cores, daemon, sandbox};
 use crate::bucket::{BlockCache, Bucket, IN_FLIGHT, RateLimit, RequestLimits};
 use crate::catalog::{BucketFiles, Catalog, CatalogStore, LocalFiles};
 use crate::convert::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobQueue, QueueSettings, RecordedFile, Retries, StateDir, StatusImage};
 use crate::format::OutputFormat;
-use crate::fuse::{FuseOptions, MountedSession, Requests, Unmounter};
+use crate::fuse::{FuseOptions, MountedSession, Requests};
 use crate::image::Cancel;
 use crate::metrics::Metrics;
 use crate::policy::Policy;
@@ -41,10 +44,11 @@ const SAVE_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn run(arguments: &MountArguments) -> Result<u8> {
     let (settings, catalog) = settings(arguments)?;
+    let user = sandbox::user(&settings)?;
     if !arguments.foreground && !arguments.report_ready {
-        return daemon::start(arguments);
+        return daemon::start(arguments, user.as_ref());
     }
-    let mounted = Mounted::new(arguments, &settings, catalog);
+    let mounted = Mounted::new(arguments, &settings, catalog, user.as_ref());
     if arguments.report_ready {
         daemon::report(mounted.as_ref().map(|mounted| &*mounted.notes))?;
     }
@@ -66,6 +70,7 @@ pub(super) fn check(arguments: &MountArguments) -> Result<u8> {
         }
     }
     settings.policy()?;
+    sandbox::user(&settings)?;
     Ok(OK)
 }
 
@@ -90,7 +95,7 @@ fn settings(arguments: &MountArguments) -> Result<(MountSettings, CatalogSetting
 /// A mount that answers.
 struct Mounted {
     session: MountedSession,
-    mountpoint: PathBuf,
+    mounter: Mounter,
     jobs: JobQueue,
     vfs: Arc<Vfs>,
     /// Gives up what would have the end of the mount wait.
@@ -104,15 +109,24 @@ struct Mounted {
 
 impl Mounted {
     /// Mounts. Whatever can fail comes before the kernel is asked for the mount, cheap checks first.
-    fn new(arguments: &MountArguments, settings: &MountSettings, catalog: CatalogSetting) -> Result<Self> {
+    fn new(
+        arguments: &MountArguments,
+        settings: &MountSettings,
+        catalog: CatalogSetting,
+        user: Option<&User>,
+    ) -> Result<Self> {
         let mountpoint = mountpoint(&arguments.mountpoint, settings)?;
+        let state_path = state_path(settings, &mountpoint)?;
+        let mut mounter = Mounter::start(&mount_request(arguments, settings, &mountpoint, user))?;
+        // Before there is another thread.
+        let given_up = give_up(settings, &catalog, &state_path, user)?;
         let runtime = runtime(settings.buckets.len())?;
         let handle = runtime.handle();
         let limits = limits(settings);
         let catalog = open_catalog(catalog, settings.follow_links, &limits, handle)?;
-        let state_path = state_path(settings, &mountpoint)?;
         let state = StateDir::open(&state_path)?;
         let log = daemon::begin(arguments.report_ready, &state_path, settings.log_size)?;
+        given_up.iter().for_each(|layer| info!("{layer}"));
         let catalog = Catalog::new(catalog).with_workspace(Workspace::in_directory(&state.lengths()));
         let buckets = runtime.block_on(open_buckets(settings, &limits))?;
         let policy = Arc::new(settings.policy()?);
@@ -123,20 +137,21 @@ impl Mounted {
         let vfs_settings = vfs_settings(settings, &policy, &buckets, &state, shown_config)?;
         let notes = limitations(&buckets);
         let vfs = Arc::new(Vfs::new(catalog, buckets, jobs.clone(), metrics, vfs_settings, handle.clone()));
-        let options = fuse_options(arguments, settings);
-        let session = MountedSession::new(Arc::clone(&vfs), handle.clone(), &mountpoint, &options)?;
+        let options = FuseOptions { allow_other: settings.allow_other, threads: (2 * cores()).max(4) };
+        let device = mounter.mount()?;
+        let session = MountedSession::new(Arc::clone(&vfs), handle.clone(), device, &options)
+            .map_err(|e| session_error(e, &mut mounter))?;
         notes.iter().for_each(|note| warn!("{note}"));
         info!(mountpoint = %mountpoint.display(), state = %state_path.display(), "mounted");
-        Ok(Self { session, mountpoint, jobs, vfs, walks, notes, log, runtime, _state: state })
+        Ok(Self { session, mounter, jobs, vfs, walks, notes, log, runtime, _state: state })
     }
 
     /// Serves until the mount is gone. After umount the jobs are finished; after a signal they stay recorded, and the next
     /// mount with this state directory resumes them.
-    fn serve(mut self) -> Result<()> {
+    fn serve(self) -> Result<()> {
         let vfs = Arc::clone(&self.vfs);
         let resolver = Arc::clone(&vfs);
         self.jobs.resume(move |image| resolve(&resolver, image))?;
-        let unmounter = self.session.unmounter();
         let signalled = self.runtime.spawn(signalled());
         let saver = Arc::clone(&vfs);
         let log = self.log.clone();
@@ -153,7 +168,7 @@ impl Mounted {
                 }
                 _ = &mut signalled => {
                     self.walks.cancel();
-                    (unmount(unmounter, &self.mountpoint, ended).await, true)
+                    (unmount(self.mounter, ended).await, true)
                 }
             }
         });
@@ -349,13 +364,33 @@ fn vfs_settings(
     })
 }
 
-fn fuse_options(arguments: &MountArguments, settings: &MountSettings) -> FuseOptions {
-    FuseOptions {
+fn mount_request(
+    arguments: &MountArguments,
+    settings: &MountSettings,
+    mountpoint: &Path,
+    user: Option<&User>,
+) -> MountRequest {
+    let own = || (nix::unistd::getuid(), nix::unistd::getgid());
+    MountRequest {
+        mountpoint: mountpoint.to_owned(),
         source: source(&arguments.catalog).display().to_string(),
         allow_other: settings.allow_other,
         read_only: settings.read_only,
-        threads: (2 * cores()).max(4),
+        owner: user.map_or_else(own, |user| (user.uid, user.gid)),
     }
+}
+
+/// Gives up what serving the mount does not need; returns what that was, for the log.
+fn give_up(
+    settings: &MountSettings,
+    catalog: &CatalogSetting,
+    state: &Path,
+    user: Option<&User>,
+) -> Result<Vec<String>> {
+    // The kernel's rules are about files that are there.
+    sandbox::make_state(state, user)?;
+    let files = settings.sandbox.then(|| Files::of(settings, catalog, state));
+    sandbox::enter(user, files.as_ref())
 }
 
 /// Waits for SIGTERM or SIGINT.
@@ -375,16 +410,14 @@ async fn signalled() {
 /// Takes the mount away. A busy one is detached: it is out of the tree at once, and whoever has it open or as working
 /// directory loses it when the process ends. Returns the session's result, where that ended.
 async fn unmount(
-    mut unmounter: Unmounter,
-    mountpoint: &Path,
+    mut mounter: Mounter,
     ended: oneshot::Receiver<Result<()>>,
 ) -> Result<Result<()>, oneshot::error::RecvError> {
-    let place = mountpoint.to_owned();
-    let unmounted = tokio::task::spawn_blocking(move || match unmounter.unmount() {
+    let unmounted = tokio::task::spawn_blocking(move || match mounter.unmount() {
         Ok(()) => true,
         Err(error) => {
             warn!("{}; detaching", error.report());
-            detach(&place);
+            mounter.detach();
             false
         }
     });

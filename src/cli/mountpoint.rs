@@ -1,19 +1,10 @@
 //! The directory that is mounted on: what it has to be, and how a mount is taken away from it.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use super::mount_table::mount_table;
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::MountSettings;
-
-/// Takes a busy mount out of the tree.
-pub(super) fn detach(mountpoint: &Path) {
-    let detached = nix::mount::umount2(mountpoint, nix::mount::MntFlags::MNT_DETACH).is_ok();
-    if !detached {
-        let _ = Command::new("fusermount3").args(["-u", "-z", "-q", "--"]).arg(mountpoint).status();
-    }
-}
 
 /// The mount point as an absolute path, checked to be a directory that answers, is empty, and has no mount.
 pub(super) fn mountpoint(path: &Path, settings: &MountSettings) -> Result<PathBuf> {

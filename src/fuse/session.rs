@@ -1,9 +1,9 @@
-//! The session with the kernel: mounting, serving, unmounting.
+//! The session with the kernel.
 
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use fuser::{Config, MountOption, Session, SessionACL};
+use fuser::{Config, Session, SessionACL};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::watch;
 
@@ -11,15 +11,11 @@ use super::FuseAdapter;
 use crate::error::{Error, Result};
 use crate::vfs::Vfs;
 
-/// What the kernel is told of a mount.
+/// How a mount is served.
 #[derive(Clone, Debug)]
 pub struct FuseOptions {
-    /// What /proc/mounts names as the source.
-    pub source: String,
     /// Whether other users may enter the mount.
     pub allow_other: bool,
-    /// Whether the kernel refuses every change.
-    pub read_only: bool,
     /// Dispatcher threads.
     pub threads: usize,
 }
@@ -64,36 +60,18 @@ impl Drop for Unanswered {
     }
 }
 
-/// Unmounts from another thread.
-pub struct Unmounter {
-    inner: fuser::SessionUnmounter,
-}
-
 impl MountedSession {
-    /// Mounts. When this returns the mount answers as soon as [`run`](Self::run) is called; the kernel holds
-    /// requests until then.
-    pub fn new(vfs: Arc<Vfs>, runtime: Runtime, mountpoint: &Path, options: &FuseOptions) -> Result<Self> {
+    /// Begins to talk with the kernel over the connection of a mount. When this returns the mount answers as soon as
+    /// [`run`](Self::run) is called; the kernel holds requests until then.
+    pub fn new(vfs: Arc<Vfs>, runtime: Runtime, device: OwnedFd, options: &FuseOptions) -> Result<Self> {
         let mut config = Config::default();
-        config.mount_options = vec![
-            MountOption::FSName(options.source.replace(',', "_")),
-            // As a plain option it reaches the kernel on both ways of mounting; MountOption::Subtype does not.
-            MountOption::CUSTOM("subtype=freightfs".to_owned()),
-            MountOption::DefaultPermissions,
-            MountOption::NoAtime,
-            // Modes and owners of objects come from the bucket: nobody there shall make a root shell here.
-            MountOption::NoSuid,
-            MountOption::NoDev,
-        ];
-        if options.read_only {
-            config.mount_options.push(MountOption::RO);
-        }
-        config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(options.threads.max(2));
         config.clone_fd = true;
+        let acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
         let requests = Requests::default();
         let adapter = FuseAdapter { vfs, runtime, requests: requests.clone() };
-        let session = Session::new(adapter, mountpoint, &config)
-            .map_err(|e| mount_error(e).in_file(mountpoint.display().to_string()))?;
+        let session = Session::from_fd(adapter, device, acl, config)
+            .map_err(|e| Error::from_io("the kernel does not begin the session", e))?;
         Ok(Self { session, requests })
     }
 
@@ -102,42 +80,8 @@ impl MountedSession {
         self.requests.clone()
     }
 
-    /// Something to unmount with.
-    pub fn unmounter(&mut self) -> Unmounter {
-        Unmounter { inner: self.session.unmount_callable() }
-    }
-
     /// Serves requests until the filesystem is unmounted.
     pub fn run(self) -> Result<()> {
         self.session.run().map_err(|e| Error::from_io("the connection to the kernel broke", e))
     }
-}
-
-impl Unmounter {
-    /// Unmounts.
-    pub fn unmount(&mut self) -> Result<()> {
-        self.inner.unmount().map_err(|e| Error::from_io("cannot unmount", e))
-    }
-}
-
-/// Says what to do about the usual reasons.
-fn mount_error(error: std::io::Error) -> Error {
-    let text = error.to_string();
-    let what = match error.kind() {
-        std::io::ErrorKind::NotFound if !Path::new("/dev/fuse").exists() => {
-            "cannot mount: /dev/fuse is missing; load the kernel module with `modprobe fuse`"
-        }
-        std::io::ErrorKind::NotFound => "cannot mount: fusermount3 is missing; install the package fuse3",
-        std::io::ErrorKind::NotConnected => {
-            "cannot mount: an earlier mount here died; remove it with `fusermount3 -u` or `umount -l`"
-        }
-        std::io::ErrorKind::PermissionDenied if std::fs::File::open("/dev/fuse").is_err() => {
-            "cannot mount: this user may not open /dev/fuse; its mode is usually 0666"
-        }
-        _ if text.contains("user_allow_other") => {
-            "cannot mount: allow_other needs the line user_allow_other in /etc/fuse.conf"
-        }
-        _ => "cannot mount",
-    };
-    Error::from_io(what, error)
 }

@@ -58,7 +58,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 26] = [
+pub static OPTIONS: [MountOption; 28] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -353,6 +353,39 @@ pub static OPTIONS: [MountOption; 26] = [
             Ok(())
         },
         show: |settings| Some(number_value(settings.log_size)),
+    },
+    MountOption {
+        word: "user",
+        value: Some("USER"),
+        default: None,
+        is_repeated: false,
+        summary: "Have the daemon that root starts run as this user, with the user's groups",
+        details: "A name or a number. Root opens the configuration file, the state directory and the mount; the catalog, \
+                  local buckets and credentials are opened by the user. Where the mount is not of root, only the user's own \
+                  name is taken.",
+        take: |settings, value| {
+            settings.user = Some(value.to_owned());
+            Ok(())
+        },
+        show: |settings| settings.user.as_deref().map(Value::from),
+    },
+    MountOption {
+        word: "sandbox",
+        value: Some("auto|off"),
+        default: Some("auto"),
+        is_repeated: false,
+        summary: "Whether the daemon gives up the rights that it does not need",
+        details: "Capabilities, new privileges, files that are not the mount's, system calls: as far as the kernel can, which \
+                  the log tells; see freightfs-security(7). Credentials that another program gives (Azure's az) need off.",
+        take: |settings, value| {
+            settings.sandbox = match value {
+                "auto" => true,
+                "off" => false,
+                _ => return Err(wrong("sandbox", value)),
+            };
+            Ok(())
+        },
+        show: |settings| Some(if settings.sandbox { "auto" } else { "off" }.into()),
     },
     MountOption {
         word: "allow_other",

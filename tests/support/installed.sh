@@ -91,8 +91,22 @@ equal "$(stat -c %U /srv/carol/web.vmdk)" carol
 refused 'Permission denied' ls /mnt/carol
 refused_as dave 'Permission denied' 'ls /mnt/carol'
 refused_as dave 'umount' 'umount /mnt/carol'
+daemon() { grep -l -- "--report-ready.*$1" -a /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3; }
+contains "$(cat "/proc/$(daemon /mnt/carol)/status")" "NoNewPrivs:	1"
 as carol 'umount /mnt/carol'
 ended /mnt/carol
+# What it no longer may itself, the process beside it does with fusermount3.
+as carol 'mount /mnt/carol'
+as carol "kill $(daemon /mnt/carol)"
+ended /mnt/carol
+if mounted /mnt/carol; then fail "still mounted after a signal"; fi
+mkdir /srv/dave /srv/dave/state
+mount -t freightfs -o user=dave,allow_other,state=/srv/dave/state/root /srv/images /mnt/root
+equal "$(stat -c %U /mnt/root/images /srv/dave/state/root/log)" "dave
+dave"
+umount /mnt/root
+ended /mnt/root
+refused_as carol 'only root can mount for the user' 'freightfs mount -o user=dave /srv/images /mnt/carol'
 equal "$(stat -c %a /home/carol/.local/state/freightfs/*)" 700
 sed -i 's/^user_allow_other/#&/' /etc/fuse.conf
 refused_as carol 'user_allow_other' 'mount /mnt/other'
