@@ -172,6 +172,10 @@
 //! refused, those in holes are not read, a file below another is walked only where the one above has nothing. What is
 //! inflated of all images has one bound ([`image::inflated`]). Objects in a local bucket are opened beneath its directory by
 //! the kernel (openat2), so that no symbolic link leads out. There is no unsafe code.
+//!
+//! What is printed or logged goes through one module each (`cli/terminal.rs`, `cli/log.rs`), which escape what a terminal
+//! obeys and redact URLs ([`error::redacted`]). Before its first thread the daemon gives up its user, capabilities, files
+//! and system calls as far as it can (`cli/sandbox.rs`); a process beside it mounts and unmounts (`cli/mounter.rs`).
 
 pub mod bucket;
 pub mod catalog;

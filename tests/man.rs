@@ -256,3 +256,28 @@ fn every_exit_code_is_in_the_manual() {
     assert_eq!(rows("freightfs.1"), program);
     assert_eq!(rows("mount.freightfs.8"), [vec!["0".to_owned()], codes("cli/helper.rs")].concat());
 }
+
+/// Each promise of the threat model names tests, and these are there.
+#[test]
+fn every_promise_of_the_security_page_names_tests_that_are_there() {
+    let page = page("freightfs-security.7");
+    let (_, model) = page.split_once(".SH THREAT MODEL\n").unwrap();
+    let model = model.split(".SH ").next().unwrap();
+    let attackers: Vec<_> = model.split(".SS ").skip(1).collect();
+    assert_eq!(attackers.len(), 5, "a catalog's file, a bucket's object, a neighbour, the store, the network");
+    for attacker in attackers {
+        let promises: Vec<_> = attacker.split(".TP").skip(1).collect();
+        assert!(!promises.is_empty(), "nothing is promised: {attacker}");
+        for promise in promises {
+            let tests: Vec<_> =
+                promise.lines().filter_map(|line| line.strip_prefix(".I ")?.split_once(": ")).collect();
+            assert!(!tests.is_empty(), "no test: {promise}");
+            for (file, name) in tests {
+                let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(format!("{file}.rs"));
+                let source = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{file}: {e}"));
+                let is_test = source.contains(&format!("#[test]\nfn {name}() {{\n"));
+                assert!(is_test, "{file} has no test {name}");
+            }
+        }
+    }
+}

@@ -195,7 +195,9 @@ fn an_ordinary_user_mounts_and_unmounts_by_fusermount3() {
         return skip("mounting as another user: needs root and setpriv");
     }
     if std::fs::metadata("/dev/fuse").unwrap().mode() & 0o6 != 0o6 {
-        return skip("mounting as another user: only root may open /dev/fuse here; tests/installed.rs does in a namespace");
+        return skip(
+            "mounting as another user: only root may open /dev/fuse here; tests/installed.rs does in a namespace",
+        );
     }
     let world = open_world();
     let raw = images::noise(&world.catalog(), 1 << 20);

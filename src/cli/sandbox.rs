@@ -91,6 +91,8 @@ impl Files {
             let url = url::Url::parse(&bucket.url).ok().filter(|url| url.scheme() == "file");
             files.write.extend(url.and_then(|url| url.to_file_path().ok()));
         }
+        // What is mounted when it is looked into has to be there: a rule is about what it finds.
+        files.read.iter().chain(&files.write).for_each(|path| drop(std::fs::read_dir(path)));
         let clients = settings.buckets.iter().map(|bucket| &bucket.client).chain(catalog.client());
         let values = clients.flat_map(BTreeMap::values).map(|value| PathBuf::from(value.reveal()));
         files.read.extend(values.filter(|path| path.is_absolute()));
