@@ -264,7 +264,11 @@ fn every_promise_of_the_security_page_names_tests_that_are_there() {
     let (_, model) = page.split_once(".SH THREAT MODEL\n").unwrap();
     let model = model.split(".SH ").next().unwrap();
     let attackers: Vec<_> = model.split(".SS ").skip(1).collect();
-    assert_eq!(attackers.len(), 5, "a catalog's file, a bucket's object, a neighbour, the store, the network");
+    assert_eq!(
+        attackers.len(),
+        5,
+        "a catalog's file, a bucket's object, a neighbour, the store, the network"
+    );
     for attacker in attackers {
         let promises: Vec<_> = attacker.split(".TP").skip(1).collect();
         assert!(!promises.is_empty(), "nothing is promised: {attacker}");

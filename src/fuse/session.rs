@@ -1,5 +1,6 @@
 //! The session with the kernel.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -10,6 +11,9 @@ use tokio::sync::watch;
 use super::FuseAdapter;
 use crate::error::{Error, Result};
 use crate::vfs::Vfs;
+
+/// The kernel's device (fuse(4)).
+const DEVICE: &str = "/dev/fuse";
 
 /// How a mount is served.
 #[derive(Clone, Debug)]
@@ -66,7 +70,8 @@ impl MountedSession {
     pub fn new(vfs: Arc<Vfs>, runtime: Runtime, device: OwnedFd, options: &FuseOptions) -> Result<Self> {
         let mut config = Config::default();
         config.n_threads = Some(options.threads.max(2));
-        config.clone_fd = true;
+        // For its own connection each thread opens the device, which a daemon that became another user may not.
+        config.clone_fd = File::options().read(true).write(true).open(DEVICE).is_ok();
         let acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
         let requests = Requests::default();
         let adapter = FuseAdapter { vfs, runtime, requests: requests.clone() };
