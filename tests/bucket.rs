@@ -345,11 +345,19 @@ fn what_the_dead_left_in_a_local_bucket_is_removed_and_nothing_that_somebody_may
         drop(other);
         // Another kernel's lock says nothing.
         let lock = control(&format!("locks/{}", foreign.split('-').next().unwrap()));
-        std::fs::write(lock, "another boot\nstate 1\n").unwrap();
+        std::fs::write(&lock, "another boot\nstate 1\n").unwrap();
         age(&format!("uploads/{foreign}"), 6);
         one.sweep("state 1", Vec::new()).await.unwrap();
         assert_eq!(uploads(), [foreign.clone()]);
         age(&format!("uploads/{foreign}"), 8);
+        one.sweep("state 1", Vec::new()).await.unwrap();
+        assert_eq!((uploads().len(), lock.exists()), (0, true), "somebody may hold it elsewhere");
+        age(&format!("locks/{}", foreign.split('-').next().unwrap()), 8);
+        // No state directory is that of all those that are not known.
+        drop(opened(path, 10).start_upload(&key("k"), 5 << 20, &Tags::new()).await.unwrap());
+        one.sweep("", Vec::new()).await.unwrap();
+        assert_eq!(uploads().len(), 1);
+        age(&format!("uploads/{}", uploads()[0]), 8);
         one.sweep("state 1", Vec::new()).await.unwrap();
         assert_eq!((uploads().len(), own_files(path, "locks").len()), (0, 1));
     });

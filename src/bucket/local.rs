@@ -17,7 +17,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,7 +27,7 @@ use nix::sys::stat::{FileStat, fstat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use self::directory::{Directory, failed, is_directory, is_file, modified};
-use self::names::NamesLock;
+use self::names::{NamesLock, Naming};
 use self::owner::{Owner, remove_upload, upload_path, uploads};
 use super::checksum::Checksum;
 use super::client::Tries;
@@ -50,6 +50,8 @@ const PAGE: usize = 10_000;
 pub(super) struct LocalStore {
     directory: Arc<Directory>,
     owner: Arc<Owner>,
+    /// Of a request: gone when it was given up.
+    waiting: Weak<()>,
     names: Arc<NamesLock>,
 }
 
@@ -59,23 +61,35 @@ impl LocalStore {
         Ok(Self {
             directory: Arc::new(Directory::open(path)?),
             owner: Arc::default(),
+            waiting: Weak::new(),
             names: Arc::new(NamesLock::new(path, timeout)),
         })
     }
 
-    /// Runs `work` where it may block.
+    /// Runs `work` where it may block. Its store knows whether anybody still waits for it.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let (store, place) = (self.clone(), place());
+        let (waiting, place) = (Arc::new(()), place());
+        let store = Self { waiting: Arc::downgrade(&waiting), ..self.clone() };
         let working = move || {
             let result = work(&store);
             drop(place);
             result
         };
         let joined = tokio::task::spawn_blocking(working).await;
+        drop(waiting);
         joined.map_err(|e| Error::new(ErrorKind::Internal, "a worker of the bucket panicked").because(e))?
+    }
+
+    /// The right to change names. What was given up meanwhile changes none: others may have by now.
+    fn lock_names(&self) -> Result<Naming<'_>> {
+        let locked = self.names.lock(&self.directory)?;
+        match self.waiting.strong_count() {
+            0 => Err(Error::new(ErrorKind::TimedOut, "the request was given up").transient()),
+            _ => Ok(locked),
+        }
     }
 
     /// What some names of a directory are.
@@ -146,7 +160,7 @@ impl LocalStore {
         resize(&file, size)?;
         file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
         let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
-        let locked = self.names.lock(&self.directory)?;
+        let locked = self.lock_names()?;
         // Whoever makes a directory has the lock until it is synced.
         let (parent, name) = self.directory.parent(key.as_str(), true)?;
         check(replaces, self.directory.stat(key.as_str())?.as_ref())?;
@@ -264,7 +278,7 @@ impl Store for LocalStore {
     async fn delete(&self, key: &ObjectKey, replaces: &Replaces) -> Result<()> {
         let (key, replaces) = (key.clone(), replaces.clone());
         self.blocking(move |store| {
-            let _locked = store.names.lock(&store.directory)?;
+            let _locked = store.lock_names()?;
             let object = store.directory.stat(key.as_str())?;
             if object.is_some() {
                 check(&replaces, object.as_ref())?;
@@ -332,7 +346,7 @@ impl Store for LocalStore {
     async fn make_directory(&self, key: &ObjectKey) -> Result<()> {
         let key = key.clone();
         self.blocking(move |store| {
-            let _locked = store.names.lock(&store.directory)?;
+            let _locked = store.lock_names()?;
             store.directory.create_directories(key.as_str())
         })
         .await
@@ -459,6 +473,30 @@ mod tests {
 
     use super::*;
     use crate::bucket::limits::in_lane;
+
+    #[tokio::test]
+    async fn what_was_given_up_changes_no_name_when_its_turn_comes() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = LocalStore::open(directory.path(), Duration::MAX).unwrap();
+        let (key, other) = (ObjectKey::parse("k").unwrap(), ObjectKey::parse("other").unwrap());
+        let put = || Put { bytes: Bytes::from_static(b"bytes"), ..Put::default() };
+        store.put(&key, put()).await.unwrap();
+        let upload = store.start_upload(&other, 5, &Tags::new(), None, &Tries::default()).await.unwrap();
+        let locked = store.names.lock(&store.directory).unwrap();
+        let anything = &Replaces::Anything;
+        assert!(store.delete(&key, anything).now_or_never().is_none());
+        assert!(store.put(&other, put()).now_or_never().is_none());
+        assert!(store.complete_upload(&other, &upload, Vec::new(), 5, anything).now_or_never().is_none());
+        assert!(store.rename(&key, None, &other, anything).now_or_never().is_none());
+        drop(locked);
+        // Each thread has a store.
+        while Arc::strong_count(&store.names) > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert!(store.head(&key).await.unwrap().is_some());
+        assert_eq!(store.head(&other).await.unwrap(), None);
+        assert_eq!(store.directory.names(&uploads()).unwrap(), [upload]);
+    }
 
     #[tokio::test]
     async fn a_thread_that_nobody_waits_for_any_more_keeps_its_place() {

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ use crate::failpoint::{self, Step};
 /// Version of the record's fields. Version 1 kept the upload's id in the record, and is read too.
 const RECORD_VERSION: u32 = 2;
 const OLDEST_VERSION: u32 = 1;
+
+/// Digits of a state directory's identity.
+const IDENTITY: usize = 32;
 
 /// How often, and after which pauses, the lock is tried: two seconds together.
 const LOCK_TRIES: u32 = 20;
@@ -121,11 +124,12 @@ impl Record {
 
 /// A state directory that this process holds.
 ///
-/// Layout: `lock`; `jobs/ID.json`, replaced atomically; `jobs/damaged/`, records that cannot be used; `uploads/ID.parts`, logs of uploads under way, and `.intent`, those that begin; `staging/`, files
+/// Layout: `lock`; `id`, by which local buckets know whose uploads they have; `jobs/ID.json`, replaced atomically; `jobs/damaged/`, records that cannot be used; `uploads/ID.parts`, logs of uploads under way, and `.intent`, those that begin; `staging/`, files
 /// that writers are filling; `moves`, renames and removals under way; `lengths/`, what compressed files keep.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
+    identity: String,
     _lock: Flock<File>,
 }
 
@@ -164,7 +168,8 @@ impl StateDir {
             .and_then(|()| lock.rewind())
             .and_then(|()| writeln!(lock, "{}", std::process::id()));
         written.map_err(|e| failed("cannot write the state directory's lock", e))?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        let identity = identity(path).unwrap_or_default();
+        Ok(Self { path: path.to_owned(), identity, _lock: lock })
     }
 
     /// Where compressed files keep what they computed.
@@ -183,7 +188,29 @@ impl StateDir {
             directory: self.path.join("jobs"),
             uploads: self.path.join("uploads"),
             staging: self.path.join("staging"),
+            identity: self.identity.clone(),
             moves: self.path.join("moves"),
+        }
+    }
+}
+
+/// The identity of a state directory, made when it has none.
+fn identity(directory: &Path) -> std::io::Result<String> {
+    let path = directory.join("id");
+    let mut known = Vec::new();
+    if let Ok(file) = File::open(&path) {
+        file.take(IDENTITY as u64 + 1).read_to_end(&mut known)?;
+    }
+    match String::from_utf8(known) {
+        Ok(known) if known.len() == IDENTITY && known.bytes().all(|c| c.is_ascii_hexdigit()) => Ok(known),
+        _ => {
+            let new = format!("{:032x}", fastrand::u128(..));
+            let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
+            file.write_all(new.as_bytes())?;
+            file.as_file().sync_all()?;
+            file.persist(&path)?;
+            File::open(directory)?.sync_all()?;
+            Ok(new)
         }
     }
 }
@@ -207,6 +234,7 @@ pub struct Journal {
     uploads: PathBuf,
     staging: PathBuf,
     moves: PathBuf,
+    identity: String,
 }
 
 impl Journal {
@@ -219,10 +247,9 @@ impl Journal {
         self.moves.clone()
     }
 
-    /// What tells this state directory from others of the host: its device and inode; empty where they cannot be known.
-    pub(super) fn identity(&self) -> String {
-        let meta = fs::metadata(&self.directory);
-        meta.map(|meta| format!("{:x}-{:x}", meta.dev(), meta.ino())).unwrap_or_default()
+    /// What tells this state directory from every other one; empty where that could not be written.
+    pub(super) fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// The uploads under way, and where the intents come out for which there may be one that is not known.

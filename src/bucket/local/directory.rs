@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 
 use crate::bucket::key::Unshown;
@@ -74,6 +74,27 @@ impl Directory {
             }
         }
         Ok(())
+    }
+
+    /// The lock of a file, which is made if need be. Not waited for: `None` when somebody else has it, or has just taken the
+    /// file away.
+    pub(super) fn try_lock(&self, path: &str) -> Result<Option<Flock<File>>> {
+        let failed = |e| failed("cannot take a lock of the bucket", e);
+        // Over NFS only who may write can have the lock alone; and nobody waits for the other end of a pipe.
+        let flags = OFlag::O_CREAT | OFlag::O_NONBLOCK;
+        let file = match self.open_at(path, flags | OFlag::O_RDWR) {
+            Err(Errno::EACCES) => self.open_at(path, flags | OFlag::O_RDONLY),
+            opened => opened,
+        };
+        match Flock::lock(File::from(file.map_err(failed)?), FlockArg::LockExclusiveNonblock) {
+            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
+            Err((_, errno)) => Err(failed(errno)),
+            Ok(locked) => {
+                let inode = fstat(&*locked).map_err(failed)?.st_ino;
+                let is_there = self.stat(path)?.is_some_and(|stat| stat.st_ino == inode);
+                Ok(is_there.then_some(locked))
+            }
+        }
     }
 
     /// The names in a directory, sorted; none where there is no directory.

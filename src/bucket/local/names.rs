@@ -4,11 +4,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::Flock;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::directory::{Directory, failed};
+use super::directory::Directory;
 use crate::bucket::key::CONTROL_PREFIX;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -51,18 +50,15 @@ impl NamesLock {
         let deadline = Instant::now() + self.limit;
         let here = self.here.try_lock_until(deadline).ok_or_else(|| self.late("this process"))?;
         directory.create_directories(CONTROL_PREFIX)?;
-        let file = directory.open_at(&format!("{CONTROL_PREFIX}/{LOCK}"), OFlag::O_CREAT | OFlag::O_RDONLY);
-        let mut file = File::from(file.map_err(|e| failed("cannot open the bucket's lock", e))?);
+        let path = format!("{CONTROL_PREFIX}/{LOCK}");
         let mut pause = FIRST_PAUSE;
         loop {
-            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(file) => return Ok(Naming { _file: file, _here: here }),
-                Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= deadline => {
-                    return Err(self.late("another process"));
-                }
-                Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) => file,
-                Err((_, errno)) => return Err(failed("cannot lock the bucket", errno)),
-            };
+            if let Some(file) = directory.try_lock(&path)? {
+                return Ok(Naming { _file: file, _here: here });
+            }
+            if Instant::now() >= deadline {
+                return Err(self.late("another process"));
+            }
             std::thread::sleep(pause);
             pause = LONGEST_PAUSE.min(pause * 2);
         }

@@ -12,7 +12,6 @@ use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
-use nix::sys::stat::fstat;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use parking_lot::Mutex;
 
@@ -24,6 +23,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// whether a job of another state directory continues it.
 const ABANDONED: Duration = Duration::from_secs(7 * 24 * 3600);
 
+/// How far the clocks of who serves the directory and of this host may be apart.
+const CLOCKS_APART: Duration = Duration::from_secs(24 * 3600);
+
 /// What the names of those temporary files have after their owner that only one request uses: no job continues them.
 const PUT: &str = "put";
 
@@ -31,17 +33,17 @@ const PUT: &str = "put";
 const MAX_LOCK: u64 = 4096;
 
 /// This process as an owner.
+#[derive(Default)]
 pub(super) struct Owner {
-    name: String,
     /// The state directory that continues its uploads, once that is known.
     state: Mutex<String>,
-    lock: Mutex<Option<Flock<File>>>,
+    held: Mutex<Option<Held>>,
 }
 
-impl Default for Owner {
-    fn default() -> Self {
-        Self { name: format!("{:016x}", random()), state: Mutex::default(), lock: Mutex::default() }
-    }
+/// The name of an owner, and its lock.
+struct Held {
+    name: String,
+    lock: Flock<File>,
 }
 
 /// What is known of the owner of temporary files. Its lock is held as long as this is, so that it is not taken meanwhile.
@@ -61,35 +63,28 @@ enum Fate {
 impl Owner {
     /// A name for the file of one request.
     pub(super) fn put_name(&self, directory: &Directory, size: u64) -> Result<String> {
-        self.claim(directory)?;
-        Ok(format!("{}-{PUT}-{:016x}-{size}", self.name, random()))
+        Ok(format!("{}-{PUT}-{:016x}-{size}", self.claim(directory)?, random()))
     }
 
     /// A name for the file of an upload.
     pub(super) fn upload_name(&self, directory: &Directory, part_size: u64) -> Result<String> {
-        self.claim(directory)?;
-        Ok(format!("{}-{:016x}-{part_size}", self.name, random()))
+        Ok(format!("{}-{:016x}-{part_size}", self.claim(directory)?, random()))
     }
 
-    /// Takes this process's lock, unless it has it.
-    fn claim(&self, directory: &Directory) -> Result<()> {
-        let mut held = self.lock.lock();
-        if held.is_some() {
-            return Ok(());
+    /// This process's name, whose lock it takes unless it has it.
+    fn claim(&self, directory: &Directory) -> Result<String> {
+        let mut held = self.held.lock();
+        if let Some(held) = &*held {
+            return Ok(held.name.clone());
         }
         directory.create_directories(&locks())?;
-        let path = format!("{}/{}", locks(), self.name);
         loop {
-            let file = directory.open_at(&path, OFlag::O_CREAT | OFlag::O_RDWR);
-            let file = File::from(file.map_err(|e| failed("cannot create the lock", e))?);
-            let locked = Flock::lock(file, FlockArg::LockExclusive);
-            let locked = locked.map_err(|(_, e)| failed("cannot take the lock", e))?;
-            // Somebody who swept before it was locked has removed it.
-            let inode = fstat(&*locked).map_err(|e| failed("cannot stat the lock", e))?.st_ino;
-            if directory.stat(&path)?.is_some_and(|stat| stat.st_ino == inode) {
-                describe(&locked, &self.state.lock())?;
-                *held = Some(locked);
-                return Ok(());
+            let name = format!("{:016x}", random());
+            // Somebody who sweeps may be faster, and takes the file away.
+            if let Some(lock) = directory.try_lock(&format!("{}/{name}", locks()))? {
+                describe(&lock, &self.state.lock())?;
+                *held = Some(Held { name: name.clone(), lock });
+                return Ok(name);
             }
         }
     }
@@ -98,28 +93,38 @@ impl Owner {
     /// `kept`. What another state directory may continue stays until it is abandoned.
     pub(super) fn sweep(&self, directory: &Directory, state: &str, kept: &[String]) -> Result<()> {
         state.clone_into(&mut self.state.lock());
-        self.claim(directory)?;
-        if let Some(lock) = &*self.lock.lock() {
-            describe(lock, state)?;
+        let own = self.claim(directory)?;
+        if let Some(held) = &*self.held.lock() {
+            describe(&held.lock, state)?;
         }
+        // By the clock of who serves the directory, which has just written that.
+        let now = directory.stat(&format!("{}/{own}", locks()))?.as_ref().map(modified);
         let known = |owner: String| fate(directory, &owner).map(|fate| (owner, fate));
-        let owners: HashMap<_, _> = directory.names(&locks())?.into_iter().filter_map(known).collect();
-        let mut needed = HashSet::new();
+        let others = directory.names(&locks())?.into_iter().filter(|owner| *owner != own);
+        let owners: HashMap<_, _> = others.filter_map(known).collect();
+        let mut needed = HashSet::from([own.clone()]);
         for upload in directory.names(&uploads())? {
             let mut words = upload.split('-');
             let owner = words.next().unwrap_or_default();
+            let is_continued = |by: &str| !state.is_empty() && by == state;
             let is_left = match owners.get(owner) {
                 Some(Fate::Alive) => false,
-                Some(Fate::Dead { state: own, .. }) if words.next() == Some(PUT) || own == state => true,
-                _ => is_abandoned(directory, &upload),
+                _ if owner == own => false,
+                Some(Fate::Dead { state, .. }) if words.next() == Some(PUT) || is_continued(state) => true,
+                _ => is_abandoned(directory, &format!("{}/{upload}", uploads()), now),
             };
             if !is_left || kept.contains(&upload) || remove_upload(directory, &upload).is_err() {
                 needed.insert(owner.to_owned());
             }
         }
         for (owner, fate) in &owners {
-            if !matches!(fate, Fate::Alive | Fate::Unknown { _lock: None }) && !needed.contains(owner) {
-                let path = format!("{}/{owner}", locks());
+            let path = format!("{}/{owner}", locks());
+            let is_left = match fate {
+                Fate::Alive => false,
+                Fate::Dead { .. } => true,
+                Fate::Unknown { .. } => is_abandoned(directory, &path, now),
+            };
+            if is_left && !needed.contains(owner) {
                 let _ = unlinkat(&directory.root, path.as_str(), UnlinkatFlags::NoRemoveDir);
             }
         }
@@ -130,7 +135,7 @@ impl Owner {
 /// Writes into a lock which kernel knows whether it is held, and what continues its owner's uploads.
 fn describe(lock: &File, state: &str) -> Result<()> {
     let written = lock.write_all_at(format!("{}\n{state}\n", boot()).as_bytes(), 0);
-    written.map_err(|e| failed("cannot write the lock", e))
+    written.and_then(|()| lock.sync_all()).map_err(|e| failed("cannot write the lock", e))
 }
 
 /// What is known of an owner, by its lock; `None` when there is none any more.
@@ -156,10 +161,16 @@ fn fate(directory: &Directory, owner: &str) -> Option<Fate> {
     }
 }
 
-fn is_abandoned(directory: &Directory, upload: &str) -> bool {
-    let stat = directory.stat(&format!("{}/{upload}", uploads())).ok().flatten();
-    let age = stat.and_then(|stat| SystemTime::now().duration_since(modified(&stat)).ok());
-    age.is_some_and(|age| age > ABANDONED)
+/// Whether nothing has been written to a file for so long that nobody will.
+fn is_abandoned(directory: &Directory, path: &str, now: Option<SystemTime>) -> bool {
+    let stat = directory.stat(path).ok().flatten();
+    let age = stat.zip(now).and_then(|(stat, now)| now.duration_since(modified(&stat)).ok());
+    // Nothing is old where two clocks do not know what time it is.
+    let is_sane = now.is_some_and(|now| {
+        let ahead = now.duration_since(SystemTime::now()).unwrap_or_else(|e| e.duration());
+        ahead < CLOCKS_APART
+    });
+    is_sane && age.is_some_and(|age| age > ABANDONED)
 }
 
 /// The directory of the owners' locks.

@@ -20,7 +20,7 @@ impl LocalStore {
         to: &ObjectKey,
         replaces: &Replaces,
     ) -> Result<bool> {
-        let locked = self.names.lock(&self.directory)?;
+        let locked = self.lock_names()?;
         let (old_parent, old_name) = self.directory.parent(from.as_str(), false)?;
         let (parent, name) = self.directory.parent(to.as_str(), true)?;
         let stat = self.directory.stat(from.as_str())?.filter(is_file);

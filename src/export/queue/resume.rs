@@ -46,9 +46,11 @@ impl JobQueue {
             self.spawn_counted(async move { orphans::settle_found(&context, intent).await });
         }
         let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
-        let state = self.context.journal.identity();
+        // Where hosts share a bucket, another one may go on with an upload that this one began.
+        let is_shared = self.context.settings.lease.is_some();
+        let state = if is_shared { "" } else { self.context.journal.identity() };
         for mounted in self.context.buckets.values() {
-            let (bucket, state, kept) = (mounted.bucket.clone(), state.clone(), kept.clone());
+            let (bucket, state, kept) = (mounted.bucket.clone(), state.to_owned(), kept.clone());
             self.context.runtime.spawn(async move {
                 if let Err(error) = bucket.sweep(&state, kept).await {
                     warn!(bucket = bucket.name(), "what is left over stays: {}", error.report());
