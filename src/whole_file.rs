@@ -84,6 +84,11 @@ pub fn text(bytes: Vec<u8>) -> Result<String> {
         .map_err(|e| Error::new(ErrorKind::Malformed, "is not UTF-8").because(e.utf8_error()))
 }
 
+/// Whether an error says that what is there is none of our files, whatever is tried again.
+pub fn is_unfit(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::TooLarge | ErrorKind::Unsupported | ErrorKind::IsDirectory)
+}
+
 /// The refusal of a file that is too large to be read whole.
 pub fn too_large(limit: u64) -> Error {
     Error::new(ErrorKind::TooLarge, format!("has more than the {limit} bytes that are read"))

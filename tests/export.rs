@@ -685,3 +685,54 @@ fn a_status_of_a_host_with_another_clock_gives_way_by_the_order_of_the_leases() 
         assert_eq!((&*told.job_id, told.status), (&*failed.id(), JobState::Fail), "over {state}");
     }
 }
+
+#[test]
+fn a_host_that_gives_its_job_up_leaves_the_upload_to_the_one_that_has_taken_it_over() {
+    let (setup, other) = (Setup::new(20 << 20), Setup::new(20 << 20));
+    let store = FaultyStore::new(0);
+    let bucket = setup.bucket(&store);
+    let lease = Duration::from_secs(2);
+    let other_state = other.state();
+    let successor = other.sharing(&bucket, &other_state, lease);
+    let is_told = || {
+        let names = setup.runtime.block_on(bucket.list_control(&lease_directory("k.raw"))).unwrap();
+        names.iter().filter(|name| name.ends_with(".beat")).any(|name| {
+            let name = format!("{}/{name}", lease_directory("k.raw"));
+            let beat = setup.runtime.block_on(bucket.read_control(&name)).ok().flatten();
+            beat.is_some_and(|beat| String::from_utf8_lossy(&beat.bytes).contains("\\\"upload\\\""))
+        })
+    };
+    {
+        let state = setup.state();
+        let queue = setup.sharing(&bucket, &state, lease);
+        store.hold(true);
+        queue.submit(known_request("k.raw"), setup.file(), &mut None).unwrap();
+        until("an upload", || store.open_uploads() == 1);
+        until("a heartbeat that tells of it", is_told);
+        setup.runtime.block_on(queue.stop());
+    }
+    let taken = successor.submit(known_request("k.raw"), other.file(), &mut None).unwrap();
+    until("it is taken over", || taken.status().status == JobState::Running && taken.holds_status());
+    let second = format!("{}/0000000002.beat", lease_directory("k.raw"));
+    until("the new holder says what it does", || {
+        let beat = setup.runtime.block_on(bucket.read_control(&second)).unwrap();
+        beat.is_some_and(|beat| String::from_utf8_lossy(&beat.bytes).contains("\\\"upload\\\""))
+    });
+    let state = setup.state();
+    let queue = setup.sharing(&bucket, &state, lease);
+    queue.resume(unchanged(&setup)).unwrap();
+    let job = queue.jobs().pop().unwrap();
+    job.cancel();
+    assert_eq!(job.wait(LIMIT).unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(store.open_uploads(), 1, "the successor's upload");
+    store.hold(false);
+    assert_eq!(taken.wait(LIMIT).unwrap().attempt, 1);
+    assert_eq!(store.open_uploads(), 0);
+    setup.runtime.block_on(queue.stop());
+    assert_eq!(std::fs::read_dir(setup.directory.path().join("state/uploads")).unwrap().count(), 0);
+}
+
+/// Where the leases of a key are, below our own files.
+fn lease_directory(key: &str) -> String {
+    format!("leases/{}", &hex::encode(Sha256::digest(key))[..32])
+}

@@ -599,3 +599,107 @@ fn sidecars_go_with_their_object_and_other_files_have_none() {
     assert_eq!((world.get("notes.status"), world.get("notes.md5")), (None, None));
     world.stop(queue);
 }
+
+/// Texts that are no status, claim, heartbeat, record, log or intent, though they look like one.
+fn forged(genuine: &serde_json::Value) -> Vec<(&'static str, Vec<u8>)> {
+    let with = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut forged = genuine.clone();
+        change(&mut forged);
+        forged.to_string().into_bytes()
+    };
+    let number = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    vec![
+        ("a path for an id", with(&|forged| forged["job_id"] = "/home/u/package".into())),
+        (
+            "a path for an id",
+            with(&|forged| {
+                if let Some(status) = forged["status"].as_object_mut() {
+                    status.insert("job_id".into(), "../../etc".into());
+                }
+            }),
+        ),
+        ("great numbers", with(&|forged| forged["bytes_uploaded"] = number("18446744073709551615"))),
+        ("greater numbers", with(&|forged| forged["bytes_uploaded"] = number("1e300"))),
+        ("a long checksum", with(&|forged| forged["sha256"] = "0".repeat(100_000).into())),
+        ("deep", [b"[".repeat(100_000), b"]".repeat(100_000)].concat()),
+        ("deep objects", b"{\"version\":".repeat(100_000)),
+        ("nothing", Vec::new()),
+        ("zeros", vec![0; 5000]),
+    ]
+}
+
+#[test]
+fn what_is_forged_in_a_bucket_or_a_state_directory_costs_itself_only() {
+    let mut world = World::new(SMALL);
+    let place = world.path("bucket");
+    std::fs::create_dir(&place).unwrap();
+    world.bucket = Bucket::open("b", &format!("file://{}", place.display())).unwrap();
+    let settings = || QueueSettings { lease: Some(Duration::from_secs(1)), ..QueueSettings::default() };
+    let queue = world.queue_with(true, settings());
+    let genuine = world.submit(&queue, "genuine.raw", false).wait(LIMIT).unwrap();
+    let genuine = serde_json::to_value(&genuine).unwrap();
+    let leases = |name: &str| {
+        let hash = hex::encode(<sha2::Sha256 as sha2::Digest>::digest(name.as_bytes()));
+        place.join(".freightfs/leases").join(&hash[..32])
+    };
+    let huge = |path: &Path| std::fs::File::create(path).unwrap().set_len(1 << 30).unwrap();
+    let mut keys = Vec::new();
+    for (number, (what, text)) in forged(&genuine).into_iter().enumerate() {
+        let name = format!("{number}.raw");
+        std::fs::write(place.join(format!("{name}.status")), &text).unwrap();
+        std::fs::create_dir_all(leases(&name)).unwrap();
+        for epoch in ["0000000001", "0000000001.beat", "18446744073709551615"] {
+            std::fs::write(leases(&name).join(epoch), &text).unwrap();
+        }
+        keys.push((what, name));
+    }
+    // A GiB that is a status, a claim, a heartbeat; and a heartbeat with a log that nobody could go on with.
+    std::fs::create_dir_all(leases("huge.raw")).unwrap();
+    for path in [place.join("huge.raw.status"), leases("huge.raw").join("0000000001")] {
+        huge(&path);
+    }
+    let log = serde_json::json!({"upload": {"bucket": "b", "key": "log.raw", "id": "../../x", "part_size": u64::MAX}});
+    let claim = serde_json::json!({"host": "h", "job_id": "other", "image": null});
+    let beat = serde_json::json!({"number": u64::MAX, "ended": false, "upload": format!("{log}\n")});
+    std::fs::create_dir_all(leases("log.raw")).unwrap();
+    std::fs::write(leases("log.raw").join("0000000001"), claim.to_string()).unwrap();
+    std::fs::write(leases("log.raw").join("0000000001.beat"), beat.to_string()).unwrap();
+    keys.extend([("huge", "huge.raw".to_owned()), ("log", "log.raw".to_owned())]);
+    let jobs: Vec<_> = keys.iter().map(|(what, name)| (what, world.submit(&queue, name, false))).collect();
+    for (what, job) in jobs {
+        assert_eq!(job.wait(LIMIT).unwrap().status, JobState::Success, "{what}");
+        assert!(world.get(job.request().key.as_str()).unwrap() == world.content, "{what}");
+    }
+    world.stop(queue);
+
+    // The same in the state directory, beside a job that is under way.
+    let record = names_of(&world.path("state/jobs")).into_iter().find(|path| path.is_file()).unwrap();
+    let mut unfinished: serde_json::Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    unfinished["status"]["status"] = "RUNNING".into();
+    for (number, (_, text)) in forged(&unfinished).into_iter().enumerate() {
+        std::fs::write(world.path(&format!("state/jobs/forged-{number}.json")), &text).unwrap();
+        std::fs::write(world.path(&format!("state/uploads/forged-{number}.parts")), &text).unwrap();
+        std::fs::write(world.path(&format!("state/uploads/forged-{number}.intent")), &text).unwrap();
+    }
+    let part_log =
+        serde_json::json!({"upload": {"bucket": "b", "key": "k", "id": "i", "part_size": u64::MAX}});
+    std::fs::write(world.path("state/uploads/sizes.parts"), format!("{part_log}\n")).unwrap();
+    for name in ["jobs/x.json", "uploads/x.parts", "uploads/x.intent"] {
+        huge(&world.path("state").join(name));
+        let fifo = world.path("state").join(name.replace('x', "fifo"));
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    std::fs::write(&record, unfinished.to_string()).unwrap();
+    let queue = world.queue_with(true, settings());
+    world.resume(&queue);
+    let key = unfinished["request"]["key"].as_str().unwrap();
+    assert_eq!(ended(&queue, key).status, JobState::Success);
+    world.stop(queue);
+    let left = names(&world.path("state/jobs"));
+    assert!(!left.iter().any(|name| name.contains("forged") || name == "x.json"), "{left:?}");
+    assert!(figure("VmHWM") < 400 << 10, "KiB of memory: {}", figure("VmHWM"));
+}
+
+fn names_of(directory: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(directory).unwrap().flatten().map(|entry| entry.path()).collect()
+}

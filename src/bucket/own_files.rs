@@ -34,10 +34,18 @@ fn own_key(name: &str) -> ObjectKey {
 impl Bucket {
     /// Reads one of our own files, by its name below [`CONTROL_PREFIX`]; `None` when it is not there.
     pub async fn read_control(&self, name: &str) -> Result<Option<OwnFile>> {
+        self.read_control_within(name, MAX_OWN_FILE).await
+    }
+
+    /// The same of a file of at most `limit` bytes.
+    ///
+    /// # Errors
+    /// [`TooLarge`](ErrorKind::TooLarge) for a larger one.
+    pub async fn read_control_within(&self, name: &str, limit: u64) -> Result<Option<OwnFile>> {
         let key = own_key(name);
         match self.head(&key).await? {
             Some(meta) if meta.object_size == 0 => Ok(Some(OwnFile { bytes: Bytes::new(), etag: meta.etag })),
-            Some(meta) if meta.object_size > MAX_OWN_FILE => {
+            Some(meta) if meta.object_size > limit => {
                 let what = format!("one of freightfs's own files has {} bytes", meta.object_size);
                 Err(self.named(Error::new(ErrorKind::TooLarge, what), &key))
             }

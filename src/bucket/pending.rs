@@ -4,6 +4,8 @@
 //! object_store (`client.rs`), which gets an empty listing for an answer. The answers are checked: the store's, and names in
 //! them are anybody's.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -46,7 +48,7 @@ pub(super) enum Ask {
 #[derive(Clone, Debug)]
 pub(super) struct Answer {
     pub(super) date: Option<Timestamp>,
-    pub(super) text: String,
+    pub(super) text: Arc<str>,
 }
 
 /// An upload under way.
@@ -96,7 +98,7 @@ impl Answer {
         let date = parts.headers.get("date").and_then(|date| date.to_str().ok());
         let date = date.and_then(|date| jiff::fmt::rfc2822::parse(date).ok()).map(|date| date.timestamp());
         let body = bounded(body).await?;
-        let text = String::from_utf8_lossy(&body).into_owned();
+        let text = String::from_utf8_lossy(&body).into();
         parts.headers.remove("content-length");
         parts.extensions.insert(Self { date, text });
         Ok(HttpResponse::from_parts(parts, EMPTY.to_owned().into()))
@@ -183,7 +185,7 @@ mod tests {
         let ask = |ask: Ask| {
             let number = asked.borrow().len().min(pages.len() - 1);
             asked.borrow_mut().push(ask.target("/b"));
-            std::future::ready(Ok(Answer { date: date.then_some(at), text: pages[number].clone() }))
+            std::future::ready(Ok(Answer { date: date.then_some(at), text: pages[number].as_str().into() }))
         };
         let found = uploads_of(key, ask).now_or_never().unwrap();
         (found, asked.into_inner())

@@ -188,7 +188,9 @@ impl Bucket {
         let upload =
             self.store().start_upload(&key, PART_SIZE, &Tags::new(), None, &Tries::default()).await?;
         let listed = self.store().pending_uploads(&key).await;
-        self.abort_upload(&key, &upload).await?;
+        if let Err(error) = self.abort_upload(&key, &upload).await {
+            tracing::warn!("an upload of a probe is left over: {}", error.report());
+        }
         let listed = listed.inspect_err(|e| tracing::debug!("uploads are not listed: {}", e.report()));
         let mut uploads = listed.map_or_else(|_| Vec::new(), |listed| listed.uploads).into_iter();
         Ok(uploads.find(|listed| listed.id == upload && listed.initiated.is_some()))

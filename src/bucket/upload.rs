@@ -57,16 +57,17 @@ impl Bucket {
 
     /// Starts the upload of an object with these tags. Its id is good for later processes too.
     pub async fn start_upload(&self, key: &ObjectKey, part_size: u64, tags: &Tags) -> Result<String> {
-        self.start_upload_once(key, part_size, tags).await.0
+        self.start_upload_once(key, part_size, tags, START_LIMIT).await.0
     }
 
     /// The same; says too whether the store may have started another one of which we do not know, because an answer of it
-    /// was lost.
+    /// was lost. Gives up after `limit`.
     pub async fn start_upload_once(
         &self,
         key: &ObjectKey,
         part_size: u64,
         tags: &Tags,
+        limit: Duration,
     ) -> (Result<String>, bool) {
         if let Err(error) = self.check_writable() {
             return (Err(error), false);
@@ -74,7 +75,7 @@ impl Bucket {
         let (checksum, tries) = (self.abilities().checks_parts, Tries::default());
         let started = self.store().start_upload(key, part_size, tags, checksum, &tries);
         let late = |_| Err(Error::new(ErrorKind::TimedOut, "the store starts no upload").transient());
-        let started = tokio::time::timeout(START_LIMIT, started).await.unwrap_or_else(late);
+        let started = tokio::time::timeout(limit, started).await.unwrap_or_else(late);
         let is_answered = started.as_ref().map_or_else(|error| !error.is_transient(), |_| true);
         let answered = u32::from(is_answered);
         (started.map_err(|e| self.named(e, key)), tries.0.load(Ordering::SeqCst) > answered)

@@ -73,6 +73,7 @@ struct Attempt {
 impl Job {
     /// A job that is about to be recorded.
     pub(super) fn new(
+        id: JobId,
         request: JobRequest,
         url: String,
         file: Option<Arc<dyn VirtualFile>>,
@@ -81,7 +82,7 @@ impl Job {
         let size = file.as_ref().and_then(|f| f.known_size());
         let status = Status {
             version: STATUS_VERSION,
-            job_id: JobId::new(),
+            job_id: id,
             status: JobState::Init,
             progress: 0,
             image: request.source.image().cloned(),
@@ -289,7 +290,7 @@ impl Job {
         state.attempt = Some(Attempt { started: Instant::now(), unsized_then: size.is_none() });
         let status = &mut state.status;
         status.status = JobState::Running;
-        status.attempt += 1;
+        status.attempt = status.attempt.saturating_add(1);
         status.size = size;
         (status.bytes_done, status.bytes_uploaded, status.progress) = (0, 0, 0);
         status.waiting = None;
@@ -321,7 +322,7 @@ impl Observer for Job {
     }
 
     fn sent(&self, bytes: u64, is_new: bool) {
-        self.update(|s| s.bytes_uploaded += bytes);
+        self.update(|s| s.bytes_uploaded = s.bytes_uploaded.saturating_add(bytes));
         if is_new {
             self.metrics.uploaded_bytes.add(bytes);
         }
@@ -385,7 +386,7 @@ mod tests {
         for (is_first, expected) in [(true, [0, 25, 50, 75, 99]), (false, [0, 25, 25, 75, 99])] {
             let work = Preparation { done: 0, total: 10, bytes: 0, is_first };
             let file = Arc::new(Prepared { size: Mutex::default(), work: Mutex::new(work) });
-            let job = Job::new(request(), String::new(), Some(file.clone()), Arc::default());
+            let job = Job::new(JobId::new(), request(), String::new(), Some(file.clone()), Arc::default());
             job.start(file.clone());
             let progress = || job.status().progress;
             let mut seen = vec![progress()];
@@ -407,7 +408,7 @@ mod tests {
         // What was known at the start is uploaded only.
         let work = Preparation { done: 10, total: 10, bytes: 1000, is_first: true };
         let file = Arc::new(Prepared { size: Mutex::new(Some(1000)), work: Mutex::new(work) });
-        let job = Job::new(request(), String::new(), Some(file.clone()), Arc::default());
+        let job = Job::new(JobId::new(), request(), String::new(), Some(file.clone()), Arc::default());
         job.start(file);
         job.sent(300, true);
         assert_eq!(job.status().progress, 30);

@@ -11,6 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Longest id of a job that is taken; ours have 29 bytes.
 const MAX_JOB_ID: usize = 64;
 
+/// The last time that an id's twelve digits can say.
+const LAST_TIME: u64 = (1 << 48) - 1;
+
 /// A job's id: 1 to 64 ASCII letters, digits and hyphens, so that it can be part of a file's name. What a status in a
 /// bucket or a record says is checked when it is read.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -20,10 +23,18 @@ pub struct JobId(String);
 impl JobId {
     /// An id that sorts by time and is unique over hosts: milliseconds since 1970 and 64 random bits, hexadecimal.
     pub(super) fn new() -> Self {
+        Self::after(None)
+    }
+
+    /// One that sorts after another too, whatever the clock says.
+    pub(super) fn after(last: Option<&str>) -> Self {
         use std::hash::{BuildHasher, Hasher};
         // RandomState is seeded by the operating system and differs at each call.
         let random = std::hash::RandomState::new().build_hasher().finish();
-        Self(format!("{:012x}-{random:016x}", Timestamp::now().as_millisecond()))
+        let now = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or_default();
+        let last = last.and_then(|id| u64::from_str_radix(id.split_once('-')?.0, 16).ok());
+        let time = last.map_or(now, |last| now.max(last.saturating_add(1))).min(LAST_TIME);
+        Self(format!("{time:012x}-{random:016x}"))
     }
 
     /// Checks an id.
@@ -81,5 +92,15 @@ mod tests {
             assert!(serde_json::from_value::<JobId>(bad.into()).is_err(), "{bad:?}");
         }
         JobId::parse(&long[1..]).unwrap();
+    }
+
+    #[test]
+    fn ids_sort_after_those_that_were_given_before_the_clock_was_set_back() {
+        for last in ["0fffffffffff-ffffffffffffffff", "000000000000-0", "no id", "-", "x-1"] {
+            let next = JobId::after(Some(last));
+            assert!(next.len() == 29 && *next > *last || last.starts_with(['n', 'x']), "{last} {next}");
+        }
+        // A damaged one does not make ids longer.
+        assert_eq!(JobId::after(Some("ffffffffffffffff-0")).len(), 29);
     }
 }

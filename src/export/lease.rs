@@ -26,6 +26,12 @@ const BEATS: u32 = 3;
 /// Looks of a follower in the time of a lease.
 const LOOKS: u32 = 5;
 
+/// The last epoch that ten digits can say.
+const LAST_EPOCH: u64 = 9_999_999_999;
+
+/// Largest claim or heartbeat that is read: one has the log of an upload.
+const MAX_DOCUMENT: u64 = 96 << 20;
+
 /// Epochs that are looked at, or removed, before the newest.
 const EPOCHS_KEPT: usize = 8;
 
@@ -210,9 +216,9 @@ impl Lease {
 /// How the export ended that had the key before: `told` by its holder where no status beside the key says it.
 async fn ended_before(bucket: &Bucket, key: &ObjectKey, told: Option<Box<Status>>) -> Result<Option<Status>> {
     let status = match told {
-        Some(status) => Some(*status),
+        Some(status) => Some(*status).filter(Status::is_possible),
         None => match look(bucket, key, Sidecar::Status).await? {
-            Beside::Ours { bytes, .. } => serde_json::from_slice::<Status>(&bytes).ok(),
+            Beside::Ours { bytes, .. } => Status::parse(&bytes).ok(),
             _ => None,
         },
     };
@@ -257,18 +263,37 @@ pub(super) async fn held_by(
     Ok(is_own.then(|| Lease { bucket: bucket.clone(), directory, epoch, lease }))
 }
 
-/// Whether a host that shares the bucket has an upload of this id under way, as far as its newest signs of life tell.
-pub(super) async fn names(bucket: &Bucket, key: &ObjectKey, upload: &str) -> Result<bool> {
+/// Whether another host has taken over what `job_id` made of a key and goes on with its upload, as far as is known without
+/// holding the lease.
+///
+/// # Errors
+/// Also while the holder of the newest epoch has not shown yet what it does.
+pub(super) async fn is_inherited_from(
+    bucket: &Bucket,
+    key: &ObjectKey,
+    job_id: &str,
+    upload: &str,
+) -> Result<bool> {
+    let (_, claim, beat) = newest_of(bucket, &directory_of(key)).await?;
+    let Some(claim) = claim.filter(|claim| *claim.job_id != *job_id && !beat.ended) else { return Ok(false) };
+    if beat == Beat::default() {
+        let what = format!("host {} has just begun to make this object", claim.host);
+        return Err(Error::new(ErrorKind::Busy, what).transient());
+    }
+    Ok(beat.upload.is_some_and(|log| log.contains(upload)))
+}
+
+/// The logs of the uploads that hosts which share the bucket have under way for a key, as far as their newest heartbeats tell.
+pub(super) async fn uploads_of(bucket: &Bucket, key: &ObjectKey) -> Result<Vec<String>> {
     let directory = directory_of(key);
     let mut epochs = epochs(bucket, &directory).await?;
     epochs.sort_unstable_by(|a, b| b.cmp(a));
+    let mut logs = Vec::new();
     for epoch in epochs.into_iter().take(EPOCHS_KEPT) {
         let beat: Option<Beat> = read(bucket, &beat_name(&directory, epoch)).await?;
-        if beat.and_then(|beat| beat.upload).is_some_and(|log| log.contains(upload)) {
-            return Ok(true);
-        }
+        logs.extend(beat.and_then(|beat| beat.upload));
     }
-    Ok(false)
+    Ok(logs)
 }
 
 /// The name below our own files of a key's leases.
@@ -276,11 +301,13 @@ fn directory_of(key: &ObjectKey) -> String {
     format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32])
 }
 
-/// The next epoch. Names in the bucket are anybody's.
+/// The next epoch.
 fn after(epoch: u64) -> Result<u64> {
-    let last =
-        || Error::new(ErrorKind::Malformed, format!("the key's leases in the bucket end with {epoch}"));
-    epoch.checked_add(1).ok_or_else(last)
+    if epoch >= LAST_EPOCH {
+        let what = format!("the key's leases in the bucket end with {epoch}");
+        return Err(Error::new(ErrorKind::Malformed, what));
+    }
+    Ok(epoch + 1)
 }
 
 fn epoch_name(directory: &str, epoch: u64) -> String {
@@ -306,7 +333,9 @@ async fn newest(bucket: &Bucket, directory: &str) -> Result<u64> {
 
 async fn epochs(bucket: &Bucket, directory: &str) -> Result<Vec<u64>> {
     let names = bucket.list_control(directory).await?;
-    Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    // Names in the bucket are anybody's.
+    let is_epoch = |name: &&String| name.len() == 10 && name.bytes().all(|byte| byte.is_ascii_digit());
+    Ok(names.iter().filter(is_epoch).filter_map(|name| name.parse().ok()).collect())
 }
 
 async fn create(bucket: &Bucket, directory: &str, epoch: u64, own: &Claim) -> Result<bool> {
@@ -316,8 +345,17 @@ async fn create(bucket: &Bucket, directory: &str, epoch: u64, own: &Claim) -> Re
 }
 
 async fn read<T: serde::de::DeserializeOwned>(bucket: &Bucket, name: &str) -> Result<Option<T>> {
-    match bucket.read_control(name).await {
-        Ok(file) => Ok(file.and_then(|file| serde_json::from_slice(&file.bytes).ok())),
+    match bucket.read_control_within(name, MAX_DOCUMENT).await {
+        Ok(Some(file)) => {
+            let document = serde_json::from_slice(&file.bytes);
+            Ok(document.inspect_err(|e| warn!("{name} in {} is damaged: {e}", bucket.url())).ok())
+        }
+        Ok(None) => Ok(None),
+        // Not one of ours.
+        Err(error) if error.kind() == ErrorKind::TooLarge => {
+            warn!("{}", error.report());
+            Ok(None)
+        }
         // It was replaced between two requests: the next look tells.
         Err(error) if matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::NotFound) => Ok(None),
         Err(error) => Err(error),
@@ -382,8 +420,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let bucket = Bucket::open("b", &format!("file://{}", directory.path().display())).unwrap();
         let key = ObjectKey::parse("k").unwrap();
-        let name = epoch_name(&directory_of(&key), u64::MAX);
-        bucket.put_control(&name, Bytes::from_static(b"{}"), &Replaces::Nothing).await.unwrap();
+        let directory = directory_of(&key);
+        let put = async |epoch: u64| {
+            let name = epoch_name(&directory, epoch);
+            bucket.put_control(&name, Bytes::from_static(b"{}"), &Replaces::Nothing).await.unwrap();
+        };
+        for not_ours in [u64::MAX, LAST_EPOCH + 1] {
+            put(not_ours).await;
+        }
+        assert_eq!(newest(&bucket, &directory).await.unwrap(), 0);
+        put(LAST_EPOCH).await;
         let claimed = claim(&bucket, &key, &claim_of("job"), LEASE, || {}).await;
         assert_eq!(claimed.err().unwrap().kind(), ErrorKind::Malformed);
     }

@@ -15,6 +15,9 @@ use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
 
+/// How long the end of the mount waits for a first look.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
 /// Settles intents as they come, until the mount ends.
 pub(super) async fn settle_all(context: Weak<Context>, mut doubtful: UnboundedReceiver<RecordedIntent>) {
     while let Some(intent) = doubtful.recv().await {
@@ -30,10 +33,17 @@ pub(super) async fn settle_all(context: Weak<Context>, mut doubtful: UnboundedRe
     }
 }
 
-/// Settles an intent of an earlier process: what can be done at once is done before the mount ends.
+/// Settles an intent of an earlier process: what can be done at once is done before the mount ends, if the store answers.
 pub(super) async fn settle_found(context: &Arc<Context>, intent: RecordedIntent) {
     let mut stopping = context.stopping.subscribe();
-    let Some(pause) = attempt(context, &intent, 0).await else { return };
+    let first = tokio::select! {
+        first = attempt(context, &intent, 0) => first,
+        () = async {
+            let _ = stopping.wait_for(|stopping| *stopping).await;
+            tokio::time::sleep(END_LIMIT).await;
+        } => None,
+    };
+    let Some(pause) = first else { return };
     tokio::select! {
         _ = stopping.wait_for(|stopping| *stopping) => {}
         () = async {
@@ -85,9 +95,10 @@ async fn look(context: &Arc<Context>, recorded: &RecordedIntent) -> Result<Optio
     if !candidates.is_empty() {
         let uploads = context.uploads.clone();
         let named: HashSet<String> = joined(tokio::task::spawn_blocking(move || uploads.named()).await)??;
+        let leased = lease::uploads_of(bucket, key).await?;
         for upload in candidates {
             let is_known = named.contains(&upload.id)
-                || lease::names(bucket, key, &upload.id).await?
+                || leased.iter().any(|log| log.contains(&upload.id))
                 || has_part(bucket, key, &upload.id).await?;
             if !is_known {
                 failpoint::pass(Step::UploadAbort)?;

@@ -114,7 +114,7 @@ impl JobQueue {
 
     /// Notes that what a job does or did was asked for again.
     pub async fn repeat(&self, job: &Arc<Job>) {
-        job.update(|s| s.repeated += 1);
+        job.update(|s| s.repeated = s.repeated.saturating_add(1));
         if job.has_ended() {
             self.run_of(job).tell_again().await;
         }
@@ -245,7 +245,13 @@ impl JobQueue {
             }
             file => file,
         };
-        let job = Arc::new(Job::new(request, url, file, Arc::clone(&self.context.metrics)));
+        let job = Arc::new(Job::new(
+            JobId::after(table.last_id()),
+            request,
+            url,
+            file,
+            Arc::clone(&self.context.metrics),
+        ));
         self.add(&mut table, &job);
         Ok((job, is_deferred))
     }

@@ -99,8 +99,7 @@ impl Sidecar {
     /// Whether these bytes are this sidecar of that object, as freightfs writes it.
     fn is_ours(self, bucket: &Bucket, object: &ObjectKey, bytes: &[u8]) -> bool {
         if self == Self::Status {
-            return serde_json::from_slice::<Status>(bytes)
-                .is_ok_and(|status| is_status_of(&status, bucket, object));
+            return Status::parse(bytes).is_ok_and(|status| is_status_of(&status, bucket, object));
         }
         std::str::from_utf8(bytes)
             .ok()
@@ -173,7 +172,7 @@ pub(super) fn renamed(
 ) -> Result<Bytes> {
     let damaged = || Error::new(ErrorKind::Internal, "a sidecar of ours cannot be read any more");
     if sidecar == Sidecar::Status {
-        let mut status: Status = serde_json::from_slice(bytes).map_err(|e| damaged().because(e))?;
+        let mut status: Status = Status::parse(bytes).map_err(|e| damaged().because(e))?;
         (status.bucket, status.key) = (bucket.name().to_owned(), to.to_string());
         status.url = bucket.url_of(to);
         if status.status == JobState::Success {

@@ -19,6 +19,7 @@ use super::status::Status;
 use crate::bucket::{ObjectKey, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
+use crate::whole_file;
 
 /// Version of the record's fields. Version 1 kept the upload's id in the record, and is read too.
 const RECORD_VERSION: u32 = 2;
@@ -30,6 +31,9 @@ const IDENTITY: usize = 32;
 /// How often, and after which pauses, the lock is tried: two seconds together.
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
+
+/// Largest record that is read: a status, and the numbers of 10 000 parts, take less.
+const MAX_RECORD: u64 = 4 << 20;
 
 /// Damaged records that are kept; further ones are removed.
 const DAMAGED_KEPT: usize = 100;
@@ -296,13 +300,14 @@ impl Journal {
                 let _ = fs::remove_file(&path);
                 continue;
             }
-            match fs::read(&path) {
+            match whole_file::read(&path, MAX_RECORD) {
                 Ok(json) => match read_record(&path, &json) {
                     Ok(record) => loaded.records.push(self.contained(record)),
                     Err(error) => loaded.damaged.push(damaged(path, &json, error)),
                 },
+                Err(error) if whole_file::is_unfit(&error) => loaded.damaged.push(damaged(path, b"", error)),
                 Err(error) => {
-                    warn!("a job's record cannot be read now and is left alone: {}: {error}", path.display());
+                    warn!("a job's record cannot be read now and is left alone: {}", error.report());
                     loaded.is_partial = true;
                 }
             }
@@ -347,7 +352,8 @@ impl Journal {
             records.iter().any(|record| !record.status.status.is_final() && is_named(record))
         };
         // Somebody may want to look at these bytes as well as at the record.
-        let texts: Vec<_> = damaged.iter().filter_map(|record| fs::read(&record.path).ok()).collect();
+        let texts: Vec<_> =
+            damaged.iter().filter_map(|record| whole_file::read(&record.path, MAX_RECORD).ok()).collect();
         let is_mentioned = |path: &Path| {
             let name = path.file_name().unwrap_or_default().as_encoded_bytes();
             texts.iter().any(|text| text.windows(name.len().max(1)).any(|part| part == name))

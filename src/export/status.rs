@@ -6,11 +6,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::job_id::JobId;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Identity;
 
 /// Version of the status file's fields.
 pub(super) const STATUS_VERSION: u32 = 1;
+
+/// Longest entity tag that is taken.
+const MAX_ETAG: usize = 1024;
 
 /// For how long a status that is not final holds after it was written. One that runs writes it several times meanwhile.
 pub(super) const STATUS_VALID: Duration = Duration::from_secs(90);
@@ -213,6 +216,28 @@ impl Status {
     /// Whether an object with this entity tag is the one of this status, as far as that has one.
     pub(super) fn is_of(&self, object: Option<&str>) -> bool {
         self.etag.is_none() || self.etag.as_deref() == object
+    }
+
+    /// Reads a status as it is in a bucket or a record, where anybody may have written it.
+    ///
+    /// # Errors
+    /// [`Malformed`](ErrorKind::Malformed) for what freightfs does not write.
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        let malformed = || Error::new(ErrorKind::Malformed, "this is no status");
+        let status: Self = serde_json::from_slice(json).map_err(|e| malformed().because(e))?;
+        if status.is_possible() { Ok(status) } else { Err(malformed()) }
+    }
+
+    /// Whether its texts that are used, and not only shown, are what they should be.
+    pub(super) fn is_possible(&self) -> bool {
+        let is_digest = |digest: &Option<String>, digits: usize| {
+            let is_hex = |text: &String| text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
+            digest.as_ref().is_none_or(is_hex)
+        };
+        self.progress <= 100
+            && is_digest(&self.sha256, 64)
+            && is_digest(&self.md5, 32)
+            && self.etag.as_ref().is_none_or(|etag| etag.len() <= MAX_ETAG)
     }
 
     /// The file's bytes: one indented JSON object and a newline.

@@ -48,6 +48,11 @@ impl Table {
         forgotten
     }
 
+    /// The greatest id.
+    pub(super) fn last_id(&self) -> Option<&str> {
+        self.jobs.last_key_value().map(|(id, _)| id.as_str())
+    }
+
     /// The newest job of a key.
     pub(super) fn newest(&self, bucket: &str, key: &ObjectKey) -> Option<&Arc<Job>> {
         self.newest.get(&(bucket.to_owned(), key.clone()))

@@ -119,7 +119,7 @@ mod tests {
             bucket: "b".into(),
             key: ObjectKey::parse("k").unwrap(),
             id: "u".into(),
-            part_size: 100,
+            part_size: 1 << 20,
         };
         let content: Vec<u8> = (0..1000u32).map(|n| n as u8).collect();
         let whole = (hex::encode(Sha256::digest(&content)), hex::encode(Md5::digest(&content)));

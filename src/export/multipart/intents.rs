@@ -18,6 +18,7 @@ use super::log::{sealed, unsealed};
 use crate::bucket::{ObjectKey, PendingUpload, PendingUploads, START_LIMIT};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
+use crate::whole_file;
 
 /// How the names of intents end.
 pub(super) const SUFFIX: &str = "intent";
@@ -32,6 +33,9 @@ const SKEW: Duration = Duration::from_secs(60);
 /// `FREIGHTFS_SETTLE` instead, so that tests need not wait.
 const SETTLE: Duration = Duration::from_secs(900);
 
+/// How long it is kept that an upload is to be looked for which cannot be.
+const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3600);
+
 fn settle_time() -> Duration {
     let wanted = || std::env::var("FREIGHTFS_SETTLE").ok()?.parse().ok();
     cfg!(debug_assertions).then(wanted).flatten().map_or(SETTLE, Duration::from_secs)
@@ -45,6 +49,8 @@ pub(in crate::export) struct Intent {
     pub(in crate::export) key: ObjectKey,
     /// When it was recorded, by the store's clock.
     pub(in crate::export) at: Timestamp,
+    /// The same by the clock of this host.
+    pub(in crate::export) recorded: Timestamp,
     /// The uploads of the key that there were before.
     pub(in crate::export) known: Vec<String>,
     /// Who the store says has started our uploads.
@@ -67,13 +73,20 @@ impl Intent {
         initiator: Option<String>,
     ) -> Self {
         let known = pending.uploads.into_iter().map(|upload| upload.id).collect();
-        Self { bucket: bucket.to_owned(), key: key.clone(), at: pending.at, known, initiator }
+        let recorded = Timestamp::now();
+        Self { bucket: bucket.to_owned(), key: key.clone(), at: pending.at, recorded, known, initiator }
     }
 
-    /// How long it is too early to look for the upload, when the store's clock says `now`.
+    /// How long it is too early to look for the upload, when the store's clock says `now`. One clock may have been set.
     pub(in crate::export) fn early_by(&self, now: Timestamp) -> Option<Duration> {
-        let left = signed(settle_time()).saturating_sub(now.duration_since(self.at));
+        let passed = now.duration_since(self.at).min(Timestamp::now().duration_since(self.recorded));
+        let left = signed(settle_time()).saturating_sub(passed);
         Duration::try_from(left).ok().filter(|left| !left.is_zero())
+    }
+
+    /// Whether it is so old that nobody looks for its upload any more: its bucket is not mounted here, or cannot be asked.
+    pub(super) fn is_forgotten(&self) -> bool {
+        Timestamp::now().duration_since(self.recorded) > signed(FORGOTTEN)
     }
 
     /// Whether an upload of the key may be the one that was to be started.
@@ -114,13 +127,10 @@ impl RecordedIntent {
     /// [`Malformed`](ErrorKind::Malformed) for what is none: what a crash cut off was followed by no request.
     pub(super) fn read(path: PathBuf) -> Result<Self> {
         let place = path.display().to_string();
-        let failed = |e| Error::from_io("cannot read that an upload began", e).in_file(&place);
         let damaged =
             || Error::new(ErrorKind::Malformed, "it does not say which upload began").in_file(&place);
-        if fs::metadata(&path).map_err(failed)?.len() > MAX_SIZE {
-            return Err(damaged());
-        }
-        let text = fs::read(&path).map_err(failed)?;
+        let text = whole_file::read(&path, MAX_SIZE);
+        let text = text.map_err(|e| if whole_file::is_unfit(&e) { damaged().because(e) } else { e })?;
         let intent = unsealed(&text).ok_or_else(damaged)?;
         Ok(Self { intent, path })
     }
@@ -174,7 +184,11 @@ mod tests {
     #[test]
     fn an_upload_is_looked_for_when_nobody_else_can_be_without_a_part() {
         assert!(SETTLE > START_LIMIT + SKEW * 2, "what is aborted is minutes old");
-        let early = |time: &str| intent(None).early_by(format!("2026-11-24T{time}Z").parse().unwrap());
+        let mut intent = intent(None);
+        assert!(intent.early_by("2999-01-01T00:00:00Z".parse().unwrap()).is_some(), "by one clock only");
+        intent.recorded = "2020-01-01T00:00:00Z".parse().unwrap();
+        assert!(intent.is_forgotten());
+        let early = |time: &str| intent.early_by(format!("2026-11-24T{time}Z").parse().unwrap());
         assert_eq!(early("12:14:00"), Some(Duration::from_secs(60)));
         assert_eq!((early("12:15:00"), early("23:00:00")), (None, None));
         // A clock that was set back.

@@ -17,9 +17,13 @@ use crate::bucket::{MAX_PARTS, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
 use crate::units::{GIB, MIB};
+use crate::whole_file;
 
 /// Largest part that a store takes (S3 User Guide, "Amazon S3 multipart upload limits").
 const MAX_PART_SIZE: u64 = 5 * GIB;
+
+/// Largest log that is read: 10 000 parts and two states of hashes for each take a sixth of it.
+const MAX_LOG: u64 = 64 * MIB;
 
 /// Which upload it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,13 +200,16 @@ impl UploadLog {
 
     /// Reads the log of an earlier process; `None` when it holds no upload. No file stays open.
     pub(in crate::export) fn open(path: &Path) -> Result<Option<Self>> {
-        let failed =
-            |e| Error::from_io("cannot read the record of an upload", e).in_file(path.display().to_string());
-        let text = match fs::read(path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            text => text.map_err(failed)?,
+        let text = match whole_file::read(path, MAX_LOG) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            text => text?,
         };
-        Ok(Self::parse(path, &text))
+        let log = Self::parse(path, &text);
+        if log.as_ref().is_some_and(|log| !log.name.is_possible()) {
+            let what = "an upload's log has a size of parts that there cannot be";
+            return Err(Error::new(ErrorKind::Malformed, what).in_file(path.display().to_string()));
+        }
+        Ok(log)
     }
 
     /// The log of these bytes, which [`open`](Self::open) has read from `path`.
@@ -299,7 +306,8 @@ impl UploadLog {
 
     /// All that was recorded, for another host.
     pub(in crate::export) fn text(&self) -> Option<String> {
-        fs::read_to_string(&self.inner.lock().path).ok()
+        let path = self.inner.lock().path.clone();
+        whole_file::read_text(&path, MAX_LOG).ok()
     }
 
     /// The log that another host wrote of an upload of this key, as one of this host's, where the bucket may have another
@@ -322,6 +330,8 @@ impl UploadLog {
                     warn!("another host's upload {name:?} is not one of this key, and is not gone on with");
                     return Ok(None);
                 }
+                // This host looks itself.
+                Some(Line::Placed(_)) => {}
                 _ => adopted += line,
             }
         }
@@ -425,6 +435,8 @@ impl Inner {
             }
             Line::Digest { name: DigestName::Sha256, state } => self.sha256 = state,
             Line::Digest { name: DigestName::Md5, state } => self.md5 = state,
+            // Every tag begins with nothing.
+            Line::Completing { mark } if mark.is_empty() => {}
             Line::Completing { mark } => self.completing = Some(mark),
             Line::Placed(placed) => self.placed = Some(placed),
         }
@@ -454,7 +466,7 @@ mod tests {
 
     fn name() -> UploadName {
         let key = ObjectKey::parse("k").unwrap();
-        UploadName { bucket: "b".into(), key, id: "u".into(), part_size: 8 }
+        UploadName { bucket: "b".into(), key, id: "u".into(), part_size: MIB }
     }
 
     #[test]
@@ -494,7 +506,7 @@ mod tests {
         let path = |name: &str| directory.path().join(format!("{name}.parts"));
         let key = ObjectKey::parse("k").unwrap();
         let adopt = |change: &dyn Fn(&mut UploadName)| {
-            let mut name = UploadName { part_size: 8 * MIB, ..name() };
+            let mut name = name();
             change(&mut name);
             let parts =
                 (0..2).map(|index| Line::Part { index, part: Part { length: u64::MAX, id: "x".into() } });

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
@@ -11,9 +12,10 @@ use tracing::{debug, warn};
 use super::digests::joined;
 use super::intents::{self, Intent, RecordedIntent};
 use super::log::{UploadLog, UploadName, given_up};
-use crate::bucket::{Bucket, ObjectKey, Tags};
+use crate::bucket::{Bucket, ObjectKey, START_LIMIT, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
+use crate::whole_file;
 
 /// The directory of the uploads under way: `ID.parts`, the log of each, and `ID-NUMBER.intent` while one begins.
 #[derive(Clone, Debug)]
@@ -53,6 +55,10 @@ impl Uploads {
         for path in self.files()? {
             if path.extension().is_some_and(|e| e == intents::SUFFIX) {
                 match RecordedIntent::read(path.clone()) {
+                    Ok(recorded) if recorded.intent.is_forgotten() => {
+                        warn!(key = %recorded.intent.key, "an upload that may have begun is not looked for any more");
+                        recorded.remove();
+                    }
                     Ok(intent) => left.intents.push(intent),
                     Err(error) => {
                         warn!("an upload that may have begun is not looked for: {}", error.report());
@@ -80,7 +86,12 @@ impl Uploads {
     pub(in crate::export) fn named(&self) -> Result<HashSet<String>> {
         let mut named = HashSet::new();
         for path in self.files()?.into_iter().filter(|path| path.extension().is_some_and(|e| e == "parts")) {
-            named.extend(UploadLog::open(&path)?.map(|log| log.name().id.clone()));
+            match UploadLog::open(&path) {
+                Ok(log) => named.extend(log.map(|log| log.name().id.clone())),
+                // None of ours.
+                Err(error) if whole_file::is_unfit(&error) || error.kind() == ErrorKind::Malformed => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(named)
     }
@@ -115,9 +126,12 @@ impl Uploads {
     ) -> Result<Arc<UploadLog>> {
         let gate = self.gate(bucket.name(), key);
         let _guard = gate.lock().await;
+        let begin = Instant::now();
         let intent = self.intend(bucket, key, log_id).await?;
+        // What is looked for afterwards was started within this time from the look before.
+        let limit = START_LIMIT.saturating_sub(begin.elapsed());
         let (started, mut is_doubtful) = match failpoint::pass(Step::UploadStart) {
-            Ok(()) => bucket.start_upload_once(key, part_size, tags).await,
+            Ok(()) => bucket.start_upload_once(key, part_size, tags, limit).await,
             Err(error) => (Err(error), false),
         };
         let begun = match started {

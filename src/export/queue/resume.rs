@@ -8,7 +8,9 @@ use tracing::{info, warn};
 use super::JobQueue;
 use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::context::Context;
 use crate::export::job::{Holds, Job};
+use crate::export::lease;
 use crate::export::multipart::log::UploadLog;
 use crate::export::multipart::uploads::{Left, abort};
 use crate::export::orphans;
@@ -67,14 +69,10 @@ impl JobQueue {
             self.resume_job(record, &mut logs, is_newest);
         }
         // What cannot be read now may need them.
-        for log in logs.into_values().filter(|_| !is_partial) {
+        for (id, log) in logs.into_iter().filter(|_| !is_partial) {
             let context = Arc::clone(&self.context);
             // Counted: a mount that ends at once gives up first what the one before left.
-            self.spawn_counted(async move {
-                if let Ok(mounted) = context.mounted(&log.name().bucket) {
-                    abort(&mounted.bucket, &log).await;
-                }
-            });
+            self.spawn_counted(async move { give_up(&context, &id, &log).await });
         }
         Ok(())
     }
@@ -148,12 +146,29 @@ impl JobQueue {
     }
 }
 
+/// Gives up an upload that no job of this host goes on with, unless another host does.
+async fn give_up(context: &Context, log_id: &str, log: &UploadLog) {
+    let Ok(mounted) = context.mounted(&log.name().bucket) else { return };
+    // What was given up before has more in its name than the job's id.
+    let job_id = log_id.split('.').next().unwrap_or_default();
+    let (key, upload) = (&log.name().key, &log.name().id);
+    let is_inherited = match context.settings.lease {
+        Some(_) => lease::is_inherited_from(&mounted.bucket, key, job_id, upload).await,
+        None => Ok(false),
+    };
+    match is_inherited {
+        Ok(true) => log.remove(),
+        Ok(false) => abort(&mounted.bucket, log).await,
+        Err(error) => warn!(%key, "an unfinished upload stays for now: {}", error.report()),
+    }
+}
+
 /// Writes FAIL over the unfinished status of a job that nobody can resume.
 async fn end_status(bucket: &Bucket, key: &ObjectKey, record: &DamagedRecord) -> Result<()> {
     let Beside::Ours { bytes, replaces } = sidecars::look(bucket, key, Sidecar::Status).await? else {
         return Ok(());
     };
-    let Ok(mut status) = serde_json::from_slice::<Status>(&bytes) else { return Ok(()) };
+    let Ok(mut status) = Status::parse(&bytes) else { return Ok(()) };
     if *status.job_id != *record.job_id || status.status.is_final() {
         return Ok(());
     }

@@ -12,6 +12,7 @@ use super::{Run, Told};
 use crate::bucket::{Bucket, Replaces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::job::Holds;
+use crate::export::lease;
 use crate::export::multipart::log::{Placed, UploadLog};
 use crate::export::multipart::uploads::abort;
 use crate::export::request::JobSource;
@@ -64,10 +65,12 @@ impl Run {
     /// Gives up what is left of an upload, unless another host that has taken the job over goes on with it.
     async fn give_up(&self, log: &UploadLog) {
         let Ok(mounted) = self.context.mounted(&log.name().bucket) else { return };
-        let lease = self.lease();
+        let (lease, id) = (self.lease(), &log.name().id);
         let is_inherited = match &lease {
-            Some(lease) => lease.is_inherited(&log.name().id).await,
-            None => Ok(false),
+            Some(lease) => lease.is_inherited(id).await,
+            None if self.context.settings.lease.is_none() => Ok(false),
+            // An earlier process held it, or this one before it was overtaken.
+            None => lease::is_inherited_from(&mounted.bucket, &log.name().key, &self.job.id(), id).await,
         };
         match is_inherited {
             Ok(true) => log.remove(),
@@ -363,5 +366,5 @@ impl Run {
 }
 
 fn status_in(bytes: &Bytes) -> Option<Status> {
-    serde_json::from_slice(bytes).ok()
+    Status::parse(bytes).ok()
 }

@@ -107,7 +107,7 @@ impl Run {
         let meta = self.retried(|| bucket.head(key)).await?.ok_or_else(|| gone(bucket, key))?;
         self.job.update(|s| {
             s.size = status.size;
-            (s.bytes_done, s.repeated) = (status.bytes_done, s.repeated + 1);
+            (s.bytes_done, s.repeated) = (status.bytes_done, s.repeated.saturating_add(1));
         });
         let (sha256, md5) = (status.sha256.unwrap_or_default(), status.md5.unwrap_or_default());
         Ok(Placed { size: meta.object_size, etag: meta.etag, sha256, md5 })
