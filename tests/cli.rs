@@ -253,6 +253,9 @@ fn convert_replaces_no_device_and_nothing_else_that_is_no_file() {
         assert_eq!(kind(output), before, "{output}");
     }
     assert!(!path("null").exists() || kind("null").is_char_device());
+    // Standard output is a pipe here.
+    let said = fail(freightfs().args(["convert", "--format", "raw"]).arg(&image).arg("/dev/stdout"));
+    assert!(said.contains("standard output"), "{said}");
     assert!(!path("gone").exists());
     // Where a link leads to a file, that is written.
     std::fs::write(path("file"), "old").unwrap();

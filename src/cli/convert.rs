@@ -1,6 +1,7 @@
 //! `freightfs convert`: one image file into another, as the mount would show it.
 
 use std::io::{IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::progress::Board;
@@ -72,16 +73,21 @@ pub(super) fn run(arguments: &ConvertArguments) -> Result<u8> {
 fn replaceable(output: &Path) -> Result<PathBuf> {
     let place = || output.display().to_string();
     let failed = |e| Error::from_io("cannot look at the output", e).in_file(place());
-    let path = match std::fs::symlink_metadata(output) {
-        Ok(meta) if meta.is_symlink() || meta.is_file() => std::fs::canonicalize(output).map_err(failed)?,
-        Ok(_) => output.to_owned(),
+    match std::fs::symlink_metadata(output) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(output.to_owned()),
-        Err(e) => return Err(failed(e)),
+        looked => looked.map_err(failed)?,
     };
-    let meta = std::fs::metadata(&path).map_err(failed)?;
+    // The kernel follows links as its rules for directories of all want it (fs.protected_symlinks).
+    let meta = std::fs::metadata(output).map_err(failed)?;
     if !meta.is_file() {
         let what = "the output is a directory, a device, a FIFO or a socket, which is not replaced by a file; write \
-                    to a device by `freightfs convert --format raw IMAGE - >DEVICE`";
+                    to standard output: `freightfs convert --format raw IMAGE - >DEVICE`";
+        return Err(Error::new(ErrorKind::Malformed, what).in_file(place()));
+    }
+    let path = std::fs::canonicalize(output).map_err(failed)?;
+    let there = std::fs::symlink_metadata(&path).map_err(failed)?;
+    if (there.dev(), there.ino()) != (meta.dev(), meta.ino()) {
+        let what = "the output's symbolic link does not lead to what its name opens";
         return Err(Error::new(ErrorKind::Malformed, what).in_file(place()));
     }
     Ok(path)

@@ -164,11 +164,12 @@ fn within_mount(path: &Path) -> Result<(PathBuf, PathBuf)> {
     let place = path.display().to_string();
     let failed = |e| Error::from_io("cannot resolve the path", e).in_file(&place);
     let absolute = std::path::absolute(path).map_err(failed)?;
-    let roots = mounts()?;
+    let roots = mount_points()?;
+    // Only this mount is looked into: another may not answer.
     let split = |path: &Path| {
         let around =
             roots.iter().filter_map(|root| Some((root.clone(), path.strip_prefix(root).ok()?.to_owned())));
-        around.max_by_key(|(root, _)| root.as_os_str().len())
+        around.max_by_key(|(root, _)| root.as_os_str().len()).filter(|(root, _)| root.join(MARK).is_file())
     };
     // A symbolic link may lead there from elsewhere; the file itself need not be there.
     let resolved = || {
@@ -181,8 +182,12 @@ fn within_mount(path: &Path) -> Result<(PathBuf, PathBuf)> {
 
 /// All mounts of this host that this user can look into.
 fn mounts() -> Result<Vec<PathBuf>> {
+    Ok(mount_points()?.into_iter().filter(|root| root.join(MARK).is_file()).collect())
+}
+
+fn mount_points() -> Result<Vec<PathBuf>> {
     let ours = mount_table()?.into_iter().filter(|mount| mount.kind == "fuse.freightfs");
-    Ok(ours.map(|mount| mount.path).filter(|root| root.join(MARK).is_file()).collect())
+    Ok(ours.map(|mount| mount.path).collect())
 }
 
 fn word(state: JobState) -> &'static str {

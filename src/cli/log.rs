@@ -3,6 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -169,7 +170,7 @@ impl Lines {
 }
 
 impl Target {
-    /// A log that cannot be written holds up nothing and nobody.
+    /// What cannot be written is given up. A terminal or a pipe that takes nothing holds up who logs, as everywhere.
     fn write(&mut self, line: &str) {
         let _ = match self {
             Self::Terminal => writeln!(io::stderr(), "{line}"),
@@ -195,10 +196,23 @@ impl LogFile {
     fn write(&mut self, line: &str) -> io::Result<()> {
         let line = format!("{line}\n");
         if self.length + line.len() as u64 > self.limit && self.length > 0 {
-            self.put_aside()?;
+            if self.is_there()? { self.put_aside()? } else { self.reopen()? }
         }
         self.file.write_all(line.as_bytes())?;
         self.length += line.len() as u64;
+        Ok(())
+    }
+
+    /// Whether the name still leads to the file that is written: logrotate(8) may have put it aside, or cut it.
+    fn is_there(&mut self) -> io::Result<bool> {
+        let written = self.file.metadata()?;
+        self.length = written.len();
+        let named = std::fs::symlink_metadata(&self.path);
+        Ok(named.is_ok_and(|named| (named.dev(), named.ino()) == (written.dev(), written.ino())))
+    }
+
+    fn reopen(&mut self) -> io::Result<()> {
+        *self = Self::open(std::mem::take(&mut self.path), self.limit)?;
         Ok(())
     }
 
@@ -267,6 +281,11 @@ mod tests {
         }
         assert!(text(directory.path(), "log").ends_with("0499 INFO 499\n"));
         assert!((900..=1000).contains(&text(directory.path(), "log.1").len()));
+        // What somebody else puts aside stays where it is put.
+        std::fs::rename(directory.path().join("log"), directory.path().join("log.1")).unwrap();
+        (0..60).for_each(|number| log.take(&format!("{number:04} INFO {number}")));
+        assert!(text(directory.path(), "log.1").contains("0499 INFO 499\n"));
+        assert!(text(directory.path(), "log").ends_with("0059 INFO 59\n"));
         // Where nothing can be put aside, a directory stands at its place for instance.
         std::fs::remove_file(directory.path().join("log.1")).unwrap();
         std::fs::create_dir_all(directory.path().join("log.1/x")).unwrap();

@@ -20,8 +20,10 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
         let end = url.find(|c: char| c.is_whitespace() || "\"<>`".contains(c)).unwrap_or(url.len());
         let next = url.find("://").unwrap_or(url.len());
         let (url, after) = url.split_at(end.min(next));
+        let before = shown.rsplit(|c: char| !c.is_ascii_alphanumeric()).next().unwrap_or_default();
+        let has_port = !["", "s3", "az", "gs"].contains(&before);
         shown.push_str("://");
-        push_redacted(&mut shown, url);
+        push_redacted(&mut shown, url, has_port);
         let next = after.find("://").unwrap_or(after.len());
         shown.push_str(&after[..next]);
         rest = &after[next..];
@@ -29,25 +31,30 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// A URL without its scheme.
-fn push_redacted(shown: &mut String, url: &str) {
-    let (path, query) = url.find(['?', '#']).map_or((url, ""), |at| url.split_at(at));
-    let authority = path.split('/').next().unwrap_or_default();
-    // A password may have a slash, where somebody did not escape it; then no port follows the colon.
-    let is_port = |(_, port): (&str, &str)| port.chars().all(|c| c.is_ascii_digit());
-    let is_odd = authority.starts_with('[') || authority.split_once(':').is_none_or(is_port);
-    let user = if is_odd { authority.rfind('@') } else { path.rfind('@') };
-    match user {
-        Some(at) => {
-            shown.push_str(CUT);
-            shown.push_str(&path[at..]);
-        }
-        None => shown.push_str(path),
+/// A URL without its scheme, where a host may have a port or not.
+fn push_redacted(shown: &mut String, url: &str, has_port: bool) {
+    let end = url.find(['?', '#']).unwrap_or(url.len());
+    // A password may have any of these, where somebody did not escape it.
+    let user = if url[..end].contains('/') { in_path(&url[..end], has_port) } else { url.rfind('@') };
+    let rest = user.map_or(url, |at| &url[at..]);
+    let (path, query) = rest.find(['?', '#']).map_or((rest, ""), |at| rest.split_at(at));
+    if user.is_some() {
+        shown.push_str(CUT);
     }
+    shown.push_str(path);
     if let Some(mark) = query.chars().next() {
         shown.push(mark);
         shown.push_str(CUT);
     }
+}
+
+/// Where user and password end. They may have a slash: then no port follows the first colon.
+fn in_path(path: &str, has_port: bool) -> Option<usize> {
+    let authority = path.split('/').next().unwrap_or_default();
+    let is_port = |port: &str| has_port && !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let is_host =
+        authority.starts_with('[') || authority.split_once(':').is_none_or(|(_, port)| is_port(port));
+    if is_host { authority.rfind('@') } else { path.rfind('@') }
 }
 
 #[cfg(test)]
@@ -69,6 +76,11 @@ mod tests {
                 "url (\"http://h/?…\"), then http://…@h/#… and <az://c/k?…>",
             ),
             ("http://h/x://y:SECRET@z?SECRET", "http://h/x://…@z?…"),
+            ("s3://AKIA:/HIDDEN@bucket/k", "s3://…@bucket/k"),
+            ("s3://AKIA:123/45@bucket", "s3://…@bucket"),
+            ("http://key:SECR?ET@h", "http://…@h"),
+            ("http://h:/SECRET@x", "http://…@x"),
+            ("://u:123/SECRET@h", "://…@h"),
             ("://", "://"),
         ] {
             let once = redacted(text).into_owned();

@@ -91,7 +91,8 @@ equal "$(stat -c %U /srv/carol/web.vmdk)" carol
 refused 'Permission denied' ls /mnt/carol
 refused_as dave 'Permission denied' 'ls /mnt/carol'
 refused_as dave 'umount' 'umount /mnt/carol'
-daemon() { grep -l -- "--report-ready.*$1" -a /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3; }
+# Not the program that looks for it.
+daemon() { grep -la -e "--report-read[y].*$1" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3; }
 contains "$(cat "/proc/$(daemon /mnt/carol)/status")" "NoNewPrivs:	1"
 as carol 'umount /mnt/carol'
 ended /mnt/carol
