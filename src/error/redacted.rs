@@ -67,7 +67,7 @@ mod tests {
             ("no URL: a?b#c@d", "no URL: a?b#c@d"),
             ("s3://b/web/me@home.raw is gone", "s3://b/web/me@home.raw is gone"),
             ("https://h:8443/d/w.qcow2?X-Amz-Signature=SECRET&a=b", "https://h:8443/d/w.qcow2?…"),
-            ("GET http://key:SECRET@h/b/k?sig=SE%2FCRET: refused", "GET http://…@h/b/k?…"),
+            ("GET http://key:SECRET@h/b/k?sig=SE%2FCRET: refused", "GET http://…@h/b/k?… refused"),
             ("s3://AKIA:SEC/RET@bucket/key", "s3://…@bucket/key"),
             ("s3://SECRET@bucket", "s3://…@bucket"),
             ("http://[::1]:9000/me@x", "http://[::1]:9000/me@x"),
