@@ -18,7 +18,17 @@ pub struct World {
 
 impl World {
     pub fn new() -> Self {
-        let directory = tempfile::Builder::new().prefix("freightfs-test-").tempdir().unwrap();
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// A world in memory where there is such a filesystem, for tests of what is written and not of whether it lasts.
+    pub fn in_memory() -> Self {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() { Self::below(memory) } else { Self::new() }
+    }
+
+    fn below(place: &Path) -> Self {
+        let directory = tempfile::Builder::new().prefix("freightfs-test-").tempdir_in(place).unwrap();
         for name in ["catalog", "bucket", "state", "mnt", "out"] {
             std::fs::create_dir(directory.path().join(name)).unwrap();
         }

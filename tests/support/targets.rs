@@ -44,7 +44,11 @@ impl Target {
 
 /// The local bucket, and the one on S3 where a server runs.
 pub fn targets(test: &str) -> Vec<Target> {
-    let local = World::new();
+    targets_with(test, World::new())
+}
+
+/// The same, with the local bucket in a world of its own.
+pub fn targets_with(test: &str, local: World) -> Vec<Target> {
     let bucket = format!("b=file://{}", local.bucket().display());
     let mut targets =
         vec![Target { name: "local", world: local, arguments: vec!["--bucket".into(), bucket] }];
