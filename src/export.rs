@@ -20,6 +20,7 @@ mod queue_settings;
 mod request;
 mod retry;
 mod run;
+pub(crate) mod sealed;
 pub mod sidecars;
 pub mod stage;
 mod staged;

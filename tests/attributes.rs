@@ -300,3 +300,27 @@ fn attributes_that_somebody_wrote_into_the_bucket_make_a_file_nothing_else() {
     mount.unmount();
     assert_eq!(std::fs::read(&document).unwrap(), later);
 }
+
+#[test]
+fn what_is_set_while_a_file_is_being_published_is_not_lost() {
+    if !can_mount() {
+        return;
+    }
+    let world = World::in_memory();
+    let mount = world.mount(&[]);
+    // The kernel tells of the last close when it likes: the file is published before, during or after what is set.
+    let set = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    for number in 0..1000 {
+        let file = mount.key(&format!("{number}"));
+        drop(std::fs::File::create_new(&file).unwrap());
+        std::fs::File::open(&file).unwrap().set_modified(set).unwrap();
+        assert_eq!(file.metadata().unwrap().modified().unwrap(), set, "file {number}");
+    }
+    mount.unmount();
+    let mount = world.mount(&[]);
+    for number in 0..1000 {
+        let file = mount.key(&format!("{number}"));
+        assert_eq!(file.metadata().unwrap().modified().unwrap(), set, "file {number} at the next mount");
+    }
+    mount.unmount();
+}

@@ -30,6 +30,9 @@ use crate::export::moves::Renamed;
 /// How long attributes that were read from a bucket are believed: other hosts may change them.
 const AGE: Duration = Duration::from_secs(30);
 
+/// How often what a store answers is asked for again that does not fit together.
+const READINGS: u32 = 4;
+
 /// Directories whose attributes are kept in memory, besides those with changes.
 const DIRECTORIES_KEPT: usize = 256;
 
@@ -60,6 +63,16 @@ enum Place {
     Pending(Option<String>),
     /// The object with that tag, or a directory.
     There(Option<String>),
+}
+
+impl Place {
+    /// Whether it is the place of what is being made now: by a job, or written still.
+    fn is_that_of(&self, being_made: Option<Option<String>>) -> bool {
+        match self {
+            Self::Pending(job) => being_made.as_ref() == Some(job),
+            Self::There(_) => being_made.is_none(),
+        }
+    }
 }
 
 /// A file's place: its directory and its name there, with `/` at the end for a directory.
@@ -157,24 +170,31 @@ impl Vfs {
         Ok(())
     }
 
-    /// A directory's document and its tag, `None` where there is none. One that is damaged is as good as empty.
+    /// A directory's document and its tag, `None` where there is none. One that is damaged is as good as empty, and so that
+    /// it is not one that arrived damaged, it is read again.
     async fn read_document(
         &self,
         name: &DirectoryName,
     ) -> Result<(Option<Document>, Option<Option<String>>)> {
         let bucket = self.bucket(&name.0)?;
-        let Some(file) = bucket.read_control(&document_name(name.1.as_ref())).await? else {
-            return Ok((None, None));
-        };
-        let document = match Document::parse(&file.bytes, directory_key(name)) {
-            Ok(document) => Some(document),
-            Err(error) if error.kind() == ErrorKind::Malformed => {
-                warn!(bucket = name.0, directory = directory_key(name), "{}", error.report());
-                None
+        let mut readings = 1;
+        loop {
+            let Some(file) = bucket.read_control(&document_name(name.1.as_ref())).await? else {
+                return Ok((None, None));
+            };
+            match Document::parse(&file.bytes, directory_key(name)) {
+                Ok(document) => return Ok((Some(document), Some(file.etag))),
+                Err(error) if readings < READINGS => {
+                    debug!(directory = directory_key(name), "read again: {}", error.report());
+                    readings += 1;
+                }
+                Err(error) if error.kind() == ErrorKind::Malformed => {
+                    warn!(bucket = name.0, directory = directory_key(name), "{}", error.report());
+                    return Ok((None, Some(file.etag)));
+                }
+                Err(error) => return Err(error),
             }
-            Err(error) => return Err(error),
-        };
-        Ok((document, Some(file.etag)))
+        }
     }
 
     /// The job that puts a content in place, or `None` for one that is being written; nothing for what is there.
@@ -195,21 +215,37 @@ impl Vfs {
         meta.map(|meta| meta.etag).ok_or_else(|| super::tree::no_entry(object.1.as_str()))
     }
 
+    /// The same, of which two look-ups have said one thing: what is set for a tag is lost where the object has another.
+    async fn certain_tag_of(&self, object: &ObjectName) -> Result<Option<String>> {
+        // What a listing had some seconds ago is not one of them.
+        self.recent.forget(object);
+        let mut known = self.tag_of(object).await?;
+        for _ in 1..READINGS {
+            let again = self.tag_of(object).await?;
+            if again == known {
+                return Ok(known);
+            }
+            known = again;
+        }
+        let what = "the object is replaced all the time";
+        Err(Error::new(ErrorKind::Conflict, what).in_file(object.1.as_str()))
+    }
+
+    /// Whether it is a status that only its job has, which is nobody's to change.
+    fn has_live_status(&self, (bucket, key): &ObjectName) -> bool {
+        self.status_job(bucket, key).is_some()
+    }
+
     async fn place_of(&self, object: &ObjectName, is_directory: bool) -> Result<Place> {
         if is_directory {
             return Ok(Place::There(None));
         }
-        // A status that only its job has is nobody's to change.
-        if self.status_job(&object.0, &object.1).is_some() {
+        if self.has_live_status(object) {
             return Ok(Place::Pending(None));
         }
         match self.being_made(object) {
             Some(job) => Ok(Place::Pending(job)),
-            None => {
-                // What is set is not set for what a listing had some seconds ago.
-                self.recent.forget(object);
-                self.tag_of(object).await.map(Place::There)
-            }
+            None => self.certain_tag_of(object).await.map(Place::There),
         }
     }
 
@@ -269,9 +305,15 @@ impl Vfs {
         self.bucket(&object.0)?.check_writable()?;
         let (directory, name) = place(object, is_directory);
         self.load(&directory).await?;
-        let place = self.place_of(object, is_directory).await?;
-        self.settle_pending(&directory);
-        let mut directories = self.attributes.directories.lock();
+        let (place, mut directories) = loop {
+            let place = self.place_of(object, is_directory).await?;
+            self.settle_pending(&directory);
+            let directories = self.attributes.directories.lock();
+            // It may have been published since, and then another place is right. Nothing is while this is locked.
+            if is_directory || place.is_that_of(self.being_made(object)) || self.has_live_status(object) {
+                break (place, directories);
+            }
+        };
         let Some(directory) = directories.get_mut(&directory) else { return Ok(()) };
         let now = Some(Timestamp::now());
         let apply = |set: &mut FileAttributes| {
@@ -342,7 +384,7 @@ impl Vfs {
             let set = match known {
                 None => return Ok(()),
                 Some(None) => FileAttributes::default(),
-                Some(Some(set)) => match self.tag_of(object).await {
+                Some(Some(set)) => match self.certain_tag_of(object).await {
                     Ok(etag) if set.is_of(etag.as_deref()) => set.of_new_content(),
                     Ok(_) => FileAttributes::default(),
                     Err(error) if error.kind() == ErrorKind::NotFound => FileAttributes::default(),
@@ -381,8 +423,10 @@ impl Vfs {
 
     /// Puts what was set on a content that is being made over `attr`. What cannot be read is not put there.
     pub(super) async fn overridden(&self, object: &ObjectName, attr: Attr) -> Attr {
-        self.overlaid(object, false, attr, |directory, name| {
-            directory.pending.get(name).map(|pending| pending.set.clone())
+        self.overlaid(object, false, attr, |directory, name| match self.being_made(object) {
+            Some(_) => directory.pending.get(name).map(|pending| pending.set.clone()),
+            // It has been published since.
+            None => directory.files.get(name).cloned(),
         })
         .await
     }

@@ -46,6 +46,8 @@ pub enum Fate {
     DamageRequest,
     /// The answer has one bit in the middle of its body flipped, or of its entity tag where it has no body.
     DamageAnswer,
+    /// The answer's body ends in its middle, as if that were all of it.
+    HalveAnswer,
 }
 
 /// A running proxy.
@@ -167,7 +169,12 @@ fn serve(
             hangs.now.fetch_sub(1, Ordering::SeqCst);
         }
         Fate::Delay(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
-        Fate::Forward | Fate::CutAnswer | Fate::WrongEtag | Fate::DamageRequest | Fate::DamageAnswer => {}
+        Fate::Forward
+        | Fate::CutAnswer
+        | Fate::WrongEtag
+        | Fate::DamageRequest
+        | Fate::DamageAnswer
+        | Fate::HalveAnswer => {}
     }
     reader.read_exact(&mut body)?;
     if fate == Fate::DamageRequest {
@@ -176,8 +183,8 @@ fn serve(
     let mut server = TcpStream::connect(upstream)?;
     server.write_all(&head)?;
     server.write_all(&body)?;
-    if fate == Fate::DamageAnswer {
-        return damage_answer(client, server, request, log);
+    if matches!(fate, Fate::DamageAnswer | Fate::HalveAnswer) {
+        return damage_answer(client, server, request, log, fate == Fate::HalveAnswer);
     }
     let mut answer = Vec::new();
     let mut chunk = vec![0; 1 << 16];
@@ -220,12 +227,13 @@ fn flip_middle(bytes: &mut [u8]) {
     }
 }
 
-/// Passes a whole answer on, one bit of it flipped.
+/// Passes an answer on, one bit of it flipped, or half of it as a whole one.
 fn damage_answer(
     mut client: TcpStream,
     mut server: TcpStream,
     request: Request,
     log: &Mutex<Vec<(Request, u16)>>,
+    halves: bool,
 ) -> std::io::Result<()> {
     let mut answer = Vec::new();
     server.read_to_end(&mut answer)?;
@@ -235,13 +243,29 @@ fn damage_answer(
         .and_then(|s| s.parse().ok());
     log.lock().unwrap().push((request, status.unwrap_or(0)));
     let head = answer.windows(4).position(|window| window == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
-    if head < answer.len() {
+    if halves {
+        answer = halved(&answer[..head], &answer[head..]);
+    } else if head < answer.len() {
         flip_middle(&mut answer[head..]);
     } else {
         spoil_etag(&mut answer);
     }
     client.write_all(&answer)?;
     client.shutdown(Shutdown::Both)
+}
+
+/// An answer whose body is the first half of this one, and whose head says so.
+fn halved(head: &[u8], body: &[u8]) -> Vec<u8> {
+    let half = &body[..body.len() / 2];
+    let head = String::from_utf8_lossy(head);
+    let is_length = |line: &&str| line.to_ascii_lowercase().starts_with("content-length:");
+    let is_chunked = |line: &&str| line.to_ascii_lowercase().starts_with("transfer-encoding:");
+    if body.is_empty() || head.lines().any(|line| is_chunked(&line)) {
+        return [head.as_bytes(), half].concat();
+    }
+    let lines = head.trim_end().lines().filter(|line| !is_length(line));
+    let head: String = lines.map(|line| format!("{line}\r\n")).collect();
+    [format!("{head}content-length: {}\r\n\r\n", half.len()).as_bytes(), half].concat()
 }
 
 /// Turns the digits of an answer's entity tags around, in its head and in an XML body.

@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use crate::bucket::{ObjectKey, ObjectMeta, Replaces};
 use crate::error::{Error, Result};
-use crate::export::multipart::log::{sealed, unsealed};
+use crate::export::sealed::{sealed, unsealed};
 use crate::export::sidecars::Sidecar;
 use crate::failpoint::{self, Step};
 

@@ -14,9 +14,9 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::log::{sealed, unsealed};
 use crate::bucket::{ObjectKey, PendingUpload, PendingUploads, START_LIMIT};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::sealed::{sealed, unsealed};
 use crate::failpoint::{self, Step};
 use crate::whole_file;
 

@@ -9,12 +9,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
 use crate::bucket::{MAX_PARTS, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::sealed::{opened, sealed};
 use crate::failpoint::{self, Step};
 use crate::units::{GIB, MIB};
 use crate::whole_file;
@@ -108,41 +108,7 @@ pub(in crate::export) struct Placed {
     pub(in crate::export) md5: String,
 }
 
-/// What stands between a line's own text and its checksum, which are eight hexadecimal digits.
-const SUM: &str = ",\"sum\":\"";
-const SUM_END: &str = "\"}";
-const SUM_LENGTH: usize = SUM.len() + 8 + SUM_END.len();
-
-/// A JSON object as a line with its checksum and its end.
-pub(in crate::export) fn sealed(value: &impl Serialize) -> serde_json::Result<String> {
-    let mut text = serde_json::to_string(value)?;
-    let sum = checksum(&text);
-    text.truncate(text.len() - 1);
-    Ok(format!("{text}{SUM}{sum:08x}{SUM_END}\n"))
-}
-
-/// What was sealed, if it is whole.
-pub(in crate::export) fn unsealed<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
-    let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
-    let (text, sum) = text.split_at_checked(text.len().checked_sub(SUM_LENGTH)?)?;
-    let sum = u32::from_str_radix(sum.strip_prefix(SUM)?.strip_suffix(SUM_END)?, 16).ok()?;
-    let text = format!("{text}}}");
-    (sum == checksum(&text)).then(|| serde_json::from_str(&text).ok()).flatten()
-}
-
 impl Line {
-    /// The line of a log, if it is whole. Earlier versions wrote no checksums.
-    fn decode(line: &[u8]) -> Option<Self> {
-        let has_sum = || {
-            let text = std::str::from_utf8(line).ok()?.trim_end_matches('\n');
-            Some(text.get(text.len().checked_sub(SUM_LENGTH)?..)?.starts_with(SUM))
-        };
-        match has_sum() {
-            Some(true) => unsealed(line),
-            _ => serde_json::from_slice(line).ok(),
-        }
-    }
-
     /// The durable step that this line is.
     fn step(&self) -> Option<Step> {
         match self {
@@ -158,10 +124,6 @@ impl Line {
 /// How the name of a log ends that is no job's any more, each differently.
 pub(super) fn given_up() -> String {
     format!("given-up-{:016x}.parts", fastrand::u64(..))
-}
-
-fn checksum(text: &str) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32IsoHdlc, text.as_bytes()) as u32
 }
 
 /// An upload under way, with its log.
@@ -218,7 +180,7 @@ impl UploadLog {
         let mut inner = Inner::new(path.to_owned(), whole as u64);
         let mut name = None;
         for line in text[..whole].split_inclusive(|&byte| byte == b'\n') {
-            match Line::decode(line) {
+            match opened(line) {
                 Some(Line::Upload(upload)) => name = Some(upload),
                 Some(line) => inner.apply(line),
                 None => {
@@ -321,7 +283,7 @@ impl UploadLog {
         let failed = |e| Error::from_io("cannot record the upload", e).in_file(path.display().to_string());
         let mut adopted = String::new();
         for line in text.split_inclusive('\n') {
-            match Line::decode(line.as_bytes()) {
+            match opened(line.as_bytes()) {
                 Some(Line::Upload(name)) if name.key == *key && name.is_possible() => {
                     let line = Line::Upload(UploadName { bucket: bucket.to_owned(), ..name });
                     adopted += &sealed(&line).map_err(std::io::Error::other).map_err(failed)?;
@@ -452,9 +414,9 @@ pub fn fuzz_log(bytes: &[u8]) -> bool {
         assert_eq!(log.ids(parts.len()).is_ok(), parts.iter().all(Option::is_some));
         let _ = (log.sent_bytes(), log.name.is_possible(), log.placed(), log.completing());
     }
-    for line in bytes.split(|&byte| byte == b'\n').filter_map(Line::decode) {
+    for line in bytes.split(|&byte| byte == b'\n').filter_map(opened::<Line>) {
         let text = sealed(&line).unwrap_or_default();
-        let again = Line::decode(text.as_bytes()).and_then(|line| sealed(&line).ok());
+        let again = opened(text.as_bytes()).and_then(|line: Line| sealed(&line).ok());
         assert_eq!(again.as_ref(), Some(&text), "a line is read as another one than it was written");
     }
     log.is_some()
@@ -463,6 +425,7 @@ pub fn fuzz_log(bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::sealed::SUM;
 
     fn name() -> UploadName {
         let key = ObjectKey::parse("k").unwrap();

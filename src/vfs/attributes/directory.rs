@@ -13,6 +13,7 @@ use tracing::warn;
 use super::{MAX_XATTRS, is_user_xattr};
 use crate::bucket::Replaces;
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::sealed::{opened, sealed};
 
 /// Version of the document.
 const VERSION: u32 = 1;
@@ -151,7 +152,7 @@ impl Document {
         let damaged =
             |what: &str| Error::new(ErrorKind::Malformed, format!("attributes are damaged: {what}"));
         let document: Written<String, Value, Value> =
-            serde_json::from_slice(bytes).map_err(|e| damaged(&e.to_string()))?;
+            opened(bytes).ok_or_else(|| damaged("they are not what was written"))?;
         if document.version != VERSION {
             let what = format!("attributes of version {} are of a later freightfs", document.version);
             return Err(Error::unsupported(what));
@@ -243,7 +244,7 @@ impl Directory {
             pending: self.pending.iter().filter(|(_, pending)| is_kept(pending)).collect(),
         };
         let is_empty = document.files.is_empty() && document.pending.is_empty();
-        let json = serde_json::to_vec(&document)
+        let json = sealed(&document)
             .map_err(|e| Error::new(ErrorKind::Internal, "attributes cannot be encoded").because(e))?;
         if json.len() > MAX_DOCUMENT {
             let what = "the attributes of a directory's files are too many to be kept";
@@ -251,7 +252,7 @@ impl Directory {
         }
         let found = self.found.as_ref().map(|etag| etag.as_deref());
         Ok(Snapshot {
-            document: (!is_empty).then_some(json),
+            document: (!is_empty).then(|| json.into_bytes()),
             replaces: Replaces::found(found),
             changes: self.changes,
         })
