@@ -448,6 +448,10 @@ fn a_fault_at_any_request_of_any_operation_is_no_success_over_wrong_bytes() {
         }
         assert!((2..60).contains(&requests.len()), "{operation:?}: {requests:?}");
         for fate in FAULTS {
+            // What else is read is known by its checksum or its tag.
+            if fate == Fate::HalveAnswer && operation != Operation::List {
+                continue;
+            }
             cases.extend((0..requests.len()).map(|n| bench.case(operation, fate, n, false)));
         }
         cases.push(whole);
