@@ -82,8 +82,9 @@ pub struct CatalogDisk {
 pub struct Catalog {
     store: Arc<dyn CatalogStore>,
     listed: Mutex<Option<Listed>>,
-    /// Held by who lists. Others wait for that listing, as they would for one of their own.
-    listing: Mutex<()>,
+    /// Held by who lists, with what sidecars claimed the last time. Others wait for that listing, as they would for one of
+    /// their own.
+    listing: Mutex<candidate::Claims>,
     open: Mutex<LruCache<PathBuf, OpenedDisk>>,
     workspace: Arc<Workspace>,
     walks: Cancel,
@@ -180,14 +181,14 @@ impl Catalog {
     /// The outcome of a listing that was begun at `asked` or later: however many ask at once, one of them lists for the
     /// others, and a store that does not answer is waited for once.
     fn list(&self, asked: Instant) -> Result<(Arc<Images>, SystemTime)> {
-        let _listing = self.listing.lock();
+        let mut listing = self.listing.lock();
         let known = |listed: &Listed| (listed.begun >= asked).then(|| (listed.images.clone(), listed.since));
         let known = self.listed.lock().as_ref().and_then(known);
         let (images, since) = match known {
             Some(known) => known,
             None => {
                 let (begun, since) = (Instant::now(), SystemTime::now());
-                let images = candidate::list(&*self.store).map(Arc::new);
+                let images = candidate::list(&*self.store, &mut listing).map(Arc::new);
                 *self.listed.lock() = Some(Listed { begun, since, images: images.clone() });
                 (images, since)
             }
@@ -203,15 +204,14 @@ impl Catalog {
         {
             return Ok(open);
         }
-        let open = match self.open_anew(disk) {
-            Err(error) if error.kind() == ErrorKind::Busy => {
-                // Others, which nobody uses, have the descriptors.
-                self.open.lock().clear();
-                self.open_anew(disk)
-            }
-            open => open,
-        };
-        let open = Arc::new(open?);
+        let mut opened = self.open_anew(disk);
+        // Others, which nobody uses, may have the descriptors.
+        while opened.as_ref().is_err_and(|e| e.kind() == ErrorKind::Busy)
+            && self.open.lock().pop_lru().is_some()
+        {
+            opened = self.open_anew(disk);
+        }
+        let open = Arc::new(opened?);
         self.keep(disk, &open);
         Ok(open)
     }
@@ -310,6 +310,7 @@ mod tests {
             ("web.vmdk", vec!["web.qcow2 true", "web.vmdk true"]),
             ("web.QCOW2", vec!["web.QCOW2 true", "web.qcow2 true"]),
             ("web/notes.txt", vec!["web true"]),
+            ("web/x/y", vec!["web true"]),
             ("web/disk.raw", vec!["web true", "web.qcow2 true"]),
             ("web.TOML", vec!["web malformed"]),
             ("web-flat.vmdk", vec!["web true", "web-flat false"]),
@@ -345,6 +346,57 @@ mod tests {
         };
         assert_eq!(disks("machine"), ["root.qcow2", "1.raw"]);
         assert_eq!(disks("data"), ["2.raw"]);
+    }
+
+    #[test]
+    fn what_is_added_beside_a_sidecar_frees_none_of_its_disks() {
+        let machine = ("machine.toml", "encrypted = true\ndisks = [{ file = 'root.qcow2' }]\n");
+        for (added, text, expected) in [
+            ("machine/x/y", "", "machine true"),
+            ("machine/other.raw", "", "machine true"),
+            ("machine/root.qcow2", "", "machine malformed"),
+            ("machine.TOML", "", "machine malformed"),
+            ("machine.TOML", "= broken", "machine malformed"),
+        ] {
+            let (_dir, catalog) = catalog(&[machine, ("root.qcow2", ""), (added, text)]);
+            assert_eq!(told(&catalog), [expected], "{added} {text:?}");
+        }
+        // One that cannot be read, whatever is wrong with it.
+        let huge = format!("{}# {}", machine.1, "x".repeat(1 << 20));
+        for broken in [
+            "disks = [{ file = 'root.qcow2' }]\ncolour = 1",
+            "encrypted = true\ndisks = [{ file = 'root.qcow2'",
+            &huge,
+        ] {
+            let (dir, catalog) = catalog(&[machine, ("root.qcow2", "")]);
+            assert_eq!(told(&catalog), ["machine true"]);
+            std::fs::write(dir.path().join("machine.toml"), broken).unwrap();
+            *catalog.listed.lock() = None;
+            let error = told(&catalog);
+            assert!(
+                ["machine malformed", "machine too_large"].contains(&error[0].as_str()) && error.len() == 1,
+                "{error:?}"
+            );
+        }
+        let (_dir, first) =
+            catalog(&[("machine.toml", "disks = [{ file = 'root.qcow2'"), ("root.qcow2", "")]);
+        assert_eq!(told(&first), ["machine malformed"]);
+    }
+
+    #[test]
+    fn files_are_known_by_the_name_that_the_catalog_was_given_too() {
+        let (dir, _) = catalog(&[("root.qcow2", "")]);
+        let link = dir.path().join("link");
+        std::fs::create_dir(dir.path().join("real")).unwrap();
+        std::os::unix::fs::symlink("real", &link).unwrap();
+        let named = link.join("root.qcow2").display().to_string();
+        std::fs::write(link.join("root.qcow2"), "").unwrap();
+        std::fs::write(
+            link.join("machine.toml"),
+            format!("encrypted = true\ndisks = [{{ file = {named:?} }}]"),
+        )
+        .unwrap();
+        assert_eq!(told(&Catalog::open(&link).unwrap()), ["machine true"]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use signature::{RecognizedImage, SIGNATURE_RANGE, format_of_content, recognize};
 
-use crate::error::{Error, ErrorKind, Result, quoted};
+use crate::error::{Error, ErrorKind, Result, quoted, redacted};
 use crate::extent::{AllocationMap, Extent, ExtentKind};
 use crate::format::{ImageFormat, OutputFormat};
 use crate::storage::{Generation, Storage};
@@ -129,6 +129,20 @@ pub struct ImageDescription {
     /// The backing file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing: Option<Box<ImageDescription>>,
+}
+
+impl ImageDescription {
+    /// The same without secrets in URLs: an image names its backing file by one, perhaps.
+    #[must_use]
+    pub fn without_secrets(self) -> Self {
+        let hidden = |text: String| redacted(&text).into_owned();
+        Self {
+            file: hidden(self.file),
+            properties: self.properties.into_iter().map(|(name, value)| (name, hidden(value))).collect(),
+            backing: self.backing.map(|backing| Box::new(backing.without_secrets())),
+            ..self
+        }
+    }
 }
 
 /// What an image uses another file for.

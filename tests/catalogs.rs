@@ -127,6 +127,10 @@ fn a_bucket_with_much_else_shows_the_same_images() {
         few.iter().map(|(id, disks)| (id.as_str(), disks.len())).collect::<Vec<_>>(),
         [("pair", 2), ("x", 1)]
     );
+    // Objects below it hide neither an image nor a sidecar.
+    put("web.toml/x.raw");
+    put("web.raw/x.raw");
+    assert_eq!(images(), few);
     // More than are listed whatever their level.
     (0..10_001).for_each(|number| put(&format!("pair/deep/er/{number}")));
     assert!(runtime.block_on(bucket.list_all(10_000)).unwrap().is_none());

@@ -7,25 +7,46 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::gate::lexically_normal;
 use super::sidecar::MAX_DISKS;
 use super::store::{CatalogStore, Entry};
 use super::{CatalogDisk, CatalogImage, Sidecar};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 
-/// All images of a catalog by their ids.
-pub(super) fn list(store: &dyn CatalogStore) -> Result<BTreeMap<String, Arc<CatalogImage>>> {
-    let found: Vec<_> =
-        candidates(store)?.into_iter().flat_map(|candidate| candidate.into_images(store)).collect();
-    let is_listed = |image: &Found| image.is_listed;
-    let listed: BTreeSet<_> = found.iter().filter(|f| is_listed(f)).flat_map(Found::paths).collect();
+/// The files that sidecars list, by the sidecars' paths. One that cannot be read lists what it did before.
+pub(super) type Claims = BTreeMap<PathBuf, Vec<PathBuf>>;
+
+/// All images of a catalog by their ids; `claims` is what an earlier listing left there, or nothing.
+pub(super) fn list(
+    store: &dyn CatalogStore,
+    claims: &mut Claims,
+) -> Result<BTreeMap<String, Arc<CatalogImage>>> {
+    let candidates = candidates(store)?;
+    let mut now = Claims::new();
+    let mut found = Vec::new();
+    for candidate in candidates {
+        let read = candidate.read_sidecars(store);
+        for (path, sidecar) in candidate.sidecars.iter().zip(&read) {
+            let listed = match sidecar {
+                Ok(sidecar) => candidate.claimed(&sidecar.files(), store),
+                Err(_) => {
+                    let mut known = claims.get(path).cloned().unwrap_or_default();
+                    known.extend(candidate.claimed(&Sidecar::files_if_any(store, path), store));
+                    known
+                }
+            };
+            now.insert(path.clone(), listed);
+        }
+        found.extend(candidate.into_images(read, store));
+    }
+    *claims = now;
+    let listed: BTreeSet<_> = claims.values().flatten().collect();
     let mut images: BTreeMap<String, Vec<Found>> = BTreeMap::new();
     for mut one in found {
         // A disk of an image whose sidecar names it is no image of its own, of which nothing would be said.
         let had = one.image.disks.len();
         if !one.has_sidecar {
-            one.image.disks.retain(|disk| !listed.contains(&lexically_normal(&disk.path)));
+            one.image.disks.retain(|disk| !listed.contains(&disk.path));
         }
         if !one.image.disks.is_empty() || had == 0 {
             images.entry(one.image.id.clone()).or_default().push(one);
@@ -67,9 +88,9 @@ fn candidates(store: &dyn CatalogStore) -> Result<Vec<Candidate>> {
                 candidate.directory = Some(path);
                 candidate.refused = Some(error.clone());
             }
-            (Entry::File, Some((stem, extension))) => {
+            (Entry::File, Some((stem, _))) => {
                 let candidate = found.entry(stem.to_owned()).or_insert_with(|| Candidate::new(stem));
-                if extension.eq_ignore_ascii_case("toml") {
+                if is_sidecar(name) {
                     candidate.sidecars.push(path);
                 } else if ImageFormat::from_file_name(name).is_some() {
                     candidate.files.push(path);
@@ -79,6 +100,11 @@ fn candidates(store: &dyn CatalogStore) -> Result<Vec<Candidate>> {
         }
     }
     Ok(found.into_values().collect())
+}
+
+/// Whether a file of that name is a sidecar.
+pub(super) fn is_sidecar(name: &str) -> bool {
+    name.rsplit_once('.').is_some_and(|(_, extension)| extension.eq_ignore_ascii_case("toml"))
 }
 
 /// The image files among a directory's, sorted by name.
@@ -111,14 +137,6 @@ struct Found {
     /// What the log and errors name: its sidecar, directory or file.
     place: PathBuf,
     has_sidecar: bool,
-    /// Whether its sidecar lists its disks.
-    is_listed: bool,
-}
-
-impl Found {
-    fn paths(&self) -> impl Iterator<Item = PathBuf> + '_ {
-        self.image.disks.iter().map(|disk| lexically_normal(&disk.path))
-    }
 }
 
 impl Candidate {
@@ -133,11 +151,15 @@ impl Candidate {
         }
     }
 
+    fn read_sidecars(&self, store: &dyn CatalogStore) -> Vec<Result<Sidecar>> {
+        self.sidecars.iter().map(|path| Sidecar::read(store, path)).collect()
+    }
+
     /// What its sidecar says, which is so of every image of the stem.
-    fn sidecar(&self, store: &dyn CatalogStore) -> Result<Sidecar> {
+    fn sidecar(&self, mut read: Vec<Result<Sidecar>>, store: &dyn CatalogStore) -> Result<Sidecar> {
         match &self.sidecars[..] {
             [] => Ok(Sidecar::default()),
-            [one] => Sidecar::read(store, one),
+            [_] => read.remove(0),
             [one, other, ..] => {
                 let what = format!("is a sidecar of the same images as {}", store.place(other));
                 Err(Error::new(ErrorKind::Malformed, what).in_file(store.place(one)))
@@ -145,19 +167,49 @@ impl Candidate {
         }
     }
 
+    /// What files that its sidecar names may mean: in its directory, and beside it.
+    fn claimed(&self, files: &[String], store: &dyn CatalogStore) -> Vec<PathBuf> {
+        let bases = [Some(store.root()), self.directory.as_deref()];
+        let bases = bases.into_iter().flatten();
+        bases.flat_map(|base| files.iter().map(|file| store.canonical(&base.join(file)))).collect()
+    }
+
+    /// What a file means that its sidecar lists as a disk. A directory that somebody adds does not change it.
+    fn listed_file(&self, file: &str, store: &dyn CatalogStore) -> Result<PathBuf> {
+        let top = store.canonical(&store.root().join(file));
+        let Some(directory) = &self.directory else { return Ok(top) };
+        let within = store.canonical(&directory.join(file));
+        if within == top || store.stat(&within).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+            return Ok(if self.files_within.is_empty() || store.stat(&top).is_ok() { top } else { within });
+        }
+        match store.stat(&top) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(within),
+            _ => {
+                let what = format!("may be {} too, as a sidecar names it", store.place(&within));
+                Err(Error::new(ErrorKind::Malformed, what).in_file(store.place(&top)))
+            }
+        }
+    }
+
     /// The images: one where the sidecar lists the disks, else one for the directory and one for each file. A file that
     /// does not have the stem for itself is an image under its whole name.
-    fn into_images(self, store: &dyn CatalogStore) -> Vec<Found> {
-        let (sidecar, error) = match self.sidecar(store) {
+    fn into_images(self, read: Vec<Result<Sidecar>>, store: &dyn CatalogStore) -> Vec<Found> {
+        let (sidecar, error) = match self.sidecar(read, store) {
             Ok(sidecar) => (Arc::new(sidecar), None),
             Err(error) => (Arc::default(), Some(error)),
         };
         let base = self.directory.clone().unwrap_or_else(|| store.root().to_owned());
         let id = sidecar.id.clone().unwrap_or_else(|| self.stem.clone());
         let has_directory = !self.files_within.is_empty() || self.refused.is_some();
-        let mut made = Images { sidecar, error, candidate: &self, store, found: Vec::new() };
+        let mut made =
+            Images { sidecar, error, allowed: BTreeMap::new(), candidate: &self, store, found: Vec::new() };
         if !made.sidecar.disks.is_empty() {
-            made.add(id, &base, made.listed(&base));
+            let disks = made.listed();
+            // What they may refer to is beside them.
+            let is_within =
+                |(path, _): &(PathBuf, _)| self.directory.as_ref().is_some_and(|d| path.starts_with(d));
+            let base = if disks.iter().flatten().any(is_within) { &base } else { store.root() };
+            made.add(id, base, disks);
             return made.found;
         }
         let is_alone = self.files.len() == 1 && !has_directory;
@@ -196,6 +248,8 @@ impl Candidate {
 struct Images<'a> {
     sidecar: Arc<Sidecar>,
     error: Option<Error>,
+    /// The files to which images may refer, by the directory that they are in: one list for all of them.
+    allowed: BTreeMap<PathBuf, Arc<[PathBuf]>>,
     candidate: &'a Candidate,
     store: &'a dyn CatalogStore,
     found: Vec<Found>,
@@ -214,22 +268,25 @@ impl Images<'_> {
             Ok(disks) => (disks, None),
             Err(error) => (Vec::new(), Some(error)),
         };
-        let allowed: Arc<[PathBuf]> = self.sidecar.allow.iter().map(|file| base.join(file)).collect();
+        let allowed = self.allowed.entry(base.to_owned()).or_insert_with(|| {
+            let canonical = |file: &String| self.store.canonical(&base.join(file));
+            self.sidecar.allow.iter().map(canonical).collect()
+        });
         let disk = |(index, (path, format))| {
             let name = if index == 0 { id.clone() } else { format!("{id}-data{index}") };
-            CatalogDisk { name, path, format, allowed: Arc::clone(&allowed) }
+            CatalogDisk { name, path, format, allowed: Arc::clone(allowed) }
         };
         let disks = disks.into_iter().enumerate().map(disk).collect();
         let error = self.error.clone().or(wrong);
         let image = CatalogImage { id: id.clone(), sidecar: Arc::clone(&self.sidecar), disks, error };
         let has_sidecar = !candidate.sidecars.is_empty();
-        self.found.push(Found { image, place, has_sidecar, is_listed: !self.sidecar.disks.is_empty() });
+        self.found.push(Found { image, place, has_sidecar });
     }
 
     /// The disks that the sidecar lists.
-    fn listed(&self, base: &Path) -> Result<Disks> {
+    fn listed(&self) -> Result<Disks> {
         let disks = self.sidecar.disks.iter().map(|disk| {
-            let path = base.join(&disk.file);
+            let path = self.candidate.listed_file(&disk.file, self.store)?;
             let format = disk.format.or_else(|| ImageFormat::from_file_name(&disk.file));
             self.known(path, format)
         });

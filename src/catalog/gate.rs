@@ -1,7 +1,7 @@
 //! The gate of a catalog's images: a reference is followed only to files that were allowed by name.
 
 use std::collections::HashSet;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -37,7 +37,7 @@ impl AllowedFiles {
     pub fn new(store: Arc<dyn CatalogStore>, image: &Path, allowed: &[PathBuf]) -> Result<Self> {
         let absolute = |path: &Path| {
             std::path::absolute(path)
-                .map(|p| lexically_normal(&p))
+                .map(|p| store.canonical(&p))
                 .map_err(|e| Error::from_io("cannot resolve", e).in_file(path.display().to_string()))
         };
         let directory = absolute(image)?.parent().map(Path::to_owned).unwrap_or_default();
@@ -53,9 +53,14 @@ impl AllowedFiles {
 
 impl ReferenceGate for AllowedFiles {
     fn open(&self, kind: ReferenceKind, reference: &str) -> Result<GatedFile> {
-        let path = lexically_normal(&self.directory.join(reference));
+        let path = self.store.canonical(&self.directory.join(reference));
         if reference.is_empty() || reference.contains('\0') || !self.allowed.contains(&path) {
             return Err(denied(kind, reference));
+        }
+        let (opened, most) = (self.opened.lock().len(), self.store.most_files());
+        if opened >= most {
+            let what = format!("the image is made of more than the {most} files that one may have open");
+            return Err(Error::new(ErrorKind::TooLarge, what));
         }
         let storage = self.store.open_reference(&path).map_err(|e| match e.kind() {
             ErrorKind::NotFound => Error::new(
@@ -73,21 +78,6 @@ impl ReferenceGate for AllowedFiles {
             gate: Arc::new(Self { directory, ..self.clone() }),
         })
     }
-}
-
-/// `path` without `.` and with `..` resolved by text alone.
-pub(super) fn lexically_normal(path: &Path) -> PathBuf {
-    let mut normal = PathBuf::new();
-    for component in path.components() {
-        match component {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                normal.pop();
-            }
-            other => normal.push(other),
-        }
-    }
-    normal
 }
 
 #[cfg(test)]

@@ -15,11 +15,12 @@ use std::time::{Duration, SystemTime};
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
 use parking_lot::Mutex;
 use tracing::warn;
 
-use super::store::{CatalogStore, Entry};
+use super::store::{CatalogStore, Entry, lexically_normal};
 use crate::error::{Error, ErrorKind, Result, shown};
 use crate::format::ImageFormat;
 use crate::storage::{FileStorage, Generation, Storage, generation_of};
@@ -27,6 +28,9 @@ use crate::whole_file;
 
 /// How much later than a change a file's time may be read from the clock: filesystems take times of the last tick.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How often a file is tried to open that others are about to give up, a millisecond apart.
+const TRIES: usize = 64;
 
 /// Names of which the log says that they are not shown or not followed: each once, and no more than this many.
 const SAID: usize = 1000;
@@ -38,6 +42,8 @@ pub struct LocalFiles {
     /// The directory as it was named, by which sidecars may name its files too.
     named: PathBuf,
     follows_links: bool,
+    /// No catalog: what a program is told to read is read, whatever it takes.
+    is_anywhere: bool,
     said: Mutex<HashSet<PathBuf>>,
 }
 
@@ -52,12 +58,16 @@ impl LocalFiles {
             return Err(Error::new(ErrorKind::NotDirectory, what).in_file(root.display().to_string()));
         }
         std::fs::read_dir(&files.root).map_err(|e| files.cannot_list(e))?;
+        files.open_path(&files.root, OFlag::O_PATH).map_err(|e| {
+            let what = "the catalog cannot be opened by openat2(2), which Linux has from 5.6 on and a container may refuse";
+            Error::new(e.kind(), what).in_file(root.display().to_string()).because(e)
+        })?;
         Ok(files)
     }
 
     /// No catalog, but files that are named one by one: links are followed, as any program does.
     pub fn anywhere() -> Self {
-        Self::new(PathBuf::from("/"), PathBuf::from("/"), true)
+        Self { is_anywhere: true, ..Self::new(PathBuf::from("/"), PathBuf::from("/"), true) }
     }
 
     /// The same directory; with `follows_links` links and names in it may lead out of it.
@@ -67,7 +77,7 @@ impl LocalFiles {
     }
 
     fn new(root: PathBuf, named: PathBuf, follows_links: bool) -> Self {
-        Self { root, named, follows_links, said: Mutex::default() }
+        Self { root, named, follows_links, is_anywhere: false, said: Mutex::default() }
     }
 
     fn cannot_list(&self, error: std::io::Error) -> Error {
@@ -83,6 +93,11 @@ impl LocalFiles {
         match opened {
             Ok(file) => Ok(file.into()),
             Err(Errno::EXDEV) => Err(self.leads_out(path)),
+            // A program has a lease on the file, or its directory is being renamed.
+            Err(errno @ Errno::EAGAIN) => {
+                let error = Error::from_io("is in use", errno.into()).in_file(self.place(path));
+                Err(Error::new(ErrorKind::Busy, "cannot be opened now").because(error).transient())
+            }
             Err(errno) => Err(Error::from_io("cannot open", errno.into()).in_file(self.place(path))),
         }
     }
@@ -97,13 +112,14 @@ impl LocalFiles {
         let how = OpenHow::new()
             .flags(flags | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        loop {
+        for _ in 0..TRIES {
             match openat2(&root, within, how) {
-                // A rename on the way of a name with `..`.
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                // A rename on the way of a name with `..`, or a lease that its holder is asked to give up.
+                Err(Errno::EAGAIN | Errno::EINTR) => std::thread::sleep(Duration::from_millis(1)),
                 opened => return opened,
             }
         }
+        Err(Errno::EAGAIN)
     }
 
     /// What a path leads to, without opening it for reading.
@@ -167,7 +183,8 @@ impl LocalFiles {
             }
             Some(_) => true,
         };
-        let names = entries.iter().flatten().filter_map(|entry| {
+        // An error may come again and again.
+        let names = entries.iter().map_while(std::result::Result::ok).filter_map(|entry| {
             let name = entry.file_name().to_str().ok()?;
             // Only names of images are looked at, and a directory may have many others.
             let is_image = ImageFormat::from_file_name(name).is_some();
@@ -184,6 +201,19 @@ impl CatalogStore for LocalFiles {
 
     fn place(&self, path: &Path) -> String {
         path.display().to_string()
+    }
+
+    fn canonical(&self, path: &Path) -> PathBuf {
+        let path = lexically_normal(path);
+        path.strip_prefix(&self.named).map(|within| self.root.join(within)).unwrap_or(path)
+    }
+
+    fn most_files(&self) -> usize {
+        if self.is_anywhere {
+            return usize::MAX;
+        }
+        let (most, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((u64::MAX, 0));
+        usize::try_from(most / 4).unwrap_or(usize::MAX)
     }
 
     fn entries(&self) -> Result<BTreeMap<String, Entry>> {

@@ -10,10 +10,12 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
+use super::candidate::is_sidecar;
 use super::store::{CatalogStore, Entry};
 use crate::bucket::{Bucket, ObjectFile, ObjectKey, ObjectMeta, wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
+use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage, changed, check_range};
 use crate::units::FileOffset;
 use crate::vfile::VirtualFile;
@@ -182,17 +184,20 @@ impl CatalogStore for BucketFiles {
                 continue;
             }
             let Some((directory, name)) = key.split_once('/') else {
-                // A directory of the same name stays.
-                entries.entry(key.to_owned()).or_insert(Entry::File);
+                let entry = entries.entry(key.to_owned()).or_insert(Entry::File);
+                if counts_as_file(key) {
+                    *entry = Entry::File;
+                }
                 continue;
             };
-            let directory = entries.entry(directory.to_owned()).or_insert(Entry::Directory(Vec::new()));
-            if name.contains('/') {
-                continue;
-            }
-            match directory {
-                Entry::Directory(names) => names.push(name.to_owned()),
-                file => *file = Entry::Directory(vec![name.to_owned()]),
+            let entry = entries.entry(directory.to_owned()).or_insert(Entry::Directory(Vec::new()));
+            match entry {
+                Entry::Directory(names) if !name.contains('/') => names.push(name.to_owned()),
+                Entry::File if !counts_as_file(directory) => {
+                    let names = Some(name).filter(|name| !name.contains('/')).map(str::to_owned);
+                    *entry = Entry::Directory(names.into_iter().collect());
+                }
+                _ => {}
             }
         }
         Ok(entries)
@@ -267,6 +272,11 @@ impl CatalogStore for BucketFiles {
     fn is_remote(&self) -> bool {
         true
     }
+}
+
+/// Whether an object of that name is an image or a sidecar, which objects below it do not hide.
+fn counts_as_file(name: &str) -> bool {
+    is_sidecar(name) || ImageFormat::from_file_name(name).is_some()
 }
 
 /// What an object's content is known by: its entity tag where it has one, however it is quoted, else its time.

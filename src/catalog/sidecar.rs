@@ -131,6 +131,22 @@ impl Sidecar {
         Ok(sidecar)
     }
 
+    /// The files that it lists as disks.
+    pub(super) fn files(&self) -> Vec<String> {
+        self.disks.iter().map(|disk| disk.file.clone()).collect()
+    }
+
+    /// The files that a sidecar lists that is refused for something else, as far as they can be told.
+    pub(super) fn files_if_any(store: &dyn CatalogStore, path: &Path) -> Vec<String> {
+        let text = store.read_text(path, MAX_SIDECAR).unwrap_or_default();
+        let Ok(table) = toml::from_str::<toml::Table>(&text) else {
+            // Half of one, perhaps: whatever it has in quotes may be a file.
+            return text.split(['"', '\'']).take(MAX_ALLOWED).map(str::to_owned).collect();
+        };
+        let disks = table.get("disks").and_then(toml::Value::as_array).cloned().unwrap_or_default();
+        disks.iter().filter_map(|disk| Some(disk.get("file")?.as_str()?.to_owned())).collect()
+    }
+
     /// Refuses an id that cannot be a name, and more of anything than an image has.
     fn check(&self) -> Result<()> {
         if let Some(id) = self.id.as_ref().filter(|id| !is_file_name(id)) {

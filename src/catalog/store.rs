@@ -1,7 +1,7 @@
 //! Where a catalog's files are: what the catalog asks of a directory or of a bucket.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -26,6 +26,16 @@ pub trait CatalogStore: Send + Sync {
 
     /// A path as messages name it: a path or a URL.
     fn place(&self, path: &Path) -> String;
+
+    /// A path that a sidecar or an image names, without `.` and `..`, and by the one name that the store has for it.
+    fn canonical(&self, path: &Path) -> PathBuf {
+        lexically_normal(path)
+    }
+
+    /// Files that one image may have open.
+    fn most_files(&self) -> usize {
+        usize::MAX
+    }
 
     /// The names at the top of the catalog that do not begin with a point, and those in its directories. Reads nothing
     /// but names.
@@ -55,4 +65,19 @@ pub trait CatalogStore: Send + Sync {
 
     /// Whether reading may wait for another machine.
     fn is_remote(&self) -> bool;
+}
+
+/// `path` without `.` and with `..` resolved by text alone.
+pub(super) fn lexically_normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                normal.pop();
+            }
+            other => normal.push(other),
+        }
+    }
+    normal
 }

@@ -9,7 +9,7 @@ use super::source::{NamedImage, open_source};
 use super::terminal::{plain, say, say_json};
 use super::{InfoArguments, OK};
 use crate::catalog::OpenDisk;
-use crate::error::{Error, Result, redacted};
+use crate::error::{Error, Result};
 use crate::extent::AllocationMap;
 use crate::format::OutputFormat;
 use crate::image::{Cancel, ImageDescription, allocation_map};
@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
     let map = allocation_map(&**disk.image(), ALLOCATION_UNIT, &Cancel::default())?;
     let info = Info {
         disk_size,
-        description: without_secrets(disk.image().description()),
+        description: disk.image().description().without_secrets(),
         allocated_size: (map.allocated() * ALLOCATION_UNIT).min(disk.image().virtual_size()),
         outputs: OutputFormat::ALL.into_iter().map(|format| output(&disk, format)).collect(),
         map: drawn(&map, shades()),
@@ -79,17 +79,6 @@ pub(super) fn run(arguments: &InfoArguments) -> Result<u8> {
         text(&info).lines().for_each(say);
     }
     Ok(OK)
-}
-
-/// A description in which URLs show no secrets: an image names its backing file by one, perhaps.
-fn without_secrets(image: ImageDescription) -> ImageDescription {
-    let hidden = |text: String| redacted(&text).into_owned();
-    ImageDescription {
-        file: hidden(image.file),
-        properties: image.properties.into_iter().map(|(name, value)| (name, hidden(value))).collect(),
-        backing: image.backing.map(|backing| Box::new(without_secrets(*backing))),
-        ..image
-    }
 }
 
 /// Signs for no data, then for up to a quarter, a half, three quarters and all of it.

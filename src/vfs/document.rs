@@ -124,7 +124,7 @@ impl Vfs {
             role: if facts.disk == 0 { "system" } else { "data" },
             virtual_size: open.as_ref().ok().map(|o| o.image().virtual_size()),
             generation: open.as_ref().ok().map(|o| o.generation().shown().to_owned()),
-            source: open.as_ref().ok().map(|o| o.image().description()),
+            source: open.as_ref().ok().map(|o| o.image().description().without_secrets()),
             error: open.as_ref().err().map(StatusError::from),
             formats,
         }

@@ -7,7 +7,7 @@ use super::lanes::Lane;
 use super::{ObjectName, Vfs};
 use crate::bucket::{Bucket, ObjectMeta};
 use crate::catalog::CatalogImage;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::{JobSource, JobState, StatusImage};
 use crate::format::OutputFormat;
 use crate::image::{RecognizedImage, SIGNATURE_RANGE, format_of_content};
@@ -148,16 +148,28 @@ impl Vfs {
     async fn permit_export_again(self: &Arc<Self>, image: StatusImage, to: &ObjectName) -> Result<()> {
         let format = OutputFormat::from_suffix(&image.format)?;
         let disk = image.disk;
-        let facts = move |vfs: &Self| Ok(vfs.image_facts(&*vfs.catalog.image(&image.id)?, &disk));
+        let facts = move |vfs: &Self| {
+            let image = vfs.catalog.image(&image.id)?;
+            if let Some(error) = &image.error {
+                return Err(Error::new(error.kind(), "the image cannot be used").because(error.clone()));
+            }
+            Ok(vfs.image_facts(&image, &disk))
+        };
         match self.blocking(Lane::Catalog, facts).await {
             Ok(facts) => self.permits.export(&facts, format, to),
-            Err(_) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
     /// What the policy is told of an image whose disk `disk` is exported. Disks that cannot be opened have no size.
     pub(super) fn image_facts(&self, image: &CatalogImage, disk: &str) -> ImageFacts {
-        let size = |disk| Some(self.catalog.open_disk(disk).ok()?.image().virtual_size());
+        // A policy that asks for nothing opens no disks.
+        let is_asked = self.permits.judges_content();
+        let size = |disk| match is_asked {
+            true => Some(self.catalog.open_disk(disk).ok()?.image().virtual_size()),
+            false => None,
+        };
         let disks = image.disks.iter().map(size).collect();
         facts_of(image, disks, image.disks.iter().position(|known| known.name == disk).unwrap_or(0))
     }
