@@ -1,4 +1,11 @@
 //! On-disk headers, each declared once: the declaration both parses and encodes.
+#![deny(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable
+)]
 
 pub mod qcow2;
 pub mod vdi;
@@ -9,7 +16,7 @@ pub mod zvhd;
 
 /// A value of a header's field.
 pub(crate) trait Field: Sized {
-    /// Reads it from its bytes.
+    /// Reads it from the first of these bytes; they count as zeros where they are too few.
     fn get(bytes: &[u8], big_endian: bool) -> Self;
     /// Writes it to its bytes.
     fn put(&self, bytes: &mut [u8], big_endian: bool);
@@ -19,14 +26,15 @@ macro_rules! integer_field {
     ($($integer:ty),*) => { $(
         impl Field for $integer {
             fn get(bytes: &[u8], big_endian: bool) -> Self {
-                let mut array = [0; size_of::<Self>()];
-                array.copy_from_slice(&bytes[..size_of::<Self>()]);
+                let array = bytes.first_chunk().copied().unwrap_or_default();
                 if big_endian { Self::from_be_bytes(array) } else { Self::from_le_bytes(array) }
             }
 
             fn put(&self, bytes: &mut [u8], big_endian: bool) {
                 let array = if big_endian { self.to_be_bytes() } else { self.to_le_bytes() };
-                bytes[..array.len()].copy_from_slice(&array);
+                if let Some(target) = bytes.first_chunk_mut() {
+                    *target = array;
+                }
             }
         }
     )* };
@@ -36,14 +44,30 @@ integer_field!(u8, u16, u32, u64);
 
 impl<const N: usize> Field for [u8; N] {
     fn get(bytes: &[u8], _big_endian: bool) -> Self {
-        let mut array = [0; N];
-        array.copy_from_slice(&bytes[..N]);
-        array
+        bytes.first_chunk().copied().unwrap_or([0; N])
     }
 
     fn put(&self, bytes: &mut [u8], _big_endian: bool) {
-        bytes[..N].copy_from_slice(self);
+        if let Some(target) = bytes.first_chunk_mut() {
+            *target = *self;
+        }
     }
+}
+
+/// The little-endian number at `at` of what was read; zero where nothing is.
+pub(crate) fn little<T: Field>(bytes: &[u8], at: usize) -> T {
+    T::get(bytes.get(at..).unwrap_or_default(), false)
+}
+
+/// The big-endian number at `at` of what was read; zero where nothing is.
+pub(crate) fn big<T: Field>(bytes: &[u8], at: usize) -> T {
+    T::get(bytes.get(at..).unwrap_or_default(), true)
+}
+
+/// Puts bytes at `at` of a block, as far as it has room for them.
+pub(crate) fn put(block: &mut [u8], at: usize, bytes: &[u8]) {
+    let target = block.iter_mut().skip(at);
+    target.zip(bytes).for_each(|(target, byte)| *target = *byte);
 }
 
 /// Declares a header: its length in bytes, its byte order (`big` or `little`), and for each field its offset, name
@@ -72,6 +96,11 @@ macro_rules! header {
                 Self {
                     $( $field: $crate::header::Field::get(&bytes[$offset..], header!(@big $order)), )*
                 }
+            }
+
+            /// Reads the fields from the first bytes; `None` where they are too few.
+            pub fn parse_first(bytes: &[u8]) -> Option<Self> {
+                bytes.first_chunk().map(Self::parse)
             }
 
             /// Writes the fields.

@@ -2,6 +2,13 @@
 //!
 //! A reader parses hostile input: nothing is allocated by an unchecked field, tables are loaded lazily, and a
 //! file that an image names is opened only through a [`ReferenceGate`].
+#![deny(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable
+)]
 
 mod blocks;
 pub mod inflated;
@@ -308,11 +315,22 @@ fn begins_as(format: ImageFormat, storage: &dyn Storage) -> Result<bool> {
     Ok(start == signature)
 }
 
+/// The `length` bytes at `from` of what was read; a reader whose bounds are right is never refused.
+fn slice(bytes: &[u8], from: u64, length: u64) -> Result<&[u8]> {
+    let range = usize::try_from(from).ok().zip(usize::try_from(length).ok());
+    let found = range.and_then(|(from, length)| bytes.get(from..)?.get(..length));
+    found.ok_or_else(|| {
+        let what = format!("{length} bytes at {from} of {} were asked for", bytes.len());
+        Error::new(ErrorKind::Internal, what)
+    })
+}
+
 /// Fills `buf` from `at`; what lies past the disk's end is zeros.
 pub fn read_padded(image: &dyn DiskImage, at: VirtualOffset, buf: &mut [u8]) -> Result<()> {
     let inside = readable(image.virtual_size(), FileOffset(at.bytes()), buf.len());
-    buf[inside..].fill(0);
-    if inside > 0 { image.read_at(at, &mut buf[..inside]) } else { Ok(()) }
+    let (inside, behind) = buf.split_at_mut(inside);
+    behind.fill(0);
+    if inside.is_empty() { Ok(()) } else { image.read_at(at, inside) }
 }
 
 /// Fills `target` from `at` of the image below another one, which may be smaller; zeros where there is none.

@@ -3,6 +3,7 @@
 //! A layout reads nothing. It turns a disk's virtual size and [`AllocationMap`] into the exact size of a file
 //! and, for any place in it, the [`Region`] there: bytes that the layout itself makes up, bytes of the guest's
 //! disk, or zeros. [`crate::convert`] joins it with an image.
+#![deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::panic, clippy::unreachable)]
 
 pub mod compressed;
 pub mod compressed_qcow2;
@@ -180,7 +181,10 @@ fn copy_overlap(block: &[u8], block_at: FileOffset, at: FileOffset, buf: &mut [u
     if start < end {
         let (from, to) = ((start - block_at.bytes()) as usize, (start - at.bytes()) as usize);
         let length = (end - start) as usize;
-        buf[to..to + length].copy_from_slice(&block[from..from + length]);
+        let both = buf.get_mut(to..to + length).zip(block.get(from..from + length));
+        if let Some((target, source)) = both {
+            target.copy_from_slice(source);
+        }
     }
 }
 

@@ -236,7 +236,9 @@ fn a_grain_directory_costs_what_it_has() {
     // One table for all of them.
     let named = sectors((0..tables).map(|_| 32 * MIB / SECTOR));
     let file = sparse_vmdk("one.vmdk", tables * 32 * MIB, 128, 1, 0, 32 * MIB + tables * 2048);
-    refused(ImageFormat::Vmdk, &file.with(MIB, named.clone()).done(), ErrorKind::CorruptImage, "named twice");
+    refused(ImageFormat::Vmdk, &file.with(MIB, named).done(), ErrorKind::CorruptImage, "named twice");
+    // Different ones that overlap, more than there is room for.
+    let named = sectors((0..tables).map(|index| 32 * MIB / SECTOR + index % 16_000));
     let file = sparse_vmdk("small.vmdk", tables * 32 * MIB, 128, 1, 0, 40 * MIB);
     refused(
         ImageFormat::Vmdk,
@@ -244,6 +246,37 @@ fn a_grain_directory_costs_what_it_has() {
         ErrorKind::CorruptImage,
         "that fit into the file",
     );
+}
+
+#[test]
+fn block_tables_in_holes_cost_nothing() {
+    // 512 MiB of entries that say that nothing is there: a step, and the first page.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.vhdx");
+    succeed(
+        command("qemu-img").args(["create", "-q", "-f", "vhdx", "-o", "block_size=1M"]).arg(&path).arg("64T"),
+    );
+    let file = FileStorage::open(&path).unwrap();
+    assert!(file.file_size() > 512 * MIB);
+    let cost = cost(ImageFormat::Vhdx, Arc::new(file)).unwrap();
+    assert!(cost.steps < 10_000 && cost.map.allocated() == 0, "{} steps", cost.steps);
+    // 2 GiB of entries that all say that the block is the file's start.
+    let size = 256 * GIB;
+    let mut footer = VhdFooter::parse(&[0; 512]);
+    (footer.cookie, footer.version, footer.data_offset) = (vhd::FOOTER_COOKIE, 0x0001_0000, 512);
+    (footer.original_size, footer.current_size, footer.disk_type) = (size, size, vhd::TYPE_DYNAMIC);
+    footer.creator_application = *b"win ";
+    footer.checksum = checksum(&footer.encode(), 64);
+    let mut header = VhdDynamicHeader::parse(&[0; 1024]);
+    (header.cookie, header.table_offset, header.header_version) = (vhd::DYNAMIC_COOKIE, MIB, 0x0001_0000);
+    (header.max_table_entries, header.block_size) = ((size / SECTOR) as u32, SECTOR as u32);
+    header.checksum = checksum(&header.encode(), 36);
+    let end = MIB + size / SECTOR * 4;
+    let file = SparseFile::new("same.vhd", end + 512)
+        .with(0, footer.encode().to_vec())
+        .with(512, header.encode().to_vec())
+        .with(end, footer.encode().to_vec());
+    refused(ImageFormat::Vhd, &file.done(), ErrorKind::CorruptImage, "more blocks than fit into the file");
 }
 
 #[test]

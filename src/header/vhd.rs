@@ -103,8 +103,8 @@ header! {
 
 /// The checksum of a footer or dynamic header whose checksum field, 4 bytes at `field`, counts as zero.
 pub fn checksum(bytes: &[u8], field: usize) -> u32 {
-    let sum = |part: &[u8]| part.iter().fold(0u32, |sum, &byte| sum.wrapping_add(u32::from(byte)));
-    !sum(&bytes[..field]).wrapping_add(sum(&bytes[field + 4..]))
+    let counted = bytes.iter().enumerate().filter(|(at, _)| !(field..field.saturating_add(4)).contains(at));
+    !counted.fold(0u32, |sum, (_, &byte)| sum.wrapping_add(u32::from(byte)))
 }
 
 /// Cylinders, heads and sectors a track of a disk of that many sectors (appendix "CHS Calculation").

@@ -96,6 +96,19 @@ impl Block {
 /// Gets a block, and how many are like it: 1 where it has a place.
 pub(super) type BlockVisitor<'a> = dyn FnMut(Block, u64) -> Result<ControlFlow<()>> + 'a;
 
+/// Tells `visit` that `count` entries of a table in a row say the same of their blocks.
+pub(super) fn visit_alike(block: Block, count: u64, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
+    if matches!(block, Block::Zero | Block::Hole) {
+        return visit(block, count);
+    }
+    for _ in 0..count {
+        if visit(block, 1)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
 /// A disk that is cut into blocks of one size.
 pub(super) trait BlockMap {
     fn storage(&self) -> &dyn Storage;
@@ -148,8 +161,12 @@ pub(super) trait BlockMap {
         let blocks = range.start.bytes() / block_size..range.end.bytes().div_ceil(block_size);
         let (mut index, mut at) = (blocks.start, range.start);
         let mut runs = JoinedRuns::new(visit);
+        let mut room = self.storage().file_size() / block_size + 2;
         let flow = self.visit_blocks(blocks, &mut |block, count| {
             self.check_block(index, block)?;
+            if matches!(block, Block::Data(_)) {
+                room = room.checked_sub(1).ok_or_else(|| self.too_many_blocks())?;
+            }
             index += count;
             let end = VirtualOffset(index.saturating_mul(block_size)).min(range.end);
             let extent = Extent::new(block.kind(), end - at);
@@ -157,6 +174,13 @@ pub(super) trait BlockMap {
             runs.add(extent)
         })?;
         if flow.is_break() { Ok(flow) } else { runs.end() }
+    }
+
+    /// The refusal of a table that names more blocks than fit into the file, so that some are the same: a walk through
+    /// them would have no bound in the file's size.
+    fn too_many_blocks(&self) -> Error {
+        let what = "the disk has more blocks than fit into the file: one is named twice, or two overlap";
+        Error::corrupt(what).in_file(self.storage().name())
     }
 
     /// A block whose bytes, as far as the disk needs them, are in the file.

@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use super::blocks::Window;
 use super::inflated::InflatedUnits;
 use super::table::KnownZeros;
-use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, steps};
+use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, slice, steps};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind, is_zero};
@@ -210,10 +210,8 @@ impl Qcow2Image {
         }
         let length = self.compressed_length(host, length)? as usize;
         COMPRESSED.with_borrow_mut(|buffer| {
-            if buffer.len() < length {
-                buffer.resize(length, 0);
-            }
-            let input = &mut buffer[..length];
+            buffer.resize(length, 0);
+            let input = buffer.as_mut_slice();
             self.storage.read_exact_at(host, input)?;
             let result = match self.compression {
                 Compression::Zlib => codec::inflate_raw(input, target),
@@ -232,7 +230,7 @@ impl Qcow2Image {
         target: &mut [u8],
     ) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
-        let (cluster, within) = (at.bytes() / cluster_size, (at.bytes() % cluster_size) as usize);
+        let (cluster, within) = (at.bytes() / cluster_size, at.bytes() % cluster_size);
         let known = self.inflated.get(cluster);
         let bytes = match known {
             Some(bytes) => bytes,
@@ -244,7 +242,7 @@ impl Qcow2Image {
                 bytes
             }
         };
-        target.copy_from_slice(&bytes[within..within + target.len()]);
+        target.copy_from_slice(slice(&bytes, within, target.len() as u64)?);
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 use crate::extent::is_zero;
-use crate::image::steps;
+use crate::image::{slice, steps};
 use crate::storage::{Storage, check_range};
 use crate::units::{FileOffset, KIB};
 
@@ -38,16 +38,12 @@ impl Entry {
         }
     }
 
-    /// The entry at the start of `bytes`.
+    /// The entry at the start of `bytes`, which has all of it.
     fn read(self, bytes: &[u8]) -> u64 {
+        let numbers = bytes.iter().take(self.size() as usize).map(|&byte| u64::from(byte));
         match self {
-            Self::U32Le => u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).into(),
-            Self::U32Be => u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).into(),
-            Self::U64Le => {
-                let mut array = [0; 8];
-                array.copy_from_slice(&bytes[..8]);
-                u64::from_le_bytes(array)
-            }
+            Self::U32Be => numbers.fold(0, |entry, byte| entry << 8 | byte),
+            Self::U32Le | Self::U64Le => numbers.rev().fold(0, |entry, byte| entry << 8 | byte),
         }
     }
 }
@@ -60,6 +56,9 @@ pub(super) struct EntryTable {
     entry: Entry,
     pages: Mutex<LruCache<u64, Arc<Vec<u8>>>>,
 }
+
+/// Gets an entry, and how many in a row are the same.
+pub(super) type EntryVisitor<'a> = dyn FnMut(u64, u64) -> Result<ControlFlow<()>> + 'a;
 
 impl EntryTable {
     /// The table of `entries` entries at `start`, all of which must lie inside the file.
@@ -81,28 +80,53 @@ impl EntryTable {
         steps::count(1);
         let place = index * self.entry.size();
         let page = self.page(place / PAGE)?;
-        Ok(self.entry.read(&page[(place % PAGE) as usize..]))
+        let bytes = slice(&page, place % PAGE, self.entry.size())?;
+        Ok(self.entry.read(bytes))
     }
 
-    /// Tells `visit` the entries of a range, which lies inside the table, in order until it breaks off.
-    pub(super) fn visit(
-        &self,
-        entries: Range<u64>,
-        visit: &mut dyn FnMut(u64) -> Result<ControlFlow<()>>,
-    ) -> Result<ControlFlow<()>> {
+    /// Tells `visit` the entries of a range, which lies inside the table, in order until it breaks off. What is a hole of
+    /// the file is not read, and entries that are alike are one step.
+    pub(super) fn visit(&self, entries: Range<u64>, visit: &mut EntryVisitor<'_>) -> Result<ControlFlow<()>> {
         let size = self.entry.size();
+        let mut zeros = KnownZeros::default();
         let (mut at, end) = (entries.start * size, entries.end * size);
         while at < end {
-            let start = at / PAGE * PAGE;
-            let stop = end.min(start + PAGE);
-            let page = self.page(at / PAGE)?;
-            steps::count((stop - at) / size);
-            for bytes in page[(at - start) as usize..(stop - start) as usize].chunks_exact(size as usize) {
-                if visit(self.entry.read(bytes))?.is_break() {
-                    return Ok(ControlFlow::Break(()));
+            let absent = zeros.length_at(self.start + at).min(end - at) / size;
+            let flow = if absent > 0 {
+                steps::count(1);
+                at += absent * size;
+                visit(0, absent)?
+            } else {
+                let stop = end.min((at / PAGE + 1) * PAGE);
+                let page = self.page(at / PAGE)?;
+                let bytes = slice(&page, at % PAGE, stop - at)?;
+                if is_zero(bytes) {
+                    zeros.learn(&*self.storage, self.start + at)?;
                 }
+                at = stop;
+                self.visit_runs(bytes, visit)?
+            };
+            if flow.is_break() {
+                return Ok(flow);
             }
-            at = stop;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Tells `visit` the entries that `bytes` are.
+    fn visit_runs(&self, mut bytes: &[u8], visit: &mut EntryVisitor<'_>) -> Result<ControlFlow<()>> {
+        let size = self.entry.size() as usize;
+        while let Some((first, rest)) = bytes.split_at_checked(size) {
+            // As far as each entry is the one before; the comparison ends where the run does.
+            let others = match bytes.get(..rest.len()) == Some(rest) {
+                true => rest.len() / size,
+                false => rest.chunks_exact(size).take_while(|entry| *entry == first).count(),
+            };
+            steps::count(1);
+            if visit(self.entry.read(first), others as u64 + 1)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+            bytes = rest.get(others * size..).unwrap_or_default();
         }
         Ok(ControlFlow::Continue(()))
     }
@@ -124,10 +148,11 @@ impl EntryTable {
 /// file twice has no bound in the file's size. `what` they are and the bytes in a unit are for the message.
 pub(super) fn check_disjoint(mut starts: Vec<u64>, length: u64, what: &str, unit: u64) -> Result<()> {
     starts.sort_unstable();
-    match starts.windows(2).find(|pair| pair[1] - pair[0] < length) {
-        Some(pair) => {
+    let mut pairs = starts.iter().zip(starts.iter().skip(1));
+    match pairs.find(|(start, next)| **next - **start < length) {
+        Some((_, next)) => {
             Err(Error::corrupt(format!("{what} is named twice, or two overlap"))
-                .at(pair[1].saturating_mul(unit)))
+                .at(next.saturating_mul(unit)))
         }
         None => Ok(()),
     }
@@ -144,7 +169,12 @@ pub(super) struct KnownZeros {
 impl KnownZeros {
     /// Whether `length` bytes at `at` are in a hole that is known.
     pub(super) fn contain(&self, at: FileOffset, length: u64) -> bool {
-        self.zeros.start <= at.bytes() && at.bytes().saturating_add(length) <= self.zeros.end
+        self.length_at(at) >= length
+    }
+
+    /// Bytes of the known hole from `at` on; 0 when there is none.
+    fn length_at(&self, at: FileOffset) -> u64 {
+        if self.zeros.contains(&at.bytes()) { self.zeros.end - at.bytes() } else { 0 }
     }
 
     /// Notes that the bytes at `at`, which lies inside the file, turned out to be zeros: more may follow.
@@ -194,8 +224,7 @@ impl<'a> TableWalk<'a> {
             self.start = at;
             self.storage.read_exact_at(at, &mut self.bytes)?;
         }
-        let from = (at - self.start) as usize;
-        let table = &self.bytes[from..from + length as usize];
+        let table = slice(&self.bytes, at - self.start, length)?;
         if is_zero(table) {
             self.zeros.learn(self.storage, at)?;
             return Ok(None);

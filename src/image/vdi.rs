@@ -5,7 +5,7 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
+use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor, visit_alike};
 use super::table::{Entry, EntryTable};
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
@@ -106,7 +106,7 @@ impl BlockMap for VdiImage {
     }
 
     fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
-        self.map.visit(blocks, &mut |entry| visit(self.entry(entry), 1))
+        self.map.visit(blocks, &mut |entry, count| visit_alike(self.entry(entry), count, visit))
     }
 }
 

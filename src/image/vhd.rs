@@ -9,7 +9,7 @@ mod parent;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockMap, BlockVisitor, JoinedRuns};
+use super::blocks::{Block, BlockMap, BlockVisitor, JoinedRuns, visit_alike};
 use super::table::{Entry, EntryTable, check_disjoint};
 use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, steps};
 use crate::error::{Error, ErrorKind, Result};
@@ -202,13 +202,14 @@ impl Bits<'_> {
     /// Whether the next bits are set; `at` is put behind all that are alike.
     fn next_run(&mut self) -> Option<bool> {
         let start = self.at;
-        let is_set = |at: u64| self.bytes[(at / 8) as usize] >> (7 - at % 8) & 1 == 1;
+        let byte = |at: u64| self.bytes.get((at / 8) as usize).copied().unwrap_or_default();
+        let is_set = |at: u64| byte(at) >> (7 - at % 8) & 1 == 1;
         let own = (start < self.end).then(|| is_set(start))?;
         let whole = if own { 0xff } else { 0 };
         let mut at = start;
         while at < self.end {
             steps::count(1);
-            if at.is_multiple_of(8) && self.bytes[(at / 8) as usize] == whole {
+            if at.is_multiple_of(8) && byte(at) == whole {
                 at += 8;
             } else if is_set(at) == own {
                 at += 1;
@@ -295,7 +296,7 @@ fn read_header(storage: &dyn Storage, footer: &VhdFooter) -> Result<VhdDynamicHe
     let mut bytes = [0; VhdDynamicHeader::LENGTH];
     // A header that is cut short is refused for what it says, if that is wrong, and then for its length.
     let there = storage.file_size().saturating_sub(at.bytes()).min(bytes.len() as u64);
-    storage.read_exact_at(at, &mut bytes[..there as usize])?;
+    storage.read_exact_at(at, bytes.split_at_mut(there as usize).0)?;
     let header = VhdDynamicHeader::parse(&bytes);
     if header.cookie != DYNAMIC_COOKIE {
         return Err(Error::corrupt("the dynamic header's cookie is wrong").at(at));
@@ -340,8 +341,10 @@ fn entry(entry: u64, bitmap_size: u64) -> Block {
 fn check_blocks(body: &Body, blocks: u64) -> Result<()> {
     let Body::Dynamic { table, block_size, bitmap_size } = body else { return Ok(()) };
     let mut sectors = Vec::new();
-    let _ = table.visit(0..blocks, &mut |entry| {
-        sectors.extend((entry as u32 != FREE).then_some(entry));
+    let _ = table.visit(0..blocks, &mut |entry, count| {
+        // Two that are the same are as bad as many.
+        let named = if entry == u64::from(FREE) { 0 } else { count.min(2) };
+        sectors.extend((0..named).map(|_| entry));
         Ok(ControlFlow::Continue(()))
     })?;
     check_disjoint(sectors, (block_size + bitmap_size) / SECTOR, "a block", SECTOR)
@@ -376,7 +379,7 @@ impl BlockMap for VhdImage {
             Body::Fixed if blocks.is_empty() => Ok(ControlFlow::Continue(())),
             Body::Fixed => visit(Block::Data(FileOffset(0)), 1),
             Body::Dynamic { table, bitmap_size, .. } => {
-                table.visit(blocks, &mut |value| visit(entry(value, *bitmap_size), 1))
+                table.visit(blocks, &mut |value, count| visit_alike(entry(value, *bitmap_size), count, visit))
             }
         }
     }

@@ -8,10 +8,11 @@ mod log;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
+use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor, visit_alike};
 use super::table::{Entry, EntryTable};
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
+use crate::header;
 use crate::header::vhdx::{
     FILE_PARAMETERS, FILE_SIGNATURE, Guid, HEADER_SIGNATURE, LOGICAL_SECTOR_SIZE, METADATA_SIGNATURE,
     PAYLOAD_BLOCK_FULLY_PRESENT, PHYSICAL_SECTOR_SIZE, REGION_BAT, REGION_METADATA, REGION_SIGNATURE,
@@ -127,12 +128,13 @@ impl Disk {
 fn checksum(parts: &[&[u8]]) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     for (index, part) in parts.iter().enumerate() {
-        if index == 0 {
-            digest.update(&part[..4]);
-            digest.update(&[0; 4]);
-            digest.update(&part[8..]);
-        } else {
-            digest.update(part);
+        match part.split_at_checked(4).zip(part.get(8..)) {
+            Some(((signature, _), rest)) if index == 0 => {
+                digest.update(signature);
+                digest.update(&[0; 4]);
+                digest.update(rest);
+            }
+            _ => digest.update(part),
         }
     }
     digest.finalize() as u32
@@ -144,9 +146,7 @@ fn newest_header(storage: &dyn Storage) -> Result<VhdxHeader> {
     for at in HEADERS {
         let mut block = vec![0; HEADER_SIZE];
         storage.read_exact_at(at, &mut block)?;
-        let mut start = [0; VhdxHeader::LENGTH];
-        start.copy_from_slice(&block[..VhdxHeader::LENGTH]);
-        let header = VhdxHeader::parse(&start);
+        let Some(header) = VhdxHeader::parse_first(&block) else { continue };
         let valid = header.signature == HEADER_SIGNATURE && header.checksum == checksum(&[&block]);
         if valid && newest.as_ref().is_none_or(|other| other.sequence_number < header.sequence_number) {
             newest = Some(header);
@@ -168,8 +168,8 @@ fn read_regions(storage: &dyn Storage) -> Result<[VhdxRegionEntry; 2]> {
     for at in REGION_TABLES {
         let mut table = vec![0; REGION_TABLE_SIZE];
         storage.read_exact_at(at, &mut table)?;
-        let stored = u32::from_le_bytes([table[4], table[5], table[6], table[7]]);
-        if table[..4] == REGION_SIGNATURE && stored == checksum(&[&table]) {
+        let stored: u32 = header::little(&table, 4);
+        if table.starts_with(&REGION_SIGNATURE) && stored == checksum(&[&table]) {
             match parse_regions(storage, &table, at) {
                 Ok(regions) => return Ok(regions),
                 Err(error) => wrong = error,
@@ -180,16 +180,14 @@ fn read_regions(storage: &dyn Storage) -> Result<[VhdxRegionEntry; 2]> {
 }
 
 fn parse_regions(storage: &dyn Storage, table: &[u8], at: FileOffset) -> Result<[VhdxRegionEntry; 2]> {
-    let count = u32::from_le_bytes([table[8], table[9], table[10], table[11]]) as usize;
+    let count = header::little::<u32>(table, 8) as usize;
     if count > MAX_ENTRIES {
         return Err(Error::corrupt(format!("a region table of {count} entries is too large")).at(at + 8));
     }
-    let mut known: [Option<VhdxRegionEntry>; 2] = [None, None];
+    let (mut bat, mut metadata) = (None, None);
     let mut taken: Vec<(u64, u64)> = vec![(0, MIB)];
-    for (index, bytes) in table[16..].chunks_exact(VhdxRegionEntry::LENGTH).take(count).enumerate() {
-        let mut entry = [0; VhdxRegionEntry::LENGTH];
-        entry.copy_from_slice(bytes);
-        let entry = VhdxRegionEntry::parse(&entry);
+    let entries = table.get(16..).unwrap_or_default().chunks_exact(VhdxRegionEntry::LENGTH);
+    for (index, entry) in entries.filter_map(VhdxRegionEntry::parse_first).take(count).enumerate() {
         let place = at + 16 + (index * VhdxRegionEntry::LENGTH) as u64;
         check_range(storage, FileOffset(entry.file_offset), entry.length.into())?;
         let range = (entry.file_offset, entry.file_offset + u64::from(entry.length));
@@ -197,19 +195,20 @@ fn parse_regions(storage: &dyn Storage, table: &[u8], at: FileOffset) -> Result<
             return Err(Error::corrupt("two regions overlap").at(place));
         }
         taken.push(range);
-        match [REGION_BAT, REGION_METADATA].iter().position(|guid| *guid == entry.guid) {
-            Some(which) if known[which].is_some() => {
-                return Err(Error::corrupt("a region is given twice").at(place));
-            }
-            Some(which) => known[which] = Some(entry),
-            None if entry.required & 1 != 0 => {
+        let known = match entry.guid {
+            REGION_BAT => &mut bat,
+            REGION_METADATA => &mut metadata,
+            _ if entry.required & 1 != 0 => {
                 return Err(Error::unsupported("has a required region that is not known").at(place));
             }
-            None => {}
+            _ => continue,
+        };
+        if known.replace(entry).is_some() {
+            return Err(Error::corrupt("a region is given twice").at(place));
         }
     }
-    match known {
-        [Some(bat), Some(metadata)] => Ok([bat, metadata]),
+    match (bat, metadata) {
+        (Some(bat), Some(metadata)) => Ok([bat, metadata]),
         _ => Err(Error::corrupt("the region for block table or metadata is missing").at(at)),
     }
 }
@@ -218,20 +217,18 @@ fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk
     let start = FileOffset(region.file_offset);
     let mut table = vec![0; METADATA_TABLE_SIZE.min(region.length.into()) as usize];
     storage.read_exact_at(start, &mut table)?;
-    if table.len() < 32 || table[..8] != METADATA_SIGNATURE {
+    if table.len() < 32 || !table.starts_with(&METADATA_SIGNATURE) {
         return Err(Error::corrupt("the metadata table's signature is wrong").at(start));
     }
-    let count = usize::from(u16::from_le_bytes([table[10], table[11]]));
+    let count = usize::from(header::little::<u16>(&table, 10));
     if count > MAX_ENTRIES {
         return Err(
             Error::corrupt(format!("a metadata table of {count} entries is too large")).at(start + 10)
         );
     }
     let (mut parameters, mut virtual_size, mut sector_size) = (None, None, None);
-    for (index, bytes) in table[32..].chunks_exact(VhdxMetadataEntry::LENGTH).take(count).enumerate() {
-        let mut entry = [0; VhdxMetadataEntry::LENGTH];
-        entry.copy_from_slice(bytes);
-        let entry = VhdxMetadataEntry::parse(&entry);
+    let entries = table.get(32..).unwrap_or_default().chunks_exact(VhdxMetadataEntry::LENGTH);
+    for (index, entry) in entries.filter_map(VhdxMetadataEntry::parse_first).take(count).enumerate() {
         let place = start + 32 + (index * VhdxMetadataEntry::LENGTH) as u64;
         let item = |length: usize| read_item(storage, region, &entry, length).map_err(|e| e.at(place));
         match entry.guid {
@@ -278,9 +275,9 @@ fn read_item(
     if !inside || entry.length as usize != length {
         return Err(Error::corrupt("a metadata item has a wrong place or length"));
     }
-    let mut bytes = [0; 8];
-    storage.read_exact_at(FileOffset(region.file_offset + u64::from(entry.offset)), &mut bytes[..length])?;
-    Ok(u64::from_le_bytes(bytes))
+    let mut bytes = vec![0; length];
+    storage.read_exact_at(FileOffset(region.file_offset + u64::from(entry.offset)), &mut bytes)?;
+    Ok(bytes.iter().rev().fold(0, |item, &byte| item << 8 | u64::from(byte)))
 }
 
 impl BlockMap for VhdxImage {
@@ -307,10 +304,10 @@ impl BlockMap for VhdxImage {
             // The entry of a bitmap follows each chunk.
             let end = blocks.end.min((index / chunk + 1) * chunk);
             let before = index / chunk;
-            let flow = self.bat.visit(index + before..end + before, &mut |entry| {
+            let flow = self.bat.visit(index + before..end + before, &mut |entry, count| {
                 let block = self.entry(index, entry)?;
-                index += 1;
-                visit(block, 1)
+                index += count;
+                visit_alike(block, count, visit)
             })?;
             if flow.is_break() {
                 return Ok(flow);

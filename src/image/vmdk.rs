@@ -15,7 +15,7 @@ use self::descriptor::{Descriptor, ExtentLine};
 use self::sparse::SparseExtent;
 use super::blocks::BlockMap;
 use super::{DiskImage, ExtentVisitor, ImageDescription, ReferenceGate, ReferenceKind};
-use crate::error::{Error, Result, quoted};
+use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage, check_range};
@@ -104,9 +104,10 @@ impl VmdkImage {
     }
 
     /// The extent that `at`, which lies inside the disk, is in.
-    fn extent(&self, at: VirtualOffset) -> &VmdkExtent {
+    fn extent(&self, at: VirtualOffset) -> Result<&VmdkExtent> {
         let after = self.extents.partition_point(|extent| extent.start <= at);
-        &self.extents[after.saturating_sub(1)]
+        let extent = self.extents.get(after.saturating_sub(1));
+        extent.ok_or_else(|| Error::new(ErrorKind::Internal, "the disk has no extents").at(at))
     }
 
     /// The files that the disk's bytes come from, each once.
@@ -183,7 +184,8 @@ impl ExtentFiles<'_> {
                 index
             }
         };
-        Ok(&mut self.opened[index])
+        let lost = || Error::new(ErrorKind::Internal, "an extent's file is opened and not there");
+        self.opened.get_mut(index).ok_or_else(lost)
     }
 
     /// Opens the file of an extent of `length` bytes.
@@ -236,7 +238,7 @@ impl DiskImage for VmdkImage {
 
     fn read_at(&self, mut at: VirtualOffset, mut buf: &mut [u8]) -> Result<()> {
         while !buf.is_empty() {
-            let extent = self.extent(at);
+            let extent = self.extent(at)?;
             let within = at - extent.start;
             let length = extent.length.saturating_sub(within).min(buf.len() as u64);
             let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
@@ -261,7 +263,7 @@ impl DiskImage for VmdkImage {
     ) -> Result<ControlFlow<()>> {
         let mut at = range.start;
         while at < range.end {
-            let extent = self.extent(at);
+            let extent = self.extent(at)?;
             let end = range.end.min(extent.start + extent.length);
             let within = at - extent.start;
             let flow = match &extent.content {

@@ -13,8 +13,9 @@ use parking_lot::Mutex;
 
 use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor};
 use super::inflated::InflatedUnits;
+use super::slice;
 use crate::codec;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
 use crate::header::vhd::checksum;
 use crate::header::zvhd::{
@@ -92,7 +93,7 @@ impl ZvhdImage {
         if let Some(known) = self.blocks.get(number as u64) {
             return Ok(known);
         }
-        let place = self.records[number].payload;
+        let place = self.record(number)?.payload;
         let block = self.inflate(number).map_err(|e| {
             Error::corrupt("a record is damaged").in_file(self.storage.name()).at(place).because(e)
         })?;
@@ -125,23 +126,27 @@ impl ZvhdImage {
             if *start == number {
                 return Ok(block);
             }
-            let window = Arc::new(block[block.len() - codec::WINDOW..].to_vec());
+            let window = Arc::new(block.iter().skip(block.len() - codec::WINDOW).copied().collect());
             windows.keep(*start, &window, self.records.len());
             from = (start + 1, Some(window));
         }
     }
 
+    fn record(&self, number: usize) -> Result<&StoredBlock> {
+        let lost = || Error::new(ErrorKind::Internal, format!("there is no record {number}"));
+        self.records.get(number).ok_or_else(lost)
+    }
+
     /// A record's payload without the zlib header that the first one of a ZVHD begins with.
     fn payload(&self, number: usize) -> Result<Vec<u8>> {
-        let record = &self.records[number];
+        let record = self.record(number)?;
         let mut payload = vec![0; record.payload_size as usize];
         self.storage.read_exact_at(record.payload, &mut payload)?;
         if number == 0 && self.header.cookie == ZVHD_COOKIE {
             // RFC 1950, section 2.2: method deflate, no dictionary, check bits.
-            let valid = payload.len() >= 2
-                && payload[0] & 0x0f == 8
-                && payload[1] & 0x20 == 0
-                && (u32::from(payload[0]) << 8 | u32::from(payload[1])) % 31 == 0;
+            let valid = payload.first_chunk().is_some_and(|&[method, flags]| {
+                method & 0x0f == 8 && flags & 0x20 == 0 && u16::from_be_bytes([method, flags]) % 31 == 0
+            });
             if !valid {
                 return Err(Error::corrupt("the first record does not begin a zlib stream"));
             }
@@ -278,9 +283,8 @@ fn read_index(
                 .resize((at + length - place).min((INDEX_PIECE * ZvhdIndexEntry::LENGTH) as u64) as usize, 0);
             storage.read_exact_at(place, &mut piece)?;
         }
-        let mut entry = [0; ZvhdIndexEntry::LENGTH];
-        entry.copy_from_slice(&piece[within..within + ZvhdIndexEntry::LENGTH]);
-        let entry = ZvhdIndexEntry::parse(&entry);
+        let entry = piece.get(within..).and_then(ZvhdIndexEntry::parse_first);
+        let entry = entry.ok_or_else(|| Error::corrupt("the index is cut short").at(place))?;
         check_block(&records, entry.block, blocks, place)?;
         let record = FileOffset(entry.record_offset);
         if record.checked_add(u64::from(entry.record_size)).is_none_or(|record_end| record_end > at) {
@@ -310,13 +314,15 @@ impl BlockMap for ZvhdImage {
 
     fn block(&self, index: u64) -> Result<Block> {
         let found = self.records.binary_search_by_key(&index, |record| record.block.into());
-        Ok(found.map_or(Block::Hole, |number| Block::Compressed(self.records[number].payload)))
+        let record = found.ok().and_then(|number| self.records.get(number));
+        Ok(record.map_or(Block::Hole, |record| Block::Compressed(record.payload)))
     }
 
     fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
         let mut at = blocks.start;
         let first = self.records.partition_point(|record| u64::from(record.block) < at);
-        let stored = self.records[first..].iter().take_while(|record| u64::from(record.block) < blocks.end);
+        let stored = self.records.iter().skip(first);
+        let stored = stored.take_while(|record| u64::from(record.block) < blocks.end);
         for record in stored {
             let block = u64::from(record.block);
             if block > at && visit(Block::Hole, block - at)?.is_break()
@@ -332,8 +338,7 @@ impl BlockMap for ZvhdImage {
     fn read_compressed(&self, host: FileOffset, within: u64, target: &mut [u8]) -> Result<()> {
         let found = self.records.binary_search_by_key(&host, |record| record.payload);
         let number = found.map_err(|_| Error::corrupt("there is no record here").at(host))?;
-        let from = within as usize;
-        target.copy_from_slice(&self.inflated(number)?[from..from + target.len()]);
+        target.copy_from_slice(slice(&self.inflated(number)?, within, target.len() as u64)?);
         Ok(())
     }
 }

@@ -192,7 +192,7 @@ impl LengthIndex {
     /// What is at `at`, which lies at or after the head and before [`end`](Self::end).
     pub fn piece_at(&self, layout: &dyn CompressedLayout, at: FileOffset) -> Piece {
         let group = self.group_at(at);
-        let mut end = self.starts[group as usize];
+        let mut end = self.starts.get(group as usize).copied().unwrap_or_default();
         for record in self.records(layout, group) {
             if at < record.place.start {
                 return Piece::Gap(record.place.start);

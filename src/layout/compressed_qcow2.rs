@@ -14,6 +14,7 @@ use super::{LayoutInput, copy_overlap, fill_table};
 use crate::codec::{Compression, Compressor};
 use crate::error::Result;
 use crate::extent::AllocationMap;
+use crate::header;
 use crate::units::{FileOffset, SECTOR, VirtualOffset, round_up};
 
 /// Bit 62 of an L2 entry: the cluster is compressed.
@@ -137,7 +138,7 @@ impl Qcow2Ends {
             // Small clusters have several tables in a group.
             for record in self.index.records(&self.layout, group).filter(|r| units.contains(&r.unit)) {
                 let at = 8 * (record.unit - units.start) as usize;
-                bytes[at..at + 8].copy_from_slice(&self.layout.entry(&record).to_be_bytes());
+                header::put(&mut bytes, at, &self.layout.entry(&record).to_be_bytes());
             }
         }
         bytes
@@ -157,9 +158,10 @@ impl Qcow2Ends {
                 break;
             }
             for cluster in first.max(clusters.start)..(last + 1).min(clusters.end) {
-                let count = &mut counts[(cluster - clusters.start) as usize];
                 // A cluster of 2 MiB cannot hold 65536 units: each takes more than 32 bytes.
-                *count = count.saturating_add(1);
+                if let Some(count) = counts.get_mut((cluster - clusters.start) as usize) {
+                    *count = count.saturating_add(1);
+                }
             }
         }
         counts

@@ -15,6 +15,7 @@ use super::vmdk::{DESCRIPTOR_OFFSET, DESCRIPTOR_SIZE, GRAIN_SECTORS, GRAIN_SIZE,
 use crate::codec::{Compression, Compressor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
+use crate::header;
 use crate::header::vmdk::{MAGIC, VmdkSparseHeader};
 use crate::units::{FileOffset, SECTOR, round_up};
 
@@ -127,7 +128,7 @@ impl CompressedLayout for StreamVmdkLayout {
         for record in records {
             let entry = 4 * (record.unit % TABLE_ENTRIES) as usize;
             let sector = (record.place.start.bytes() / SECTOR) as u32;
-            table[entry..entry + 4].copy_from_slice(&sector.to_le_bytes());
+            header::put(&mut table, entry, &sector.to_le_bytes());
         }
         [marker(TABLE_SECTORS, MARKER_TABLE), table].concat()
     }

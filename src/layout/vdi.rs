@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::{Layout, LayoutInput, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
+use crate::header;
 use crate::header::vdi::{FREE, SIGNATURE, TEXT, TYPE_DYNAMIC, VERSION, VdiHeader};
 use crate::units::{FileOffset, MIB, SECTOR, round_up};
 
@@ -40,7 +41,7 @@ impl VdiLayout {
         }
         let data = round_up(MAP_OFFSET.bytes() + 4 * map.units(), BLOCK_SIZE);
         let mut text = [0; 64];
-        text[..TEXT.len()].copy_from_slice(TEXT);
+        header::put(&mut text, 0, TEXT);
         let derived = |mask: u8| input.seed.map(|byte| byte ^ mask);
         let mut header = VdiHeader {
             text,

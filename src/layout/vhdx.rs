@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::{Layout, LayoutInput, Region, copy_overlap, fill_table, units_region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::AllocationMap;
+use crate::header;
 use crate::header::vhdx::{
     FILE_PARAMETERS, FILE_SIGNATURE, Guid, HEADER_SIGNATURE, LOGICAL_SECTOR_SIZE, METADATA_SIGNATURE,
     PAYLOAD_BLOCK_FULLY_PRESENT, PHYSICAL_SECTOR_SIZE, REGION_BAT, REGION_METADATA, REGION_SIGNATURE,
@@ -103,9 +104,9 @@ fn derived(input: &LayoutInput, mask: u8) -> Guid {
 
 /// Puts the CRC-32C of a block, computed with zeros in its place, at byte 4 (sections 2.2.2 and 2.2.3).
 fn seal(mut block: Vec<u8>) -> Vec<u8> {
-    block[4..8].fill(0);
+    header::put(&mut block, 4, &[0; 4]);
     let checksum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &block) as u32;
-    block[4..8].copy_from_slice(&checksum.to_le_bytes());
+    header::put(&mut block, 4, &checksum.to_le_bytes());
     block
 }
 

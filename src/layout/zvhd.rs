@@ -107,7 +107,9 @@ impl ZvhdLayout {
             let record_size = (record.place.end - record.place.start) as u32;
             let (record_offset, block) = (record.place.start.bytes(), record.unit as u32);
             entries.extend(ZvhdIndexEntry { record_offset, block, record_size }.encode());
-            bitmap[(record.unit / 8) as usize] |= 1 << (record.unit % 8);
+            if let Some(byte) = bitmap.get_mut((record.unit / 8) as usize) {
+                *byte |= 1 << (record.unit % 8);
+            }
             stored_blocks += 1;
         }
         entries.resize(round_up(entries.len() as u64, INDEX_SEGMENT) as usize, 0);

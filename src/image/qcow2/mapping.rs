@@ -1,5 +1,6 @@
 //! L2 tables: what a place of the disk is mapped to (qcow2.rst, "Cluster mapping").
 
+use crate::header;
 use crate::image::steps;
 use crate::units::FileOffset;
 
@@ -146,10 +147,7 @@ impl TableShape {
 
 /// The big-endian word at `at` of a table, which is inside it.
 fn entry(table: &[u8], at: u64) -> u64 {
-    let at = at as usize;
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&table[at..at + 8]);
-    u64::from_be_bytes(bytes)
+    usize::try_from(at).map_or(0, |at| header::big(table, at))
 }
 
 #[cfg(test)]

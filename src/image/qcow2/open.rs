@@ -6,6 +6,7 @@ use super::mapping::{OFFSET_MASK, TableShape};
 use super::{Compression, Qcow2Image};
 use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::format::ImageFormat;
+use crate::header;
 use crate::header::qcow2::{MAGIC, Qcow2Header, V2_LENGTH, V3_LENGTH};
 use crate::image::table::check_disjoint;
 use crate::image::{self, DiskImage, ReferenceGate, ReferenceKind};
@@ -93,7 +94,7 @@ pub(super) fn open(
 fn read_header(storage: &dyn Storage) -> Result<Qcow2Header> {
     let mut bytes = [0; Qcow2Header::LENGTH];
     let present = storage.file_size().min(Qcow2Header::LENGTH as u64);
-    storage.read_exact_at(FileOffset(0), &mut bytes[..present as usize])?;
+    storage.read_exact_at(FileOffset(0), bytes.split_at_mut(present as usize).0)?;
     let mut header = Qcow2Header::parse(&bytes);
     match (header.magic, header.version) {
         (QED_MAGIC, _) => return Err(Error::unsupported("is a QED image; convert it with qemu-img")),
@@ -123,7 +124,7 @@ fn read_header(storage: &dyn Storage) -> Result<Qcow2Header> {
 }
 
 fn zero_after(mut bytes: [u8; Qcow2Header::LENGTH], length: usize) -> [u8; Qcow2Header::LENGTH] {
-    bytes[length..].fill(0);
+    bytes.iter_mut().skip(length).for_each(|byte| *byte = 0);
     bytes
 }
 
@@ -181,8 +182,7 @@ fn read_extensions(header: &Qcow2Header, storage: &dyn Storage) -> Result<Extens
     while at + 8 <= end {
         let mut head = [0; 8];
         storage.read_exact_at(FileOffset(at), &mut head)?;
-        let word = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-        let (kind, length) = (word(0), u64::from(word(4)));
+        let (kind, length) = (header::big(&head, 0), u64::from(header::big::<u32>(&head, 4)));
         if kind == EXTENSION_END {
             break;
         }
@@ -213,11 +213,13 @@ fn text(bytes: &[u8], what: &str, at: u64) -> Result<String> {
 
 /// Entries of 48 bytes: type, bit, name padded with zeros.
 fn feature_names(data: &[u8]) -> Vec<(u8, u8, String)> {
-    let name = |entry: &[u8]| {
-        let name = entry[2..].split(|&b| b == 0).next().unwrap_or_default();
-        String::from_utf8_lossy(name).chars().filter(|c| !c.is_control()).collect()
+    let feature = |entry: &[u8]| {
+        let (kind, rest) = entry.split_first()?;
+        let (bit, name) = rest.split_first()?;
+        let name = name.split(|&b| b == 0).next().unwrap_or_default();
+        Some((*kind, *bit, String::from_utf8_lossy(name).chars().filter(|c| !c.is_control()).collect()))
     };
-    data.chunks_exact(48).map(|entry| (entry[0], entry[1], name(entry))).collect()
+    data.chunks_exact(48).filter_map(feature).collect()
 }
 
 /// Refuses by name what must not be read.

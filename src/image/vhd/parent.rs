@@ -50,10 +50,8 @@ fn names(storage: &dyn Storage, header: &VhdDynamicHeader) -> Result<Vec<String>
     let mut names = Vec::new();
     for code in [LOCATOR_ABSOLUTE, LOCATOR_RELATIVE] {
         for bytes in header.parent_locators.chunks_exact(VhdParentLocator::LENGTH) {
-            let mut locator = [0; VhdParentLocator::LENGTH];
-            locator.copy_from_slice(bytes);
-            let locator = VhdParentLocator::parse(&locator);
-            if locator.platform_code == code {
+            let locator = VhdParentLocator::parse_first(bytes);
+            if let Some(locator) = locator.filter(|locator| locator.platform_code == code) {
                 names.push(read_locator(storage, &locator)?);
             }
         }
@@ -78,7 +76,8 @@ fn read_locator(storage: &dyn Storage, locator: &VhdParentLocator) -> Result<Str
 
 /// UTF-16 up to its first zero, with slashes for backslashes.
 fn decode(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> String {
-    let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]])).take_while(|unit| *unit != 0);
+    let pairs = bytes.chunks_exact(2).filter_map(|pair| pair.first_chunk().copied());
+    let units = pairs.map(unit).take_while(|unit| *unit != 0);
     char::decode_utf16(units)
         .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
         .collect::<String>()

@@ -84,8 +84,11 @@ impl LogEntry {
 impl Log {
     /// The parts of an entry before and after the ring's end.
     fn parts(&self, at: usize, length: usize) -> [&[u8]; 2] {
-        let before = length.min(self.bytes.len() - at);
-        [&self.bytes[at..at + before], &self.bytes[..length - before]]
+        let behind = self.bytes.get(at..).unwrap_or_default();
+        match behind.get(..length) {
+            Some(whole) => [whole, &[]],
+            None => [behind, self.bytes.get(..length - behind.len()).unwrap_or_default()],
+        }
     }
 
     fn entry_bytes(&self, entry: &LogEntry) -> Vec<u8> {
@@ -94,9 +97,8 @@ impl Log {
 
     /// The valid entry at `at`.
     fn entry_at(&mut self, at: usize) -> Result<Option<LogEntry>> {
-        let mut start = [0; VhdxLogHeader::LENGTH];
-        start.copy_from_slice(&self.bytes[at..at + VhdxLogHeader::LENGTH]);
-        let header = VhdxLogHeader::parse(&start);
+        let header = self.bytes.get(at..).and_then(VhdxLogHeader::parse_first);
+        let Some(header) = header else { return Ok(None) };
         let length = header.entry_length as usize;
         let whole = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= self.bytes.len();
         if header.signature != LOG_SIGNATURE
@@ -163,11 +165,11 @@ impl LogEntry {
         if descriptors > entry.len() {
             return Err(damaged("it has too many descriptors"));
         }
-        let mut data = entry[descriptors.next_multiple_of(SECTOR).min(entry.len())..].chunks_exact(SECTOR);
-        for bytes in entry[VhdxLogHeader::LENGTH..descriptors].chunks_exact(VhdxLogDescriptor::LENGTH) {
-            let mut descriptor = [0; VhdxLogDescriptor::LENGTH];
-            descriptor.copy_from_slice(bytes);
-            let descriptor = VhdxLogDescriptor::parse(&descriptor);
+        let data = entry.get(descriptors.next_multiple_of(SECTOR)..).unwrap_or_default();
+        let mut data = data.chunks_exact(SECTOR);
+        let descriptors = entry.get(VhdxLogHeader::LENGTH..descriptors).unwrap_or_default();
+        let descriptors = descriptors.chunks_exact(VhdxLogDescriptor::LENGTH);
+        for descriptor in descriptors.filter_map(VhdxLogDescriptor::parse_first) {
             if descriptor.sequence_number != self.header.sequence_number {
                 return Err(damaged("a descriptor has another sequence number"));
             }
@@ -191,11 +193,10 @@ impl LogEntry {
     /// A data sector has parts of the sequence number where the descriptor keeps its bytes (section 2.3.1.4).
     fn sector(&self, descriptor: &VhdxLogDescriptor, sector: &[u8]) -> Option<Vec<u8>> {
         let number = self.header.sequence_number.to_le_bytes();
-        let whole = sector[..4] == LOG_SECTOR_SIGNATURE
-            && sector[4..8] == number[4..]
-            && sector[SECTOR - 4..] == number[..4];
+        let (low, high) = number.split_at(4);
+        let bytes = sector.strip_prefix(&LOG_SECTOR_SIGNATURE)?.strip_prefix(high)?.strip_suffix(low)?;
         let leading = descriptor.leading_bytes_or_length.to_le_bytes();
-        whole.then(|| [&leading, &sector[8..SECTOR - 4], &descriptor.trailing_bytes[..]].concat())
+        Some([&leading, bytes, &descriptor.trailing_bytes[..]].concat())
     }
 }
 
@@ -256,13 +257,11 @@ impl Changes {
         for (start, change) in before.into_iter().chain(self.by_start.range(at..end)) {
             let (from, to) = (at.max(*start), end.min(change.end));
             if from < to {
-                let target = &mut buf[(from - at) as usize..(to - at) as usize];
-                match &change.bytes {
-                    Some(bytes) => {
-                        let first = (change.from + (from - start)) as usize;
-                        target.copy_from_slice(&bytes[first..first + target.len()]);
-                    }
-                    None => target.fill(0),
+                let target = buf.get_mut((from - at) as usize..(to - at) as usize).unwrap_or_default();
+                let first = (change.from + (from - start)) as usize;
+                match change.bytes.as_ref().map(|bytes| bytes.get(first..first + target.len())) {
+                    Some(Some(bytes)) => target.copy_from_slice(bytes),
+                    _ => target.fill(0),
                 }
             }
         }
@@ -289,9 +288,10 @@ impl Storage for ReplayedStorage {
         check_range(self, at, buf.len() as u64)?;
         // The log may have made the file larger than it is on disk.
         let inside = self.storage.file_size().saturating_sub(at.bytes()).min(buf.len() as u64) as usize;
-        buf[inside..].fill(0);
-        if inside > 0 {
-            self.storage.read_exact_at(at, &mut buf[..inside])?;
+        let (inside, behind) = buf.split_at_mut(inside);
+        behind.fill(0);
+        if !inside.is_empty() {
+            self.storage.read_exact_at(at, inside)?;
         }
         self.changes.apply(at.bytes(), buf);
         Ok(())

@@ -15,8 +15,9 @@ use super::super::inflated::InflatedUnits;
 use super::super::table::{Entry, EntryTable, TableWalk, check_disjoint};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
+use crate::header;
 use crate::header::vmdk::{MAGIC, VmdkSparseHeader};
-use crate::image::steps;
+use crate::image::{slice, steps};
 use crate::storage::Storage;
 use crate::units::{FileOffset, GIB, MIB, SECTOR};
 
@@ -113,7 +114,7 @@ impl SparseExtent {
     fn visit_table(&self, entries: &[u8], visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
         steps::count(entries.len() as u64 / 4);
         for entry in entries.chunks_exact(4) {
-            let sector = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
+            let sector = header::little(entry, 0);
             if visit(self.grain(sector), 1)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
@@ -127,8 +128,10 @@ impl SparseExtent {
         let length = 4 * u64::from(self.header.grain_table_entries);
         let most = self.storage.file_size() / length;
         let mut sectors = Vec::new();
-        let _ = self.directory.visit(0..tables, &mut |sector| {
-            sectors.extend((sector != 0).then_some(sector));
+        let _ = self.directory.visit(0..tables, &mut |sector, count| {
+            // Two that are the same are as bad as many.
+            let named = if sector == 0 { 0 } else { count.min(2) };
+            sectors.extend((0..named).map(|_| sector));
             if sectors.len() as u64 > most {
                 let what =
                     format!("the directory names more grain tables than the {most} that fit into the file");
@@ -147,8 +150,7 @@ impl SparseExtent {
             return Ok(0);
         }
         let entries = self.table(table)?;
-        let at = 4 * (grain % per_table) as usize;
-        Ok(u32::from_le_bytes([entries[at], entries[at + 1], entries[at + 2], entries[at + 3]]))
+        Ok(header::little(slice(&entries, 4 * (grain % per_table), 4)?, 0))
     }
 
     /// The grain table at that sector.
@@ -167,7 +169,7 @@ impl SparseExtent {
     fn inflate(&self, host: FileOffset) -> Result<Vec<u8>> {
         let mut marker = [0; GRAIN_MARKER];
         self.storage.read_exact_at(host, &mut marker)?;
-        let length = u64::from(u32::from_le_bytes([marker[8], marker[9], marker[10], marker[11]]));
+        let length = u64::from(header::little::<u32>(&marker, 8));
         let grain = BlockMap::block_size(self);
         // Deflate adds little to what it cannot compress; more than twice the grain is no grain.
         if length > 2 * grain + SECTOR {
@@ -247,17 +249,19 @@ impl BlockMap for SparseExtent {
         let tables = blocks.start / per_table..blocks.end.div_ceil(per_table);
         let mut walk = TableWalk::new(&*self.storage);
         let mut grain = blocks.start;
-        self.directory.visit(tables, &mut |sector| {
+        self.directory.visit(tables, &mut |sector, count| {
+            // Tables that are not there are passed at once. No table is named twice.
+            let tables_end = (grain / per_table + count).saturating_mul(per_table);
             let first = grain % per_table;
-            let count = (per_table - first).min(blocks.end - grain);
-            grain += count;
+            let grains = tables_end.min(blocks.end) - grain;
+            grain += grains;
             let table = match sector {
                 0 => None,
                 sector => walk.read(FileOffset(sector * SECTOR), 4 * per_table)?,
             };
             match table {
-                None => visit(Block::Hole, count),
-                Some(table) => self.visit_table(&table[4 * first as usize..][..4 * count as usize], visit),
+                None => visit(Block::Hole, grains),
+                Some(table) => self.visit_table(slice(table, 4 * first, 4 * grains)?, visit),
             }
         })
     }
