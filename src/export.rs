@@ -39,4 +39,4 @@ pub use staged::{StagedFile, staged_file};
 pub use state_dir::{DamagedRecord, Journal, Loaded, Publishing, Record, StateDir};
 pub use status::{JobState, Status, StatusError, StatusImage};
 #[doc(hidden)]
-pub use {lease::fuzz_lease, multipart::log::fuzz_log};
+pub use {lease::fuzz_lease, moves::fuzz_moves, multipart::intents::fuzz_intent, multipart::log::fuzz_log};

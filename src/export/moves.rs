@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use self::log::Found;
+pub use self::log::fuzz_moves;
 pub(super) use self::log::{Move, MoveLog};
 use super::job_id::JobId;
 use super::multipart::copy;

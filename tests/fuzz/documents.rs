@@ -63,10 +63,15 @@ pub fn records() -> Vec<Vec<u8>> {
 }
 
 pub fn logs() -> Vec<Vec<u8>> {
-    bytes(&["{\"upload\":{\"bucket\":\"b\",\"key\":\"k\",\"id\":\"u\",\"part_size\":8388608}}\n\
+    bytes(&[
+        "{\"upload\":{\"bucket\":\"b\",\"key\":\"k\",\"id\":\"u\",\"part_size\":8388608}}\n\
              {\"part\":{\"index\":0,\"length\":8,\"id\":\"e\"}}\n{\"part\":{\"index\":9999,\"length\":18446744073709551615,\"id\":\"e\"}}\n\
              {\"stale\":{\"index\":0}}\n{\"digest\":{\"name\":\"sha256\",\"bytes\":8,\"state\":\"00\"}}\n{\"completing\":{\"mark\":\"m\"}}\n\
-             {\"placed\":{\"size\":1,\"etag\":null,\"sha256\":\"\",\"md5\":\"\"}}\n"])
+             {\"placed\":{\"size\":1,\"etag\":null,\"sha256\":\"\",\"md5\":\"\"}}\n",
+        "{\"begin\":{\"id\":\"1\",\"bucket\":\"b\",\"from\":{\"key\":\"k\",\"object\":[3,\"t\"],\"sidecars\":{}},\"to\":null}}\n\
+         {\"made\":{\"id\":\"1\",\"etag\":null}}\n{\"end\":{\"id\":\"1\"}}\n",
+        "{\"bucket\":\"b\",\"key\":\"k\",\"at\":\"2026-11-24T12:00:00Z\",\"known\":[\"u\"],\"initiator\":null}",
+    ])
 }
 
 pub fn bucket_records() -> Vec<Vec<u8>> {

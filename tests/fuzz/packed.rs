@@ -99,6 +99,15 @@ impl PackedImage {
             .done()
     }
 
+    /// Makes a file of it, with holes between pieces.
+    pub fn write_to(&self, path: &std::path::Path) {
+        let file = std::fs::File::create(path).expect("the file can be made");
+        file.set_len(self.file_size).expect("the file can be so large");
+        for (at, bytes) in &self.pieces {
+            std::os::unix::fs::FileExt::write_all_at(&file, bytes, *at).expect("the file can be written");
+        }
+    }
+
     /// The bytes at `at`, zeros between pieces.
     pub fn read<const N: usize>(&self, at: u64) -> [u8; N] {
         let mut read = [0; N];

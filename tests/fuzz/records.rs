@@ -152,8 +152,10 @@ pub fn journal(input: &[u8]) -> bool {
     !loaded.records.is_empty()
 }
 
+/// The logs of uploads and moves, and intents of uploads.
 pub fn upload_log(input: &[u8]) -> bool {
-    freightfs::export::fuzz_log(input)
+    use freightfs::export::{fuzz_intent, fuzz_log, fuzz_moves};
+    fuzz_log(input) | fuzz_moves(input) | fuzz_intent(input)
 }
 
 /// What hosts that share a bucket put into it, and the attributes of its files.

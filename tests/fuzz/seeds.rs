@@ -55,7 +55,7 @@ fn put(file: &mut Vec<u8>, at: usize, bytes: &[u8]) {
 }
 
 /// A qcow2 of 1 MiB with its L1 table in the third cluster and an L2 table in the fourth, which has these entries.
-fn qcow2(cluster_bits: u32, entries: &[u64], backing: &str, features: u64) -> Vec<u8> {
+pub fn qcow2(cluster_bits: u32, entries: &[u64], backing: &str, features: u64) -> Vec<u8> {
     let mut header = Qcow2Header::parse(&[0; Qcow2Header::LENGTH]);
     let cluster = 1usize << cluster_bits;
     (header.magic, header.version, header.cluster_bits) = (MAGIC, 3, cluster_bits);
@@ -137,7 +137,7 @@ pub fn descriptors() -> Vec<Vec<u8>> {
 }
 
 /// A VHD of 64 KiB in blocks of 4 KiB, of which two are there; with a parent of that name, or none.
-fn vhd(parent: &str, id: u8) -> Vec<u8> {
+pub fn vhd(parent: &str, id: u8) -> Vec<u8> {
     let mut footer = VhdFooter::parse(&[0; 512]);
     (footer.cookie, footer.version, footer.data_offset) = (vhd::FOOTER_COOKIE, 0x0001_0000, 512);
     (footer.original_size, footer.current_size) = (65536, 65536);
@@ -168,10 +168,20 @@ pub fn vhd_images() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// A small disk in the first of the formats that are written and are of that image format.
+pub fn file(format: ImageFormat) -> Vec<u8> {
+    let output = OutputFormat::ALL.into_iter().find(|output| output.image_format() == format);
+    converted(&disk(200_192), output.expect("the format is written"), usize::MAX)
+        .expect("the disk fits the format")
+}
+
+pub fn vhdx() -> Vec<u8> {
+    file(ImageFormat::Vhdx)
+}
+
 /// A VHDX as it is written, with an entry in its log that changes a sector of the disk and zeros another.
-fn logged_vhdx() -> PackedImage {
-    let file = converted(&disk(200_192), OutputFormat::Vhdx, usize::MAX).expect("the disk fits the format");
-    let mut file = file;
+pub fn logged_vhdx() -> PackedImage {
+    let mut file = vhdx();
     let (entry_length, at) = (8192u32, 1 << 20);
     let size = file.len() as u64;
     let log = VhdxLogHeader {

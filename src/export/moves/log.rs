@@ -249,6 +249,18 @@ impl Inner {
     }
 }
 
+/// For the fuzz targets: reads lines about moves, as the ones that they are written as again. Returns whether there is one.
+pub fn fuzz_moves(bytes: &[u8]) -> bool {
+    let lines = bytes.split(|&byte| byte == b'\n');
+    let lines = lines.filter_map(|line| unsealed(line).or_else(|| serde_json::from_slice::<Line>(line).ok()));
+    lines.fold(false, |_, line| {
+        let text = sealed(&line).unwrap_or_default();
+        let again = unsealed::<Line>(text.as_bytes()).and_then(|line| sealed(&line).ok());
+        assert_eq!(again.as_ref(), Some(&text), "a line is read as another one than it was written");
+        true
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

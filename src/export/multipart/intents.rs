@@ -145,6 +145,14 @@ fn signed(duration: Duration) -> SignedDuration {
     SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX)
 }
 
+/// For the fuzz targets: reads an intent, as the one that it is written as again. Returns whether it is one.
+pub fn fuzz_intent(bytes: &[u8]) -> bool {
+    let intent = unsealed(bytes).or_else(|| serde_json::from_slice::<Intent>(bytes).ok());
+    let again = intent.as_ref().and_then(|intent| unsealed::<Intent>(sealed(intent).ok()?.as_bytes()));
+    assert_eq!(again, intent, "an intent is read as another one than it was written");
+    intent.is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
