@@ -48,9 +48,7 @@ impl JobQueue {
             self.spawn_counted(async move { orphans::settle_found(&context, intent).await });
         }
         let kept: Vec<_> = logs.values().map(|log| log.name().id.clone()).collect();
-        // Where hosts share a bucket, another one may go on with an upload that this one began.
-        let is_shared = self.context.settings.lease.is_some();
-        let state = if is_shared { "" } else { self.context.journal.identity() };
+        let state = self.context.journal.identity();
         for mounted in self.context.buckets.values() {
             let (bucket, state, kept) = (mounted.bucket.clone(), state.to_owned(), kept.clone());
             self.context.runtime.spawn(async move {
