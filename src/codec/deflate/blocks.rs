@@ -186,7 +186,7 @@ const fn logs() -> [u16; 1024] {
         // Between 1 and 2 by squaring: each time that the square passes 2 is one bit of the fraction.
         let (mut rest, mut fraction, mut bit) = ((value as u64) << (31 - whole), 0, 0);
         while bit < 8 {
-            rest = rest * rest >> 31;
+            rest = (rest * rest) >> 31;
             fraction <<= 1;
             if rest >= 1 << 32 {
                 fraction |= 1;

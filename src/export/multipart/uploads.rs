@@ -21,13 +21,16 @@ use crate::whole_file;
 #[derive(Clone, Debug)]
 pub(in crate::export) struct Uploads {
     directory: PathBuf,
-    gates: Arc<Mutex<HashMap<(String, ObjectKey), Weak<Gate>>>>,
+    gates: Arc<Mutex<Gates>>,
     /// Where intents go for which there may be an upload that is not known.
     doubtful: UnboundedSender<RecordedIntent>,
 }
 
 /// Held while an upload of a key is started, and while one is looked for.
 type Gate = tokio::sync::Mutex<()>;
+
+/// By the bucket's name in the mount and the key.
+type Gates = HashMap<(String, ObjectKey), Weak<Gate>>;
 
 /// What earlier processes left.
 #[derive(Debug, Default)]
