@@ -110,7 +110,7 @@ fn what_is_no_file_hangs_nothing_and_is_refused_by_name() {
             support::skip("devices in a catalog: this user cannot make any");
         } else {
             let reason = reason(&mount, id);
-            assert!(reason.contains(expected) && reason.contains(&format!("/catalog/")), "{id}: {reason}");
+            assert!(reason.contains(expected) && reason.contains("/catalog/"), "{id}: {reason}");
             assert!(std::fs::File::open(mount.path(&format!("images/{id}/{id}.raw"))).is_err(), "{id}");
         }
     }

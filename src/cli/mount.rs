@@ -117,6 +117,7 @@ impl Mounted {
     ) -> Result<Self> {
         let mountpoint = mountpoint(&arguments.mountpoint, settings)?;
         let state_path = state_path(settings, &mountpoint)?;
+        let policy = Arc::new(settings.policy()?);
         let mut mounter = Mounter::start(&mount_request(arguments, settings, &mountpoint, user))?;
         // Before there is another thread.
         let given_up = give_up(settings, &catalog, &state_path, user)?;
@@ -129,7 +130,6 @@ impl Mounted {
         given_up.iter().for_each(|layer| info!("{layer}"));
         let catalog = Catalog::new(catalog).with_workspace(Workspace::in_directory(&state.lengths()));
         let buckets = runtime.block_on(open_buckets(settings, &limits))?;
-        let policy = Arc::new(settings.policy()?);
         let metrics = Arc::new(Metrics::default());
         let jobs = job_queue(settings, &policy, &buckets, &state, &metrics, handle);
         let walks = catalog.walks();

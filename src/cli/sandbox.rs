@@ -85,7 +85,6 @@ impl Files {
             CatalogSetting::Directory(path) => files.read.push(path.clone()),
             CatalogSetting::Bucket { .. } => {}
         }
-        files.read.extend(Some(PathBuf::from(&settings.policy)).filter(|policy| policy.is_file()));
         files.write.push(state.to_owned());
         for bucket in &settings.buckets {
             let url = url::Url::parse(&bucket.url).ok().filter(|url| url.scheme() == "file");

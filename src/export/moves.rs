@@ -154,7 +154,7 @@ impl Moves {
                 };
             }
         };
-        let shown = Shown { is_made: true, is_replaced: true };
+        let shown = Shown { is_made: true, is_replaced: true, is_there_again: false };
         let left = match self.follow(bucket, &begun, &looked, shown).await {
             Ok(()) => {
                 self.log.end(&begun.id);
@@ -201,7 +201,8 @@ impl Moves {
         exclusive: bool,
     ) -> Result<ObjectMeta> {
         let Some(target) = &begun.to else { return Err(Error::new(ErrorKind::Internal, "not a rename")) };
-        let replaces = if exclusive { Replaces::Nothing } else { Replaces::Anything };
+        // Nothing else than what the line says is replaced.
+        let replaces = if exclusive { Replaces::Nothing } else { target.replaces() };
         failpoint::pass(Step::CopyPlace)?;
         let renamed = bucket.rename(source, &target.key, &replaces).await?;
         let made = match &renamed {
@@ -256,7 +257,7 @@ impl Moves {
                 (progress.map(|_| true), left)
             }
             (Ok(()), Some(begun)) => {
-                let shown = Shown { is_made: false, is_replaced: false };
+                let shown = Shown { is_made: false, is_replaced: false, is_there_again: false };
                 match self.follow(bucket, &begun, &Looked::new(), shown).await {
                     Ok(()) => {
                         self.log.end(&begun.id);
@@ -302,6 +303,12 @@ impl Moves {
                     info!(key = %left.from.key, "an interrupted rename or removal is over: {progress:?}");
                     return;
                 }
+                // Its names are not to wait for what will never be.
+                Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly) => {
+                    warn!(key = %left.from.key, "a rename or a removal stays half-done: {}", error.report());
+                    self.log.end(&left.id);
+                    return;
+                }
                 Err(error) => warn!("a rename or a removal is not over: {}", error.report()),
             }
             tokio::select! {
@@ -322,12 +329,17 @@ impl Moves {
         let has_source = left.from.is(source.as_ref());
         let is_made = is_made(bucket, left, source.as_ref().filter(|_| has_source), target.as_ref()).await?;
         let progress = Progress::of(has_source, is_made);
+        // What follows says which object it is of.
+        let made = target.as_ref().filter(|_| is_made).map(|target| target.etag.clone());
+        let left = &Move { made, ..left.clone() };
         if progress == Progress::Made {
             remove_source(bucket, left).await?;
         }
         if progress != Progress::Unmade {
             let is_replaced = left.to.as_ref().is_some_and(|to| !to.is(target.as_ref()));
-            self.follow(bucket, left, &Looked::new(), Shown { is_made, is_replaced }).await?;
+            let is_there_again = !has_source && left.from.is_equal(source.as_ref()) && source.is_some();
+            let shown = Shown { is_made, is_replaced, is_there_again };
+            self.follow(bucket, left, &Looked::new(), shown).await?;
         }
         self.log.end(&left.id);
         Ok((progress, target.filter(|_| is_made)))
@@ -348,7 +360,9 @@ impl Moves {
                 }
             }
         }
-        for (&sidecar, replaces) in &moved.from.sidecars {
+        // What is true of equal bytes that somebody has put there again is theirs.
+        let removed = moved.from.sidecars.iter().filter(|_| !shown.is_there_again);
+        for (&sidecar, replaces) in removed {
             remove_sidecar(bucket, &moved.from.key, sidecar, replaces).await?;
         }
         Ok(())
@@ -373,10 +387,15 @@ impl Moves {
             },
         };
         let etag = moved.made.clone().flatten();
-        let bytes = sidecars::renamed(bucket, &to.key, sidecar, &bytes, etag)?;
+        let bytes = sidecars::renamed(bucket, &to.key, sidecar, &bytes, etag.clone())?;
         let known = to.sidecars.get(&sidecar).cloned().unwrap_or(Replaces::Nothing);
         failpoint::pass(Step::SidecarMove)?;
-        sidecars::write(bucket, &to.key, sidecar, bytes, known, |_| async { Ok(true) }).await.map(drop)
+        // Where somebody has put another object there meanwhile, what stands beside it is theirs.
+        let may = |_| async {
+            let there = bucket.head(&to.key).await?;
+            Ok(there.is_some_and(|there| there.etag == etag))
+        };
+        sidecars::write(bucket, &to.key, sidecar, bytes, known, may).await.map(drop)
     }
 
     fn has_sidecars(&self, key: &ObjectKey) -> bool {
@@ -406,12 +425,15 @@ struct Shown {
     is_made: bool,
     /// Whether what it had before is gone.
     is_replaced: bool,
+    /// Whether equal bytes were put under the old name again.
+    is_there_again: bool,
 }
 
-/// Whether an error says that nothing was done.
+/// Whether an error says that nothing was done. What says that something is another one than before can be the answer to
+/// a request that was made twice, so the bucket is asked.
 fn was_refused(error: &Error) -> bool {
-    use ErrorKind::{AlreadyExists, Conflict, NoSpace, NotFound, PermissionDenied, ReadOnly, SourceChanged};
-    let refusals = [AlreadyExists, Conflict, NoSpace, NotFound, PermissionDenied, ReadOnly, SourceChanged];
+    use ErrorKind::{NoSpace, PermissionDenied, ReadOnly};
+    let refusals = [NoSpace, PermissionDenied, ReadOnly];
     !error.is_transient() && refusals.contains(&error.kind())
 }
 
@@ -437,8 +459,11 @@ async fn is_made(
     }
 }
 
-/// Removes the object under its old name. What somebody else has put there meanwhile stays.
+/// Removes the object under its old name. What somebody else has put there meanwhile stays, equal bytes too.
 async fn remove_source(bucket: &Bucket, moved: &Move) -> Result<()> {
+    if !moved.from.is(bucket.head(&moved.from.key).await?.as_ref()) {
+        return Ok(());
+    }
     failpoint::pass(Step::ObjectRemove)?;
     unless_replaced(bucket.delete_if(&moved.from.key, &moved.from.replaces()).await)
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,10 @@ pub(super) struct Found {
     pub(super) key: ObjectKey,
     /// The object: its bytes and its entity tag.
     pub(super) object: Option<(u64, Option<String>)>,
+    /// When it was last written, by the store's clock: equal bytes that were put there again are another object. Absent
+    /// from what earlier versions recorded.
+    #[serde(default)]
+    pub(super) modified: Option<SystemTime>,
     /// The sidecars that are ours, by their entity tags.
     pub(super) sidecars: BTreeMap<Sidecar, Replaces>,
 }
@@ -50,11 +55,17 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn new(key: &ObjectKey, meta: Option<&ObjectMeta>) -> Self {
         let object = meta.map(|meta| (meta.object_size, meta.etag.clone()));
-        Self { key: key.clone(), object, sidecars: BTreeMap::new() }
+        let modified = meta.map(|meta| meta.modified);
+        Self { key: key.clone(), object, modified, sidecars: BTreeMap::new() }
     }
 
     /// Whether the object is the one that stood there.
     pub(super) fn is(&self, meta: Option<&ObjectMeta>) -> bool {
+        self.is_equal(meta) && (self.modified.is_none() || self.modified == meta.map(|meta| meta.modified))
+    }
+
+    /// Whether the object has the bytes of the one that stood there, as far as its entity tag tells.
+    pub(super) fn is_equal(&self, meta: Option<&ObjectMeta>) -> bool {
         self.object == meta.map(|meta| (meta.object_size, meta.etag.clone()))
     }
 
@@ -217,10 +228,14 @@ impl Inner {
                     }
                 }
                 Some(Line::End { id }) => drop(self.open.remove(&id)),
-                None => warn!(
-                    path = %self.path.display(),
-                    "a line about a rename or a removal is damaged: that one is not finished"
-                ),
+                // It may have said that one of those before it is over.
+                None => {
+                    warn!(
+                        path = %self.path.display(),
+                        "a line about renames and removals is damaged: those before it are not finished"
+                    );
+                    self.open.clear();
+                }
             }
         }
         Ok(())
@@ -267,9 +282,15 @@ mod tests {
 
     fn moved(id: &str, key: &str) -> Move {
         let key = ObjectKey::parse(key).unwrap();
-        let mut from = Found { key, object: Some((3, Some("\"t\"".into()))), sidecars: BTreeMap::new() };
+        let mut from =
+            Found { key, object: Some((3, Some("\"t\"".into()))), modified: None, sidecars: BTreeMap::new() };
         from.sidecars.insert(Sidecar::Status, Replaces::Tag("\"s\"".into()));
-        let to = Found { key: ObjectKey::parse("to").unwrap(), object: None, sidecars: BTreeMap::new() };
+        let to = Found {
+            key: ObjectKey::parse("to").unwrap(),
+            object: None,
+            modified: None,
+            sidecars: BTreeMap::new(),
+        };
         Move { id: id.into(), bucket: "b".into(), from, to: Some(to), made: None }
     }
 
@@ -303,6 +324,39 @@ mod tests {
             fs::write(&path, damaged).unwrap();
             assert!(left(&path).iter().all(|left| ["1", "2"].contains(&left.id.as_str())));
         }
+    }
+
+    #[test]
+    fn equal_bytes_that_were_put_there_again_are_another_object() {
+        let key = ObjectKey::parse("k").unwrap();
+        let meta = |seconds| ObjectMeta {
+            key: key.clone(),
+            object_size: 3,
+            modified: SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds),
+            etag: Some("\"t\"".into()),
+        };
+        let found = Found::new(&key, Some(&meta(1)));
+        assert!(found.is(Some(&meta(1))) && !found.is(Some(&meta(2))) && found.is_equal(Some(&meta(2))));
+        let text = serde_json::to_string(&found).unwrap();
+        assert_eq!(serde_json::from_str::<Found>(&text).unwrap(), found);
+        let earlier = serde_json::json!({"key": "k", "object": [3, "\"t\""], "sidecars": {}});
+        let earlier: Found = serde_json::from_value(earlier).unwrap();
+        assert!(earlier.is(Some(&meta(2))) && !earlier.is(None));
+    }
+
+    #[test]
+    fn a_damaged_line_may_have_ended_those_before_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("moves");
+        let log = MoveLog::new(path.clone());
+        log.begin(moved("1", "a.raw")).unwrap();
+        let begun = fs::read(&path).unwrap().len();
+        log.end("1");
+        log.begin(moved("2", "c")).unwrap();
+        let mut text = fs::read(&path).unwrap();
+        text[begun + 5] ^= 1;
+        fs::write(&path, text).unwrap();
+        assert_eq!(left(&path), [moved("2", "c")]);
     }
 
     #[tokio::test]
