@@ -92,7 +92,7 @@ impl Move {
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Line {
-    Begin(Move),
+    Begin(Box<Move>),
     /// The object is there under its new name.
     Made {
         id: String,
@@ -146,7 +146,7 @@ impl MoveLog {
         let mut inner = self.inner.lock();
         let place = inner.path.display().to_string();
         let failed = |e| Error::from_io("cannot record what is about to be done", e).in_file(&place);
-        let file = inner.append(&Line::Begin(begun.clone())).map_err(failed)?;
+        let file = inner.append(&Line::Begin(Box::new(begun.clone()))).map_err(failed)?;
         let id = begun.id.clone();
         inner.open.insert(id.clone(), begun);
         drop(inner);
@@ -221,7 +221,7 @@ impl Inner {
         self.length = whole as u64;
         for line in text[..whole].split_inclusive(|&byte| byte == b'\n') {
             match unsealed(line) {
-                Some(Line::Begin(begun)) => drop(self.open.insert(begun.id.clone(), begun)),
+                Some(Line::Begin(begun)) => drop(self.open.insert(begun.id.clone(), *begun)),
                 Some(Line::Made { id, etag }) => {
                     if let Some(open) = self.open.get_mut(&id) {
                         open.made = Some(etag);
