@@ -340,7 +340,7 @@ fn what_the_dead_left_in_a_local_bucket_is_removed_and_nothing_that_somebody_may
         age(&format!("uploads/{kept}"), 8);
         age(&format!("uploads/{foreign}"), 8);
         other.sweep("state 2", Vec::new()).await.unwrap();
-        assert_eq!(uploads(), [foreign.clone()]);
+        assert_eq!(uploads(), [foreign.as_str()]);
         assert_eq!(own_files(path, "locks").len(), 2, "the lock of the dead one stays");
         drop(other);
         // Another kernel's lock says nothing.
@@ -348,7 +348,7 @@ fn what_the_dead_left_in_a_local_bucket_is_removed_and_nothing_that_somebody_may
         std::fs::write(&lock, "another boot\nstate 1\n").unwrap();
         age(&format!("uploads/{foreign}"), 6);
         one.sweep("state 1", Vec::new()).await.unwrap();
-        assert_eq!(uploads(), [foreign.clone()]);
+        assert_eq!(uploads(), [foreign.as_str()]);
         age(&format!("uploads/{foreign}"), 8);
         one.sweep("state 1", Vec::new()).await.unwrap();
         assert_eq!((uploads().len(), lock.exists()), (0, true), "somebody may hold it elsewhere");

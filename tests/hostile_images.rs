@@ -1,6 +1,8 @@
 //! Images made to harm, at least one for each thing that readers must withstand, through info and convert. Each is
 //! refused with its reason, or served, in bounded memory. What they cost in steps, `hostile.rs` counts.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+// The harness is the fuzz targets' too, which have no `support`: both have some files of it.
+#![allow(clippy::duplicate_mod)]
 
 #[path = "fuzz/harness.rs"]
 mod harness;

@@ -104,7 +104,7 @@ fn is_start(request: &Request, key: &str) -> bool {
 /// The ids of the unfinished uploads of a bucket.
 fn pending(setup: &Setup) -> Vec<String> {
     let listed = uploads(&setup.endpoint, &setup.bucket);
-    let id = |line: &str| line.split('\t').last().map(str::to_owned);
+    let id = |line: &str| line.split('\t').next_back().map(str::to_owned);
     listed.lines().filter(|line| line.trim() != "None").filter_map(id).collect()
 }
 

@@ -56,7 +56,7 @@ impl PackedImage {
         packed.extend((tail as u32).to_le_bytes());
         let mut end = 0u64;
         for (at, bytes) in &self.pieces {
-            for (index, part) in bytes.chunks((u16::MAX as usize + 1) / 2).enumerate() {
+            for (index, part) in bytes.chunks((u16::MAX as usize).div_ceil(2)).enumerate() {
                 let at = at + index as u64 * (1 << 15);
                 let skip = at.saturating_sub(end.next_multiple_of(SECTOR)) / SECTOR;
                 packed.extend((skip as u32).to_le_bytes());

@@ -69,7 +69,7 @@ pub fn qcow2(cluster_bits: u32, entries: &[u64], backing: &str, features: u64) -
         put(&mut file, 256, backing.as_bytes());
     }
     put(&mut file, 0, &header.encode());
-    put(&mut file, 2 * cluster, &words([3 * cluster as u64 | 1 << 63]));
+    put(&mut file, 2 * cluster, &words([(3 * cluster as u64) | (1 << 63)]));
     put(&mut file, 3 * cluster, &words(entries.iter().copied()));
     put(&mut file, 4 * cluster, &[7; 512]);
     put(&mut file, 5 * cluster, &[9; 300]);
@@ -78,7 +78,7 @@ pub fn qcow2(cluster_bits: u32, entries: &[u64], backing: &str, features: u64) -
 
 pub fn qcow2_images() -> Vec<Vec<u8>> {
     let mut seeds = written(ImageFormat::Qcow2);
-    let small = [4 * 512 | 1 << 63, 0, 1, 5 * 512 | 1 << 63];
+    let small = [(4 * 512) | (1 << 63), 0, 1, (5 * 512) | (1 << 63)];
     seeds.push(PackedImage::of(options(0), &qcow2(9, &small, "", 0)).pack());
     let large = [4 << 16 | 1 << 63, 0x0f0f | 0xf0 << 32, 0, 1 << 33, 5 << 16, 3];
     seeds.push(PackedImage::of(options(1), &qcow2(16, &large, "", 1 << 4)).pack());
@@ -229,7 +229,7 @@ pub fn zvhd_images() -> Vec<Vec<u8>> {
 pub fn chains() -> Vec<Vec<u8>> {
     let raw = || (ImageFormat::Raw, PackedImage::of(PLAIN, &Random(3).bytes(9000)));
     let over = |name: &str| {
-        let entries = [4 * 512 | 1 << 63, 0, 1, 0];
+        let entries = [(4 * 512) | (1 << 63), 0, 1, 0];
         (ImageFormat::Qcow2, PackedImage::of(options(2), &qcow2(9, &entries, name, 0)))
     };
     let vhd = |name: &str, id| (ImageFormat::Vhd, PackedImage::of(options(0), &vhd(name, id)));
