@@ -4,8 +4,10 @@
 mod support;
 
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use support::mount::Mount;
+use support::proxied::until;
 use support::targets::targets;
 use support::{can_mount, command, freightfs, has, images, run, succeed, text};
 
@@ -61,6 +63,51 @@ fn files_whose_names_end_like_a_disk_format_have_sidecars_and_no_others_do() {
         std::fs::write(mount.key("notes.txt"), "again").unwrap();
         assert!(with_sidecars("notes.txt").iter().all(|name| mount.key(name).exists()), "{}", target.name);
         succeed(command("sha256sum").args(["-c", "notes.txt.sha256"]).current_dir(mount.key("")));
+        mount.unmount();
+    }
+}
+
+#[test]
+fn an_equal_export_under_the_old_name_of_a_rename_stays_when_the_end_of_that_was_not_recorded() {
+    if !can_mount() {
+        return;
+    }
+    // A raw file does not depend on when its source was made.
+    let export = |mount: &Mount| {
+        mount.cp(&mount.path("images/noise/noise.raw"), "k.raw");
+        assert_eq!(mount.wait("k.raw")["status"], "SUCCESS");
+    };
+    let seconds = || SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    for mut target in targets("again") {
+        images::noise(&target.world.catalog(), 1 << 20);
+        target.world.environment.push(("FREIGHTFS_FAILPOINT".to_owned(), "move-end:1:kill".to_owned()));
+        let mount = target.mount();
+        export(&mount);
+        let exported = seconds();
+        run(command("mv").arg(mount.key("k.raw")).arg(mount.key("moved.raw")));
+        until("the daemon's end", || target.world.is_dead());
+        drop(mount);
+        target.world.environment.pop();
+        // Stores count seconds.
+        while seconds() <= exported {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let (other, mount) = target.other();
+        images::noise(&other.catalog(), 1 << 20);
+        export(&mount);
+        mount.unmount();
+        target.mount().unmount();
+        let mount = target.mount();
+        assert_eq!(
+            tree(&mount.key("")),
+            [with_sidecars("k.raw"), with_sidecars("moved.raw")].concat(),
+            "{}",
+            target.name
+        );
+        for name in ["k.raw", "moved.raw"] {
+            succeed(command("sha256sum").arg("-c").arg(format!("{name}.sha256")).current_dir(mount.key("")));
+            assert_eq!(mount.status(name)["status"], "SUCCESS");
+        }
         mount.unmount();
     }
 }

@@ -4,7 +4,7 @@
 //! first of these steps a line in the state directory says what there was, with entity tags, and what is to be; that is
 //! the one sync that a rename costs. What is left to be done after a crash, or a request that failed, is a function of
 //! what the bucket shows, [`Progress::of`] and then the row of [`TABLE`]. Nothing is removed that has another entity tag
-//! than the line says.
+//! than the line says, or was written at another time: equal bytes that somebody has put there again are theirs.
 
 mod log;
 
@@ -144,8 +144,8 @@ impl Moves {
             Err(error) => return (Err(error), None),
         };
         let renamed = |to| Ok(Renamed { from: source.clone(), to });
-        let made = match self.act(bucket, &mut begun, &source, exclusive).await {
-            Ok(made) => made,
+        let (made, is_there_again) = match self.act(bucket, &mut begun, &source, exclusive).await {
+            Ok(done) => done,
             Err(error) => {
                 return match self.recover(bucket, begun, error.clone()).await {
                     (Ok(Some(made)), left) => (renamed(made), left),
@@ -154,7 +154,7 @@ impl Moves {
                 };
             }
         };
-        let shown = Shown { is_made: true, is_replaced: true, is_there_again: false };
+        let shown = Shown { is_made: true, is_replaced: true, is_there_again };
         let left = match self.follow(bucket, &begun, &looked, shown).await {
             Ok(()) => {
                 self.log.end(&begun.id);
@@ -192,14 +192,15 @@ impl Moves {
         Ok((self.begin(bucket, found, Some(replaced)).await?, source, looked))
     }
 
-    /// Makes the object under its new name, and removes it under its old one.
+    /// Makes the object under its new name, and removes it under its old one. Says whether somebody has put equal bytes
+    /// there meanwhile.
     async fn act(
         &self,
         bucket: &Bucket,
         begun: &mut Move,
         source: &ObjectMeta,
         exclusive: bool,
-    ) -> Result<ObjectMeta> {
+    ) -> Result<(ObjectMeta, bool)> {
         let Some(target) = &begun.to else { return Err(Error::new(ErrorKind::Internal, "not a rename")) };
         // Nothing else than what the line says is replaced.
         let replaces = if exclusive { Replaces::Nothing } else { target.replaces() };
@@ -215,11 +216,12 @@ impl Moves {
             }
         };
         begun.made = Some(made.etag.clone());
-        if renamed.is_none() {
-            self.log.made(&begun.id, made.etag.as_deref());
-            remove_source(bucket, begun).await?;
+        if renamed.is_some() {
+            return Ok((made, false));
         }
-        Ok(made)
+        self.log.made(&begun.id, made.etag.as_deref());
+        let is_there_again = remove_source(bucket, begun).await?;
+        Ok((made, is_there_again))
     }
 
     /// Removes an object and what stands beside it. Says whether there was one.
@@ -332,12 +334,12 @@ impl Moves {
         // What follows says which object it is of.
         let made = target.as_ref().filter(|_| is_made).map(|target| target.etag.clone());
         let left = &Move { made, ..left.clone() };
-        if progress == Progress::Made {
-            remove_source(bucket, left).await?;
-        }
+        let is_there_again = match progress {
+            Progress::Made => remove_source(bucket, left).await?,
+            _ => left.from.is_there_again(source.as_ref()),
+        };
         if progress != Progress::Unmade {
             let is_replaced = left.to.as_ref().is_some_and(|to| !to.is(target.as_ref()));
-            let is_there_again = !has_source && left.from.is_equal(source.as_ref()) && source.is_some();
             let shown = Shown { is_made, is_replaced, is_there_again };
             self.follow(bucket, left, &Looked::new(), shown).await?;
         }
@@ -459,13 +461,20 @@ async fn is_made(
     }
 }
 
-/// Removes the object under its old name. What somebody else has put there meanwhile stays, equal bytes too.
-async fn remove_source(bucket: &Bucket, moved: &Move) -> Result<()> {
-    if !moved.from.is(bucket.head(&moved.from.key).await?.as_ref()) {
-        return Ok(());
+/// Removes the object under its old name. What somebody else has put there meanwhile stays; says whether that has equal
+/// bytes, which the entity tag does not tell.
+async fn remove_source(bucket: &Bucket, moved: &Move) -> Result<bool> {
+    let look = || bucket.head(&moved.from.key);
+    // An answer can be damaged on its way: it takes two to leave something where it is.
+    if !moved.from.is(look().await?.as_ref()) {
+        let there = look().await?;
+        if !moved.from.is(there.as_ref()) {
+            return Ok(moved.from.is_there_again(there.as_ref()));
+        }
     }
     failpoint::pass(Step::ObjectRemove)?;
-    unless_replaced(bucket.delete_if(&moved.from.key, &moved.from.replaces()).await)
+    unless_replaced(bucket.delete_if(&moved.from.key, &moved.from.replaces()).await)?;
+    Ok(false)
 }
 
 async fn remove_sidecar(

@@ -64,8 +64,13 @@ impl Found {
         self.is_equal(meta) && (self.modified.is_none() || self.modified == meta.map(|meta| meta.modified))
     }
 
-    /// Whether the object has the bytes of the one that stood there, as far as its entity tag tells.
-    pub(super) fn is_equal(&self, meta: Option<&ObjectMeta>) -> bool {
+    /// Whether the object has the bytes of the one that stood there, as far as its entity tag tells, and was put there
+    /// later.
+    pub(super) fn is_there_again(&self, meta: Option<&ObjectMeta>) -> bool {
+        meta.is_some() && self.is_equal(meta) && !self.is(meta)
+    }
+
+    fn is_equal(&self, meta: Option<&ObjectMeta>) -> bool {
         self.object == meta.map(|meta| (meta.object_size, meta.etag.clone()))
     }
 
@@ -336,7 +341,10 @@ mod tests {
             etag: Some("\"t\"".into()),
         };
         let found = Found::new(&key, Some(&meta(1)));
-        assert!(found.is(Some(&meta(1))) && !found.is(Some(&meta(2))) && found.is_equal(Some(&meta(2))));
+        assert!(
+            found.is(Some(&meta(1))) && !found.is(Some(&meta(2))) && found.is_there_again(Some(&meta(2)))
+        );
+        assert!(!found.is_there_again(Some(&meta(1))) && !found.is_there_again(None));
         let text = serde_json::to_string(&found).unwrap();
         assert_eq!(serde_json::from_str::<Found>(&text).unwrap(), found);
         let earlier = serde_json::json!({"key": "k", "object": [3, "\"t\""], "sidecars": {}});
