@@ -45,7 +45,7 @@ use parking_lot::Mutex;
 
 pub use block_cache::BlockCache;
 use block_cache::next_number;
-pub use key::{CONTROL_PREFIX, ObjectKey};
+pub use key::{CONTROL_PREFIX, ObjectKey, random};
 pub use limits::IN_FLIGHT;
 pub use object_file::{ObjectFile, wait};
 pub use own_files::OwnFile;

@@ -129,8 +129,8 @@ pub(super) fn unique() -> String {
     format!("{}-{:016x}", std::process::id(), random())
 }
 
-/// A random number.
-pub(super) fn random() -> u64 {
+/// A random number that no other host has: its seed is the operating system's, at each call.
+pub fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::hash::RandomState::new().build_hasher().finish()
 }

@@ -6,6 +6,7 @@ use std::ops::Deref;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::bucket::random;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Longest id of a job that is taken; ours have 29 bytes.
@@ -28,13 +29,10 @@ impl JobId {
 
     /// One that sorts after another too, whatever the clock says.
     pub(super) fn after(last: Option<&str>) -> Self {
-        use std::hash::{BuildHasher, Hasher};
-        // RandomState is seeded by the operating system and differs at each call.
-        let random = std::hash::RandomState::new().build_hasher().finish();
         let now = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or_default();
         let last = last.and_then(|id| u64::from_str_radix(id.split_once('-')?.0, 16).ok());
         let time = last.map_or(now, |last| now.max(last.saturating_add(1))).min(LAST_TIME);
-        Self(format!("{time:012x}-{random:016x}"))
+        Self(format!("{time:012x}-{:016x}", random()))
     }
 
     /// Checks an id.

@@ -16,7 +16,7 @@ use super::multipart::intents::RecordedIntent;
 use super::multipart::uploads::Uploads;
 use super::request::{JobRequest, JobSource};
 use super::status::Status;
-use crate::bucket::{ObjectKey, Replaces};
+use crate::bucket::{ObjectKey, Replaces, random};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
 use crate::whole_file;
@@ -201,14 +201,10 @@ impl StateDir {
 /// The identity of a state directory, made when it has none.
 fn identity(directory: &Path) -> std::io::Result<String> {
     let path = directory.join("id");
-    let mut known = Vec::new();
-    if let Ok(file) = File::open(&path) {
-        file.take(IDENTITY as u64 + 1).read_to_end(&mut known)?;
-    }
-    match String::from_utf8(known) {
+    match whole_file::read_text(&path, IDENTITY as u64) {
         Ok(known) if known.len() == IDENTITY && known.bytes().all(|c| c.is_ascii_hexdigit()) => Ok(known),
         _ => {
-            let new = format!("{:032x}", fastrand::u128(..));
+            let new = format!("{:016x}{:016x}", random(), random());
             let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
             file.write_all(new.as_bytes())?;
             file.as_file().sync_all()?;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::bucket::{ObjectKey, PendingUpload, PendingUploads, START_LIMIT};
+use crate::bucket::{ObjectKey, PendingUpload, PendingUploads, START_LIMIT, random};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::sealed::{sealed, unsealed};
 use crate::failpoint::{self, Step};
@@ -101,7 +101,7 @@ impl Intent {
 
     /// Records it under a new name that begins like this; durable when this returns.
     pub(super) fn record(self, directory: &Path, name: &str) -> Result<RecordedIntent> {
-        let path = directory.join(format!("{name}-{:016x}.{SUFFIX}", fastrand::u64(..)));
+        let path = directory.join(format!("{name}-{:016x}.{SUFFIX}", random()));
         let place = path.display().to_string();
         let failed = |e| Error::from_io("cannot record that an upload begins", e).in_file(&place);
         failpoint::pass(Step::UploadIntent)?;

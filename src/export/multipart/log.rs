@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
-use crate::bucket::{MAX_PARTS, ObjectKey};
+use crate::bucket::{MAX_PARTS, ObjectKey, random};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::sealed::{opened, sealed};
 use crate::failpoint::{self, Step};
@@ -123,7 +123,7 @@ impl Line {
 
 /// How the name of a log ends that is no job's any more, each differently.
 pub(super) fn given_up() -> String {
-    format!("given-up-{:016x}.parts", fastrand::u64(..))
+    format!("given-up-{:016x}.parts", random())
 }
 
 /// An upload under way, with its log.

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::digests::Digests;
 use super::log::{Placed, UploadLog};
 use super::uploads::{Uploads, abort, blocking};
-use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
+use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags, random};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
 use crate::units::MIB;
@@ -94,7 +94,7 @@ impl Target<'_> {
     async fn put_by_upload(&self, bytes: &Bytes) -> Result<ObjectMeta> {
         let (bucket, part_size) = (self.bucket, self.bucket.part_size_for(bytes.len() as u64)?);
         // A log of its own: no later process goes on with it.
-        let log_id = format!("put-{}", fastrand::u64(..));
+        let log_id = format!("put-{}", random());
         let log = self.uploads.begin(bucket, self.key, self.tags, part_size, &log_id).await?;
         let put = bucket.put_by_upload(self.key, &log.name().id, bytes.clone(), self.replaces).await;
         match &put {
