@@ -10,6 +10,8 @@ pub mod images;
 pub mod packed;
 #[path = "../support/random.rs"]
 pub mod random;
+#[path = "../support/reasons.rs"]
+pub mod reasons;
 pub mod records;
 pub mod seal;
 pub mod seeds;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use freightfs::convert::{CompressedFile, ConvertedFile, Workspace};
-use freightfs::error::{Error, ErrorKind, Result};
+use freightfs::error::{Error, Result};
 use freightfs::extent::{AllocationMap, Extent, is_zero};
 use freightfs::format::{ImageFormat, OutputFormat};
 use freightfs::image::{
@@ -19,19 +19,9 @@ use freightfs::vfile::VirtualFile;
 
 use super::packed::{PackedImage, Reader};
 use super::random::Random;
+use super::reasons::REASONS;
 use super::seal::seal;
 use super::sparse::{Reopened, SparseFile};
-
-/// Reasons for which bytes may be refused. Anything else, an overflow or a read behind the end, is our own mistake.
-const REASONS: [ErrorKind; 7] = [
-    ErrorKind::CorruptImage,
-    ErrorKind::Unsupported,
-    ErrorKind::Encrypted,
-    ErrorKind::Incomplete,
-    ErrorKind::TooLarge,
-    ErrorKind::ReferenceDenied,
-    ErrorKind::NotFound,
-];
 
 /// The formats, as inputs count them.
 const FORMATS: [ImageFormat; 8] = [

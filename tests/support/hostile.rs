@@ -3,13 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use freightfs::error::{ErrorKind, Result};
+use freightfs::error::Result;
 use freightfs::format::ImageFormat;
 use freightfs::image::{ClosedGate, DiskImage, ReferenceGate, open_image};
 use freightfs::storage::{MemoryStorage, Storage};
 use freightfs::units::VirtualOffset;
 
 use super::images::Random;
+use super::reasons::REASONS;
 
 /// Opens an image that may refer to nothing.
 pub fn open(format: ImageFormat, storage: Arc<dyn Storage>) -> Result<Arc<dyn DiskImage>> {
@@ -37,17 +38,6 @@ pub fn read_all(format: ImageFormat, bytes: Vec<u8>) -> Result<Vec<u8>> {
     }
     Ok(content)
 }
-
-/// What damaged bytes may give: errors that say so. Anything else, an overflow or a read behind the end, is our own.
-const REASONS: [ErrorKind; 7] = [
-    ErrorKind::CorruptImage,
-    ErrorKind::Unsupported,
-    ErrorKind::Encrypted,
-    ErrorKind::Incomplete,
-    ErrorKind::TooLarge,
-    ErrorKind::ReferenceDenied,
-    ErrorKind::NotFound,
-];
 
 /// Damages `image` in many ways where its tables are, which is where anything but zeros is near in these bytes. Each gives content or one of [`REASONS`], and nothing panics. Damage that is
 /// never refused tests nothing.

@@ -10,6 +10,7 @@ pub mod mount;
 pub mod proxied;
 pub mod proxy;
 pub mod random;
+pub mod reasons;
 pub mod s3;
 pub mod sparse;
 pub mod targets;
