@@ -499,6 +499,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn links_are_copied_instead_of_renamed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let store = LocalStore::open(directory.path(), Duration::MAX).unwrap();
+        std::fs::create_dir(path("d")).unwrap();
+        std::fs::write(path("one"), "bytes").unwrap();
+        std::os::unix::fs::symlink("one", path("link")).unwrap();
+        let key = |text| ObjectKey::parse(text).unwrap();
+        let is_renamed =
+            async |from, to| store.rename(&key(from), None, &key(to), &Replaces::Anything).await.unwrap();
+        assert!(!is_renamed("link", "d/link").await);
+        std::fs::hard_link(path("one"), path("two")).unwrap();
+        assert!(!is_renamed("one", "two").await);
+        std::fs::remove_file(path("two")).unwrap();
+        assert!(is_renamed("one", "d/one").await);
+        assert_eq!(std::fs::read_to_string(path("d/one")).unwrap(), "bytes");
+    }
+
+    #[tokio::test]
     async fn a_thread_that_nobody_waits_for_any_more_keeps_its_place() {
         let directory = std::env::temp_dir();
         let store = LocalStore::open(&directory, Duration::MAX).unwrap();

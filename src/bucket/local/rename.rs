@@ -3,7 +3,8 @@
 use std::fs::File;
 
 use nix::errno::Errno;
-use nix::fcntl::renameat;
+use nix::fcntl::{AtFlags, renameat};
+use nix::sys::stat::fstatat;
 
 use super::directory::{failed, is_file};
 use super::{LocalStore, check, tag};
@@ -12,7 +13,8 @@ use crate::bucket::replaces::Replaces;
 use crate::error::{Error, ErrorKind, Result};
 
 impl LocalStore {
-    /// Gives a file another name, durably. Says no where the names are on two filesystems.
+    /// Gives a file another name, durably. Says no where the names are on two filesystems, and for links: a symbolic one
+    /// would lead elsewhere from another directory, and of two names of one file the kernel removes none.
     pub(super) fn rename_now(
         &self,
         from: &ObjectKey,
@@ -29,6 +31,11 @@ impl LocalStore {
             return Err(Error::new(ErrorKind::SourceChanged, "the object changed since it was looked up"));
         }
         check(replaces, self.directory.stat(to.as_str())?.as_ref())?;
+        let itself = fstatat(&old_parent, old_name, AtFlags::AT_SYMLINK_NOFOLLOW);
+        let itself = itself.map_err(|e| failed("cannot rename the object", e))?;
+        if !is_file(&itself) || itself.st_nlink > 1 {
+            return Ok(false);
+        }
         match renameat(&old_parent, old_name, &parent, name) {
             Err(Errno::EXDEV) => return Ok(false),
             renamed => renamed.map_err(|e| failed("cannot rename the object", e))?,
