@@ -1,0 +1,15 @@
+//! What of a file the store has already, in the object that is replaced or as zeros, and which parts follow from it.
+//!
+//! [`Chunker`] cuts the file where its content says so, [`ChunkIndex`] knows where the chunks of the old object are, and
+//! [`Planner`] makes parts of both. All three are functions of the bytes that they are given: no store, no clock.
+
+pub(in crate::export) mod chunker;
+pub(in crate::export) mod index;
+pub(in crate::export) mod plan;
+
+#[allow(unused_imports, reason = "the transfer is about to use it")]
+pub(in crate::export) use chunker::{ChunkSizes, Chunker, Cut};
+#[allow(unused_imports, reason = "the transfer is about to use it")]
+pub(in crate::export) use index::{ChunkIndex, IndexBuilder};
+#[allow(unused_imports, reason = "the transfer is about to use it")]
+pub(in crate::export) use plan::{Making, Origin, PlanLimits, PlannedPart, Planner};

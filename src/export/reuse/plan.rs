@@ -1,0 +1,406 @@
+//! Which parts an object is made of: sent, copied by the store from the old object or from zeros, or both in one.
+//!
+//! The planner sees the new file's chunks in order and keeps three pieces that follow each other, of which any may be
+//! empty. From them parts are made at the front:
+//!
+//! | piece | what | held in memory |
+//! |---|---|---|
+//! | before | a run long enough to be copied | no |
+//! | sent | bytes that are in no such run | yes |
+//! | run | a run that is too short so far | yes |
+//!
+//! A run is a series of chunks that stand behind each other in the old object, or of zeros. When `run` becomes long
+//! enough, what is before it is settled, and it becomes `before`; when it ends earlier, it is sent. Sent bytes that are too
+//! few for a part join the end of what is copied before them (a splice), or the beginning of what is copied after them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crc_fast::CrcAlgorithm;
+
+use super::chunker::Cut;
+use super::index::ChunkIndex;
+
+/// What a store asks of parts.
+#[derive(Clone, Debug)]
+pub(in crate::export) struct PlanLimits {
+    /// Fewest bytes of a part but the last: 5 MiB at S3.
+    pub(in crate::export) least: u64,
+    /// Bytes of a part that is sent.
+    pub(in crate::export) part_size: u64,
+    /// Most bytes of a part that is copied.
+    pub(in crate::export) longest_copy: u64,
+    /// Most parts.
+    pub(in crate::export) max_parts: usize,
+    /// Whether parts can be made of a copied range and sent bytes.
+    pub(in crate::export) splices: bool,
+    /// Bytes of the object of zeros, if there is one.
+    pub(in crate::export) zeros: Option<u64>,
+}
+
+/// Where copied bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::export) enum Origin {
+    /// The old object, from here on.
+    Old {
+        /// The first byte.
+        at: u64,
+    },
+    /// The object of zeros, from its start.
+    Zeros,
+}
+
+/// How a part is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::export) enum Making {
+    /// Its bytes are sent.
+    Send,
+    /// All of it is copied.
+    Copy(Origin),
+    /// Its first bytes are copied, the others sent.
+    Splice {
+        /// Bytes that are copied; as many as any part but the last has.
+        kept: u64,
+        /// From where.
+        from: Origin,
+    },
+}
+
+/// A part of the new object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::export) struct PlannedPart {
+    /// Its number, from 0.
+    pub(in crate::export) index: usize,
+    /// Where it begins in the file.
+    pub(in crate::export) offset: u64,
+    /// Its bytes.
+    pub(in crate::export) length: u64,
+    /// How it is made.
+    pub(in crate::export) making: Making,
+    /// CRC-64/NVME of the bytes that are copied.
+    pub(in crate::export) crc64: u64,
+}
+
+/// A chunk's length and CRC-64/NVME.
+type Chunk = (u64, u64);
+
+/// Chunks that stand behind each other in the same place.
+#[derive(Debug)]
+struct Run {
+    origin: Origin,
+    chunks: VecDeque<Chunk>,
+    length: u64,
+}
+
+impl Run {
+    fn new(origin: Origin) -> Self {
+        Self { origin, chunks: VecDeque::new(), length: 0 }
+    }
+
+    /// What stands behind it there.
+    fn next(&self) -> Origin {
+        after(self.origin, self.length)
+    }
+
+    fn push(&mut self, chunk: Chunk) {
+        self.length += chunk.0;
+        self.chunks.push_back(chunk);
+    }
+
+    /// Takes the chunks off the front that have at most so many bytes together; their number of bytes and CRC.
+    fn take(&mut self, most: u64) -> Chunk {
+        let mut taken = (0, 0);
+        while let Some(&chunk) = self.chunks.front().filter(|chunk| taken.0 + chunk.0 <= most) {
+            self.chunks.pop_front();
+            let crc64 = crc_fast::checksum_combine(CrcAlgorithm::Crc64Nvme, taken.1, chunk.1, chunk.0);
+            taken = (taken.0 + chunk.0, crc64);
+        }
+        self.origin = after(self.origin, taken.0);
+        self.length -= taken.0;
+        taken
+    }
+
+    /// How many bytes are before its shortest end of whole chunks that has at least so many.
+    fn before_end_of(&self, least: u64) -> u64 {
+        let mut end = 0;
+        let mut chunks = self.chunks.iter().rev();
+        while end < least
+            && let Some(chunk) = chunks.next()
+        {
+            end += chunk.0;
+        }
+        self.length - end
+    }
+}
+
+fn after(origin: Origin, bytes: u64) -> Origin {
+    match origin {
+        Origin::Old { at } => Origin::Old { at: at + bytes },
+        Origin::Zeros => Origin::Zeros,
+    }
+}
+
+/// Plans the parts of one object while its file is cut.
+#[derive(Debug)]
+pub(in crate::export) struct Planner {
+    limits: PlanLimits,
+    size_bound: u64,
+    old: Option<Arc<ChunkIndex>>,
+    /// Number and place of the next part.
+    index: usize,
+    offset: u64,
+    before: Option<Run>,
+    sent: u64,
+    run: Option<Run>,
+    /// Where the end of what was added would be in the old object if the last long run went on.
+    expected: Option<u64>,
+}
+
+impl Planner {
+    /// A planner of the parts from number `start.0` on, which begins at byte `start.1` of the file. The file has at most
+    /// `size_bound` bytes.
+    pub(in crate::export) fn new(
+        limits: PlanLimits,
+        size_bound: u64,
+        start: (usize, u64),
+        old: Option<Arc<ChunkIndex>>,
+    ) -> Self {
+        let (index, offset) = start;
+        let expected = old.is_some().then_some(offset);
+        Self { limits, size_bound, old, index, offset, before: None, sent: 0, run: None, expected }
+    }
+
+    /// The file before this byte is in planned parts or will be copied: nobody needs to keep it.
+    pub(in crate::export) fn held_from(&self) -> u64 {
+        self.offset + length(&self.before)
+    }
+
+    /// Takes the file's next chunk, and adds the parts that are certain now.
+    pub(in crate::export) fn add(&mut self, cut: &Cut, parts: &mut Vec<PlannedPart>) {
+        let chunk = (u64::from(cut.length), cut.crc64);
+        let origin = self.origin(cut);
+        self.expected = self.expected.and_then(|at| at.checked_add(chunk.0));
+        let Some(origin) = origin else {
+            self.end_run(parts);
+            self.sent += chunk.0;
+            return self.cut_off_sent(parts);
+        };
+        if self.sent == 0
+            && self.run.is_none()
+            && let Some(before) = self.before.as_mut().filter(|before| before.next() == origin)
+        {
+            before.push(chunk);
+            return self.cut_off_copies(parts);
+        }
+        if self.run.as_ref().is_none_or(|run| run.next() != origin) {
+            self.end_run(parts);
+        }
+        let run = self.run.get_or_insert_with(|| Run::new(origin));
+        run.push(chunk);
+        if run.length >= self.least() {
+            self.settle(parts);
+        }
+    }
+
+    /// The file has ended: the other parts.
+    pub(in crate::export) fn finish(&mut self, parts: &mut Vec<PlannedPart>) {
+        if self.run.is_some() && self.sent > 0 && self.sent < self.least() {
+            if self.can_splice() {
+                self.splice(parts);
+            } else {
+                self.fill_up_sent();
+            }
+        }
+        if let Some(run) = self.run.take() {
+            self.copy_before(parts);
+            self.send_all(parts);
+            self.before = Some(run);
+        }
+        self.copy_before(parts);
+        while self.sent > self.part_size() {
+            self.send(self.part_size(), parts);
+        }
+        self.send_all(parts);
+    }
+
+    /// Fewest bytes of the next part: the store's limit, and as many as keep the number of parts within its limit.
+    fn least(&self) -> u64 {
+        let left = self.limits.max_parts.saturating_sub(self.index).max(1) as u64;
+        self.limits.least.max(self.size_bound.saturating_sub(self.offset).div_ceil(left)).max(1)
+    }
+
+    /// Most bytes of a copied part.
+    fn longest(&self, origin: Origin) -> u64 {
+        match origin {
+            Origin::Old { .. } => self.limits.longest_copy,
+            Origin::Zeros => self.limits.longest_copy.min(self.limits.zeros.unwrap_or(0)),
+        }
+    }
+
+    /// Where the store has this chunk.
+    fn origin(&self, cut: &Cut) -> Option<Origin> {
+        let old = self.old.as_ref();
+        let find = |expected| old?.offset_of(&cut.digest, cut.length, expected);
+        let is_copied = |origin: &Origin| {
+            // Then whole chunks can be put together to parts that are neither too short nor too long.
+            self.longest(*origin) / 2 >= self.least() + u64::from(cut.length)
+        };
+        let zeros = Some(Origin::Zeros).filter(|_| cut.is_zero).filter(is_copied);
+        if zeros.is_some() && self.current().is_some_and(|run| run.origin == Origin::Zeros) {
+            return zeros;
+        }
+        let mut found = None;
+        for expected in self.wanted() {
+            found = find(expected);
+            if found.is_some() && found == expected {
+                return Some(Origin::Old { at: expected? }).filter(is_copied);
+            }
+        }
+        zeros.or_else(|| found.map(|at| Origin::Old { at }).filter(is_copied))
+    }
+
+    /// Where the next chunk of the old object is looked for first: behind the run, and where the last long run would be
+    /// now.
+    fn wanted(&self) -> [Option<u64>; 2] {
+        let next = self.run.as_ref().and_then(|run| match run.next() {
+            Origin::Old { at } => Some(at),
+            Origin::Zeros => None,
+        });
+        [next, self.expected]
+    }
+
+    /// The run that the next chunk may be one of.
+    fn current(&self) -> Option<&Run> {
+        self.run.as_ref().or_else(|| self.before.as_ref().filter(|_| self.sent == 0))
+    }
+
+    /// The run does not go on: it was too short.
+    fn end_run(&mut self, parts: &mut Vec<PlannedPart>) {
+        if let Some(run) = self.run.take() {
+            self.sent += run.length;
+            self.cut_off_sent(parts);
+        }
+    }
+
+    /// The run is long enough: makes parts of what stands before it.
+    fn settle(&mut self, parts: &mut Vec<PlannedPart>) {
+        let Some(run) = self.run.take() else { return };
+        if self.sent >= self.least() || self.sent == 0 {
+            self.copy_before(parts);
+            self.send_all(parts);
+        } else if self.can_splice() {
+            self.splice(parts);
+        } else {
+            self.copy_before(parts);
+            self.run = Some(run);
+            return self.fill_up_sent();
+        }
+        if let Origin::Old { at } = run.next() {
+            self.expected = Some(at);
+        }
+        self.before = Some(run);
+    }
+
+    fn can_splice(&self) -> bool {
+        self.limits.splices && self.before.is_some()
+    }
+
+    /// Sent bytes that are too few for a part take as many from the run after them as they need.
+    fn fill_up_sent(&mut self) {
+        let least = self.least();
+        while self.sent < least
+            && let Some((length, _)) = self.run.as_mut().and_then(|run| {
+                let first = run.chunks.front()?.0;
+                Some(run.take(first))
+            })
+        {
+            self.sent += length;
+        }
+        self.run.take_if(|run| run.chunks.is_empty());
+    }
+
+    /// Parts of sent bytes, as long as enough stays for another one.
+    fn cut_off_sent(&mut self, parts: &mut Vec<PlannedPart>) {
+        if self.sent >= self.least() {
+            self.copy_before(parts);
+        }
+        loop {
+            let (least, part_size) = (self.least(), self.part_size());
+            if self.sent < part_size + least {
+                return;
+            }
+            self.send(part_size, parts);
+        }
+    }
+
+    fn part_size(&self) -> u64 {
+        self.limits.part_size.max(self.least())
+    }
+
+    /// Parts of the beginning of a long run, as long as enough stays for a splice.
+    fn cut_off_copies(&mut self, parts: &mut Vec<PlannedPart>) {
+        while let Some(longest) = self.before.as_ref().map(|before| self.longest(before.origin))
+            && length(&self.before) >= longest + longest / 2
+        {
+            self.copy(longest, parts);
+        }
+    }
+
+    /// Parts of all of `before`.
+    fn copy_before(&mut self, parts: &mut Vec<PlannedPart>) {
+        self.copy_first(length(&self.before), parts);
+        self.before = None;
+    }
+
+    /// Parts of the first `bytes` of `before`, which end with a chunk.
+    fn copy_first(&mut self, mut bytes: u64, parts: &mut Vec<PlannedPart>) {
+        while let Some(before) = self.before.as_ref().filter(|_| bytes > 0) {
+            let (least, longest) = (self.least(), self.longest(before.origin));
+            let most = if bytes <= longest { bytes } else { longest.min(bytes - least) };
+            bytes -= self.copy(most, parts);
+        }
+    }
+
+    /// The last bytes of `before` and all that is to be sent become one part.
+    fn splice(&mut self, parts: &mut Vec<PlannedPart>) {
+        let least = self.least();
+        let ahead = self.before.as_ref().map_or(0, |before| before.before_end_of(least));
+        self.copy_first(if ahead < least { 0 } else { ahead }, parts);
+        let Some(mut before) = self.before.take() else { return };
+        let from = before.origin;
+        let (kept, crc64) = before.take(before.length);
+        let length = kept + std::mem::take(&mut self.sent);
+        self.part(length, Making::Splice { kept, from }, crc64, parts);
+    }
+
+    /// One part of at most so many bytes of `before`; returns its bytes.
+    fn copy(&mut self, most: u64, parts: &mut Vec<PlannedPart>) -> u64 {
+        let Some(before) = &mut self.before else { return 0 };
+        let origin = before.origin;
+        let (length, crc64) = before.take(most);
+        self.part(length, Making::Copy(origin), crc64, parts);
+        length
+    }
+
+    /// Parts of all that is to be sent.
+    fn send_all(&mut self, parts: &mut Vec<PlannedPart>) {
+        if self.sent > 0 {
+            self.send(self.sent, parts);
+        }
+    }
+
+    fn send(&mut self, bytes: u64, parts: &mut Vec<PlannedPart>) {
+        self.sent -= bytes;
+        self.part(bytes, Making::Send, 0, parts);
+    }
+
+    fn part(&mut self, length: u64, making: Making, crc64: u64, parts: &mut Vec<PlannedPart>) {
+        parts.push(PlannedPart { index: self.index, offset: self.offset, length, making, crc64 });
+        self.index += 1;
+        self.offset += length;
+    }
+}
+
+fn length(run: &Option<Run>) -> u64 {
+    run.as_ref().map_or(0, |run| run.length)
+}
