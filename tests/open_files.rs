@@ -103,6 +103,27 @@ fn a_replaced_file_keeps_its_bytes_and_the_new_one_its_number() {
 }
 
 #[test]
+fn a_file_that_is_renamed_while_it_is_open_is_the_one_of_its_new_name_for_all() {
+    for_each_target("renamed-open", |target, mount| {
+        std::fs::write(mount.key("a"), "0123").unwrap();
+        // What is open from here on was not written here.
+        mount.unmount();
+        let mount = target.mount();
+        let (old, new) = (mount.key("a"), mount.key("d"));
+        let file = both(&old);
+        std::fs::rename(&old, &new).unwrap();
+        assert_eq!(std::fs::read(&new).unwrap(), b"0123");
+        file.write_all_at(b"ab", 1).unwrap();
+        assert_eq!(std::fs::read(&new).unwrap(), b"0ab3");
+        std::fs::remove_file(&new).unwrap();
+        assert_eq!(whole(&file), b"0ab3");
+        nix::unistd::close(file).unwrap();
+        assert!(!old.exists() && !new.exists(), "what was removed is there again");
+        mount.unmount();
+    });
+}
+
+#[test]
 fn all_who_have_a_file_open_see_the_same_bytes() {
     for_each_target("same-bytes", |target, mount| {
         let key = mount.key("f");

@@ -157,6 +157,37 @@ fn a_close_whose_upload_hangs_holds_up_nobody_else() {
     assert_eq!(std::fs::read(setup.fetch(&format!("slow-{last}"))).unwrap(), b"slow");
 }
 
+#[test]
+fn what_is_set_on_a_file_while_its_content_before_is_put_in_place_is_that_of_the_new_one() {
+    // The first request that puts the object in place arrives when the test lets it.
+    let held = Arc::new(AtomicBool::new(false));
+    let is_held = Arc::clone(&held);
+    let decide = move |request: &Request| {
+        let places = request.method == "PUT" && request.target.ends_with("/file");
+        if places && !held.swap(true, Ordering::SeqCst) { Fate::Hold } else { Fate::Forward }
+    };
+    let Some(setup) = Setup::new("set-meanwhile", decide) else { return };
+    let mount = mount_again(&setup, "timeout=60");
+    let key = mount.key("file");
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| std::fs::write(&key, "one"));
+        until("the first content is on its way", || is_held.load(Ordering::SeqCst));
+        let mut file = File::create(&key).unwrap();
+        file.write_all(b"the second").unwrap();
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+        file.set_modified(time).unwrap();
+        std::fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(file.metadata().unwrap().mtime(), 1_000_000_000);
+        setup.proxy.release();
+        first.join().unwrap().unwrap();
+        assert_eq!(std::fs::metadata(&key).unwrap().mtime(), 1_000_000_000, "after the first content");
+        nix::unistd::close(file).unwrap();
+    });
+    let meta = std::fs::metadata(&key).unwrap();
+    assert_eq!((meta.len(), meta.mtime(), meta.mode() & 0o777), (10, 1_000_000_000, 0o600));
+    mount.unmount();
+}
+
 /// Whether the bucket `c` has this mode of some file.
 fn has_mode(setup: &Setup, mode: u32) -> bool {
     let documents = std::fs::read_dir(setup.world.bucket().join(".freightfs/attributes"));

@@ -113,14 +113,15 @@ impl Attributes {
 
     /// Bytes were written: a time that was set before does not hold any more.
     pub(super) fn written_after(&self, object: &ObjectName) {
-        self.change_pending(object, |pending| pending.set.modified.take().is_some());
+        self.change_pending(object, |pending| pending.written().modified.take().is_some());
     }
 
     /// A job puts the content in place that was written, or has done so before: what is set on it is the object's when
     /// it succeeds.
     pub(super) fn published_by(&self, object: &ObjectName, job: &str) {
         self.change_pending(object, |pending| {
-            pending.job = Some(job.to_owned());
+            let set = pending.next.take().unwrap_or_else(|| std::mem::take(&mut pending.set));
+            *pending = Pending { job: Some(job.to_owned()), ..Pending::of_written(set) };
             !pending.set.is_empty()
         });
     }
@@ -260,15 +261,16 @@ impl Vfs {
                 (Some(_), Some(JobState::Success)) => {
                     let etag = status.and_then(|status| status.etag);
                     if is_open {
-                        let pending = Pending { job: None, set: pending.set.of_new_content() };
-                        directory.pending.insert(file.clone(), pending);
+                        let next = pending.next.unwrap_or_else(|| pending.set.of_new_content());
+                        directory.pending.insert(file.clone(), Pending::of_written(next));
                     }
                     directory.commit(file, FileAttributes { etag, ..pending.set });
                 }
                 (Some(_), Some(state)) if state.is_final() => {
                     directory.mark(&file);
                     if is_open {
-                        directory.pending.insert(file, Pending { job: None, ..pending });
+                        let next = pending.next.unwrap_or(pending.set);
+                        directory.pending.insert(file, Pending::of_written(next));
                     }
                 }
                 _ => drop(directory.pending.insert(file, pending)),
@@ -324,11 +326,12 @@ impl Vfs {
             Place::Pending(job) => {
                 self.drop_foreign(directory, &name);
                 let pending = directory.pending.entry(name.clone()).or_default();
-                pending.job = pending.job.take().or(job);
-                apply(&mut pending.set);
-                if pending.job.is_none() {
+                if job.is_none() {
+                    apply(pending.written());
                     return Ok(());
                 }
+                pending.job = pending.job.take().or(job);
+                apply(&mut pending.set);
             }
             Place::There(etag) => {
                 let set = directory.files.entry(name.clone()).or_default();
@@ -339,7 +342,7 @@ impl Vfs {
                 set.etag = etag;
                 // Somebody has it open to write and has not begun.
                 if let Some(pending) = directory.pending.get_mut(&name) {
-                    apply(&mut pending.set);
+                    apply(pending.written());
                 }
             }
         }
@@ -352,18 +355,16 @@ impl Vfs {
         let (directory, name) = place(object, is_directory);
         self.load(&directory).await?;
         self.settle_pending(&directory);
-        let known = |is_pending: bool| {
+        let being_made = if is_directory { None } else { self.being_made(object) };
+        let known = {
             let directories = self.attributes.directories.lock();
-            let directory = directories.get(&directory)?;
-            match is_pending {
-                true => directory.pending.get(&name).map(|pending| pending.set.clone()),
-                false => directory.files.get(&name).cloned(),
-            }
+            directories.get(&directory).and_then(|directory| match &being_made {
+                Some(job) => directory.pending.get(&name).map(|pending| pending.shown(job.is_none()).clone()),
+                None => directory.files.get(&name).cloned(),
+            })
         };
-        if !is_directory && self.being_made(object).is_some() {
-            return Ok(known(true).unwrap_or_default());
-        }
-        match known(false) {
+        match known {
+            known if being_made.is_some() => Ok(known.unwrap_or_default()),
             Some(set) if is_directory => Ok(set),
             Some(set) if set.is_of(self.tag_of(object).await?.as_deref()) => Ok(set),
             _ => Ok(FileAttributes::default()),
@@ -392,7 +393,7 @@ impl Vfs {
                 },
             };
             if let Some(directory) = self.attributes.directories.lock().get_mut(&directory) {
-                directory.pending.entry(name).or_insert(Pending { job: None, set });
+                directory.pending.entry(name).or_insert(Pending::of_written(set));
             }
             Ok(())
         };
@@ -406,7 +407,7 @@ impl Vfs {
         let mode = mode & !self.settings.umask;
         if mode != 0o644 & !self.settings.umask {
             self.attributes.change_pending(object, |pending| {
-                pending.set.mode = Some(mode);
+                pending.written().mode = Some(mode);
                 false
             });
         }
@@ -424,7 +425,7 @@ impl Vfs {
     /// Puts what was set on a content that is being made over `attr`. What cannot be read is not put there.
     pub(super) async fn overridden(&self, object: &ObjectName, attr: Attr) -> Attr {
         self.overlaid(object, false, attr, |directory, name| match self.being_made(object) {
-            Some(_) => directory.pending.get(name).map(|pending| pending.set.clone()),
+            Some(job) => directory.pending.get(name).map(|pending| pending.shown(job.is_none()).clone()),
             // It has been published since.
             None => directory.files.get(name).cloned(),
         })

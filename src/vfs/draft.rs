@@ -42,6 +42,7 @@ use super::lanes::Lane;
 use crate::bucket::ObjectMeta;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Job;
+use crate::export::moves::Renamed;
 use crate::format::OutputFormat;
 use crate::units::{FileOffset, MIB};
 
@@ -132,12 +133,12 @@ impl Draft {
         let state = self.lock().await;
         let Content::Published(published) = &state.content else { return true };
         let made = published.job.as_ref().map(|job| job.status());
-        let etag = match &made {
+        let etag = match made {
             Some(status) if !status.status.is_final() => return true,
-            Some(status) => status.etag.as_ref(),
-            None => published.etag.as_ref(),
+            // A copy under another name may have another tag than the job's.
+            made => published.etag.clone().or(made.and_then(|status| status.etag)),
         };
-        meta.is_some_and(|meta| etag.is_some() && meta.etag.as_ref() == etag)
+        meta.is_some_and(|meta| etag.is_some() && meta.etag == etag)
     }
 
     /// Whether the last close has something to publish.
@@ -206,13 +207,12 @@ impl Draft {
     }
 
     /// From now on it is published as `object`. Whoever has it open keeps it.
-    fn set_object(&self, state: &mut State, object: &ObjectName) {
+    fn set_object(&self, state: &mut State, object: &ObjectName, renamed: Option<&Renamed>) {
         *self.object.lock() = object.clone();
-        if let Content::Published(published) = &mut state.content
-            && !matches!(published.place, Some(Place::File(..)))
-        {
+        if let Content::Published(published) = &mut state.content {
             // What the bucket has of it has another key, and may have another tag.
-            (published.place, published.etag) = (None, None);
+            published.etag = renamed.and_then(|renamed| renamed.to.etag.clone());
+            published.place.take_if(|place| !matches!(place, Place::File(..)));
         }
     }
 

@@ -331,7 +331,7 @@ impl Vfs {
     ) -> Result<()> {
         self.load_attributes(to).await?;
         let replaced = self.detach(to).await?;
-        self.drafts.rename(draft, to, async { Ok(()) }).await?;
+        self.drafts.rename(draft, to, async { Ok(None) }).await?;
         self.renamed(from, to, replaced);
         self.forget_attributes(from, false).await;
         if self.is_marked_partial(to).await? {

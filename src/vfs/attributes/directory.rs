@@ -54,6 +54,34 @@ pub(super) struct Pending {
     pub(super) job: Option<String>,
     #[serde(flatten)]
     pub(super) set: FileAttributes,
+    /// What is set on a content that is written while the job still puts the one before in place.
+    #[serde(skip)]
+    pub(super) next: Option<FileAttributes>,
+}
+
+impl Pending {
+    /// What is set on a content that no job puts in place yet.
+    pub(super) fn of_written(set: FileAttributes) -> Self {
+        Self { set, ..Self::default() }
+    }
+
+    /// What is set on the content that is being written, to be changed.
+    pub(super) fn written(&mut self) -> &mut FileAttributes {
+        match self.job {
+            None => &mut self.set,
+            Some(_) => self.next.get_or_insert_with(|| self.set.of_new_content()),
+        }
+    }
+
+    /// What is set on the content that the name has now: the one that is being written, or the job's.
+    pub(super) fn shown(&self, is_written: bool) -> &FileAttributes {
+        self.next.as_ref().filter(|_| is_written).unwrap_or(&self.set)
+    }
+
+    /// Whether some of it is in no document.
+    pub(super) fn is_unsaved(&self) -> bool {
+        self.job.is_none() || self.next.is_some()
+    }
 }
 
 /// A directory's document.
@@ -161,8 +189,9 @@ impl Document {
             return Err(damaged("they are another directory's"));
         }
         let files = sound(document.files).map(|(name, set): (_, FileAttributes)| (name, set.validated()));
-        let pending = sound(document.pending)
-            .map(|(name, Pending { job, set })| (name, Pending { job, set: set.validated() }));
+        let pending = sound(document.pending).map(|(name, Pending { job, set, .. })| {
+            (name, Pending { job, ..Pending::of_written(set.validated()) })
+        });
         Ok(Self { files: files.collect(), pending: pending.collect() })
     }
 }
@@ -195,7 +224,7 @@ impl Directory {
             replace(&mut theirs.pending, name, self.pending.remove(name));
         }
         // What is being written is in no document.
-        theirs.pending.extend(std::mem::take(&mut self.pending).into_iter().filter(|(_, p)| p.job.is_none()));
+        theirs.pending.extend(std::mem::take(&mut self.pending).into_iter().filter(|(_, p)| p.is_unsaved()));
         (self.files, self.pending) = (theirs.files, theirs.pending);
         (self.found, self.loaded) = (found, Instant::now());
     }
@@ -231,7 +260,7 @@ impl Directory {
 
     /// Whether it cannot be read anew without losing something.
     pub(super) fn is_needed(&self) -> bool {
-        self.is_changed() || self.pending.values().any(|pending| pending.job.is_none())
+        self.is_changed() || self.pending.values().any(Pending::is_unsaved)
     }
 
     /// The document as it is to be, and what it is to replace.
@@ -309,8 +338,10 @@ mod tests {
             ..mode(0o640)
         };
         directory.files.insert("f".into(), set.clone());
-        directory.pending.insert("job".into(), Pending { job: Some("1".into()), set: set.clone() });
-        directory.pending.insert("draft".into(), Pending { job: None, set: set.clone() });
+        directory
+            .pending
+            .insert("job".into(), Pending { job: Some("1".into()), ..Pending::of_written(set.clone()) });
+        directory.pending.insert("draft".into(), Pending::of_written(set.clone()));
         let read = document(&directory);
         assert_eq!(read.files["f"], set);
         assert_eq!(read.pending.keys().collect::<Vec<_>>(), ["job"]);

@@ -15,6 +15,7 @@ use super::Draft;
 use super::publish::Publisher;
 use super::rsync::rsync_target;
 use crate::error::Result;
+use crate::export::moves::Renamed;
 
 /// Files under a temporary name that nobody has open and that wait for their own: more than that, and the oldest is
 /// given up. One that is left by a killed rsync never gets its name.
@@ -106,18 +107,18 @@ impl Drafts {
         }
     }
 
-    /// Another name leads to the draft, when `moving` has moved what the bucket has of it. Nothing is published
-    /// meanwhile.
-    pub(in super::super) async fn rename<T>(
+    /// Another name leads to the draft, when `moving` has moved what the bucket has of it, if it has. Nothing is
+    /// published meanwhile.
+    pub(in super::super) async fn rename(
         &self,
         draft: &Arc<Draft>,
         to: &ObjectName,
-        moving: impl Future<Output = Result<T>>,
-    ) -> Result<T> {
+        moving: impl Future<Output = Result<Option<Renamed>>>,
+    ) -> Result<Option<Renamed>> {
         let mut state = draft.lock().await;
         let moved = moving.await?;
         let from = draft.object();
-        draft.set_object(&mut state, to);
+        draft.set_object(&mut state, to, moved.as_ref());
         let mut table = self.table.lock();
         if table.named.get(&from).is_some_and(|known| Arc::ptr_eq(known, draft)) {
             table.named.remove(&from);
