@@ -4,6 +4,7 @@
 //! [`Planner`] makes parts of both. All three are functions of the bytes that they are given: no store, no clock.
 
 pub(in crate::export) mod chunker;
+mod crc64;
 pub(in crate::export) mod index;
 pub(in crate::export) mod plan;
 

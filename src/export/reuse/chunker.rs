@@ -219,3 +219,141 @@ fn zero_run(bytes: &[u8], length: usize) -> Option<usize> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZES: ChunkSizes = ChunkSizes { min: 64, average: 256, max: 1024 };
+
+    /// The cuts of a file that is fed in pieces of these lengths, in turn.
+    fn cuts(bytes: &[u8], pieces: &[usize]) -> Vec<Cut> {
+        let (mut chunker, mut cuts) = (Chunker::new(SIZES), Vec::new());
+        let (mut rest, mut pieces) = (bytes, pieces.iter().cycle());
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at((*pieces.next().unwrap()).clamp(1, rest.len()));
+            chunker.feed(piece, &mut cuts);
+            rest = after;
+        }
+        chunker.finish(&mut cuts);
+        cuts
+    }
+
+    fn whole(bytes: &[u8]) -> Vec<Cut> {
+        cuts(bytes, &[bytes.len().max(1)])
+    }
+
+    /// Bytes as disks have them: of any kind, zeros, and zeros with something in between.
+    fn disk() -> impl Strategy<Value = Vec<u8>> {
+        let piece = prop_oneof![
+            3 => (any::<u64>(), 0..3000usize).prop_map(|(seed, length)| {
+                let mut random = fastrand::Rng::with_seed(seed);
+                (0..length).map(|_| random.u8(..)).collect()
+            }),
+            2 => (0..3000usize).prop_map(|length| vec![0; length]),
+            1 => (0..300usize, 1..40usize).prop_map(|(length, times)| {
+                [vec![0; length], vec![7]].concat().repeat(times)
+            }),
+            1 => (any::<u8>(), 0..2000usize).prop_map(|(byte, length)| vec![byte; length]),
+        ];
+        proptest::collection::vec(piece, 0..8).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn cuts_are_the_same_however_the_file_is_fed(
+            bytes in disk(),
+            pieces in proptest::collection::vec(prop_oneof![1..20usize, 1..2000usize], 1..10),
+        ) {
+            prop_assert_eq!(cuts(&bytes, &pieces), whole(&bytes));
+        }
+
+        #[test]
+        fn cuts_are_the_same_from_any_cut_on(bytes in disk()) {
+            let all = whole(&bytes);
+            let mut at = 0;
+            for (number, cut) in all.iter().enumerate() {
+                prop_assert_eq!(&whole(&bytes[at..]), &all[number..]);
+                at += cut.length as usize;
+            }
+        }
+
+        #[test]
+        fn chunks_are_what_they_say_and_the_whole_file(bytes in disk()) {
+            let mut rest = &bytes[..];
+            for cut in whole(&bytes) {
+                prop_assert!((1..=SIZES.max).contains(&cut.length));
+                let (chunk, after) = rest.split_at(cut.length as usize);
+                let is_zero = chunk.iter().all(|byte| *byte == 0);
+                prop_assert_eq!(&cut, &Cut::of(chunk, is_zero));
+                rest = after;
+            }
+            prop_assert!(rest.is_empty());
+        }
+
+        #[test]
+        fn long_runs_of_zeros_are_chunks_of_their_own(bytes in disk()) {
+            let (mut at, mut ours) = (0, vec![false; bytes.len()]);
+            for cut in whole(&bytes) {
+                let end = at + cut.length as usize;
+                ours[at..end].fill(cut.is_zero);
+                at = end;
+            }
+            let mut at = 0;
+            while at < bytes.len() {
+                let length = leading_zeros(&bytes[at..]);
+                let outside = ours[at..at + length].iter().filter(|is_zero| !**is_zero).count();
+                let most = (SIZES.average + SIZES.min) as usize;
+                prop_assert!(outside < most, "{} of {} zeros are sent", outside, length);
+                at += length + 1;
+            }
+        }
+
+        #[test]
+        fn what_is_inserted_costs_the_chunks_around_it(
+            seed: u64,
+            at in 0..30_000usize,
+            inserted in proptest::collection::vec(any::<u8>(), 1..50),
+        ) {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let old: Vec<u8> = (0..30_000).map(|_| random.u8(..)).collect();
+            let new = [&old[..at], &inserted, &old[at..]].concat();
+            let known: Vec<_> = whole(&old).into_iter().map(|cut| cut.digest).collect();
+            let changed: u32 =
+                whole(&new).iter().filter(|cut| !known.contains(&cut.digest)).map(|cut| cut.length).sum();
+            prop_assert!(changed <= 12 * SIZES.max, "{} bytes are other chunks", changed);
+        }
+    }
+
+    #[test]
+    fn the_number_of_chunks_of_large_files_is_bounded_and_so_are_chunks() {
+        let sizes = |size| ChunkSizes::for_file(size);
+        assert_eq!(sizes(0), ChunkSizes { min: 64 << 10, average: 256 << 10, max: 1 << 20 });
+        assert_eq!(sizes(64 * GIB), sizes(0));
+        assert_eq!(sizes(64 * GIB + 1).average, 1 << 20);
+        for shift in 30..42 {
+            let size = 1u64 << shift;
+            assert!(size / u64::from(sizes(size).average) <= 1 << 18, "{size}");
+        }
+        assert_eq!(sizes(u64::MAX), ChunkSizes { min: 4 << 20, average: 16 << 20, max: 64 << 20 });
+    }
+
+    #[test]
+    fn zeros_are_found_wherever_they_are() {
+        for length in 1..20 {
+            for before in 0..45 {
+                for after in 0..3 {
+                    let bytes = [vec![1; before], vec![0; length], vec![1; after]].concat();
+                    for least in 1..22 {
+                        let expected = (length >= least && before > 0).then_some(before);
+                        assert_eq!(zero_run(&bytes, least), expected, "{before} {length} {after} {least}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -205,3 +205,132 @@ impl IndexBuilder {
         Some(bytes.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const AVERAGE: u32 = 64;
+
+    fn cut((number, length): (u8, u32)) -> Cut {
+        Cut { length, digest: [number; 32], crc64: 0, is_zero: false }
+    }
+
+    fn built(chunks: &[(u8, u32)]) -> (Bytes, u64) {
+        let mut builder = IndexBuilder::new(ChunkSizes::with_average(AVERAGE));
+        chunks.iter().for_each(|chunk| builder.add(&cut(*chunk)));
+        (builder.encode("\"tag\"").unwrap(), builder.size())
+    }
+
+    /// The same bytes with a checksum of what they are now.
+    fn resealed(mut bytes: Vec<u8>) -> Vec<u8> {
+        bytes.truncate(bytes.len() - DIGEST);
+        let sum = *blake3::hash(&bytes).as_bytes();
+        [bytes, sum.to_vec()].concat()
+    }
+
+    fn kind(bytes: &[u8], size: u64, etag: &str) -> Option<ErrorKind> {
+        ChunkIndex::decode(bytes, size, etag).err().map(|error| error.kind())
+    }
+
+    fn chunks() -> impl Strategy<Value = Vec<(u8, u32)>> {
+        proptest::collection::vec((0..20u8, 1..=4 * AVERAGE), 0..60)
+    }
+
+    proptest! {
+        #[test]
+        fn each_chunk_is_found_where_it_is(chunks in chunks(), at in 0..20_000u64) {
+            let (bytes, size) = built(&chunks);
+            let index = ChunkIndex::decode(&bytes, size, "\"tag\"").unwrap();
+            prop_assert_eq!(index.average(), AVERAGE);
+            let mut places = Vec::new();
+            let end = chunks.iter().fold(0, |at, chunk| {
+                places.push((at, *chunk));
+                at + u64::from(chunk.1)
+            });
+            prop_assert_eq!(end, size);
+            for &(place, (number, length)) in &places {
+                let find = |at| index.offset_of(&[number; 32], length, at);
+                prop_assert_eq!(find(Some(place)), Some(place));
+                for at in [None, Some(at), Some(size), Some(u64::MAX)] {
+                    if let Some(found) = find(at) {
+                        prop_assert!(places.contains(&(found, (number, length))));
+                    }
+                }
+                let first = places.iter().find(|(_, chunk)| chunk.0 == number).unwrap();
+                prop_assert_eq!(find(None), (first.1.1 == length).then_some(first.0));
+            }
+            prop_assert_eq!(index.offset_of(&[99; 32], 1, Some(0)), None);
+        }
+
+        #[test]
+        fn whatever_an_index_says_it_leads_into_the_object(
+            chunks in chunks(),
+            changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            size in prop_oneof![Just(None), any::<u64>().prop_map(Some)],
+        ) {
+            let (bytes, whole) = built(&chunks);
+            let mut bytes = bytes.to_vec();
+            let body = bytes.len() - DIGEST;
+            for (at, byte) in changes {
+                bytes[at.index(body)] = byte;
+            }
+            let size = size.unwrap_or(whole);
+            if let Ok(index) = ChunkIndex::decode(&resealed(bytes), size, "\"tag\"") {
+                prop_assert_eq!(index.offsets.last(), Some(&size));
+                for (number, digest) in index.digests.iter().enumerate() {
+                    let length = index.length(number);
+                    let found = index.offset_of(digest, length as u32, Some(index.offsets[number])).unwrap();
+                    prop_assert!(found + length <= size);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_index_is_said() {
+        let (bytes, size) = built(&[(1, 10), (2, 20)]);
+        assert_eq!(kind(&bytes, size, "\"tag\""), None);
+        assert_eq!(kind(&bytes, size + 1, "\"tag\""), Some(ErrorKind::Conflict));
+        for etag in ["", "\"tag", "\"other\""] {
+            assert_eq!(kind(&bytes, size, etag), Some(ErrorKind::Conflict), "{etag}");
+        }
+        let mut version = bytes.to_vec();
+        version[8] = 2;
+        assert_eq!(kind(&version, size, "\"tag\""), Some(ErrorKind::Unsupported));
+        for length in 0..bytes.len() {
+            assert_eq!(
+                kind(&bytes[..length], size, "\"tag\""),
+                Some(ErrorKind::Damaged),
+                "cut off at {length}"
+            );
+        }
+        for at in (0..bytes.len()).filter(|at| !(8..12).contains(at)) {
+            let mut bytes = bytes.to_vec();
+            bytes[at] ^= 0x55;
+            assert_eq!(kind(&bytes, size, "\"tag\""), Some(ErrorKind::Damaged), "byte {at} is another one");
+        }
+        // Each number of the head, and the first chunk's length, with a checksum that is true.
+        for (at, number) in [(12, 0), (12, u32::MAX), (24, 1), (24, u32::MAX), (35, 0), (35, 300), (35, 11)] {
+            let mut bytes = bytes.to_vec();
+            bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
+            assert_eq!(kind(&resealed(bytes), size, "\"tag\""), Some(ErrorKind::Damaged), "{number} at {at}");
+        }
+    }
+
+    #[test]
+    fn too_many_chunks_have_no_index() {
+        let mut builder = IndexBuilder::new(ChunkSizes::with_average(AVERAGE));
+        for _ in 0..MAX_INDEX / ENTRY - 40 {
+            builder.add(&cut((1, 1)));
+        }
+        let etag = "e".repeat(MAX_ETAG);
+        let bytes = builder.encode(&etag).unwrap();
+        assert!(bytes.len() <= MAX_INDEX);
+        assert_eq!(builder.encode(&(etag + "e")), None);
+        (0..40).for_each(|_| builder.add(&cut((1, 1))));
+        assert_eq!(builder.encode("e"), None);
+    }
+}

@@ -16,9 +16,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crc_fast::CrcAlgorithm;
-
 use super::chunker::Cut;
+use super::crc64;
 use super::index::ChunkIndex;
 
 /// What a store asks of parts.
@@ -28,7 +27,9 @@ pub(in crate::export) struct PlanLimits {
     pub(in crate::export) least: u64,
     /// Bytes of a part that is sent.
     pub(in crate::export) part_size: u64,
-    /// Most bytes of a part that is copied.
+    /// Most bytes of a part that is copied. Chunks that are longer than half of it without `least` are not copied, because
+    /// no parts might be put together of them that are neither too short nor too long: 2 * `least` + 2 * the longest chunk
+    /// is enough for all.
     pub(in crate::export) longest_copy: u64,
     /// Most parts.
     pub(in crate::export) max_parts: usize,
@@ -112,7 +113,7 @@ impl Run {
         let mut taken = (0, 0);
         while let Some(&chunk) = self.chunks.front().filter(|chunk| taken.0 + chunk.0 <= most) {
             self.chunks.pop_front();
-            let crc64 = crc_fast::checksum_combine(CrcAlgorithm::Crc64Nvme, taken.1, chunk.1, chunk.0);
+            let crc64 = crc64::joined(taken.1, chunk.1, chunk.0);
             taken = (taken.0 + chunk.0, crc64);
         }
         self.origin = after(self.origin, taken.0);
@@ -403,4 +404,300 @@ impl Planner {
 
 fn length(run: &Option<Run>) -> u64 {
     run.as_ref().map_or(0, |run| run.length)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use crc_fast::CrcAlgorithm;
+    use proptest::prelude::*;
+
+    use super::super::chunker::ChunkSizes;
+    use super::super::index::IndexBuilder;
+    use super::*;
+
+    /// Longest chunk in these tests.
+    const CHUNK: u64 = 16;
+
+    /// A chunk as a test names it: its content is made of the number, 0 are zeros.
+    type Name = (u16, u32);
+
+    fn name(number: u16) -> Name {
+        (number, 2 + u32::from(number).wrapping_mul(2_654_435_761) % (CHUNK as u32 - 1))
+    }
+
+    fn content((number, length): Name) -> Vec<u8> {
+        let bytes = number.to_le_bytes();
+        (0..length as usize).map(|at| bytes[at % 2]).collect()
+    }
+
+    fn cut(chunk: Name) -> Cut {
+        let bytes = content(chunk);
+        let crc64 = crc_fast::checksum(CrcAlgorithm::Crc64Nvme, &bytes);
+        Cut { length: chunk.1, digest: *blake3::hash(&bytes).as_bytes(), crc64, is_zero: chunk.0 == 0 }
+    }
+
+    fn index(chunks: &[Name]) -> Arc<ChunkIndex> {
+        let mut builder = IndexBuilder::new(ChunkSizes::with_average(CHUNK as u32 / 4));
+        chunks.iter().for_each(|chunk| builder.add(&cut(*chunk)));
+        Arc::new(ChunkIndex::decode(&builder.encode("e").unwrap(), builder.size(), "e").unwrap())
+    }
+
+    fn limits() -> PlanLimits {
+        PlanLimits {
+            least: 20,
+            part_size: 32,
+            longest_copy: 128,
+            max_parts: 10_000,
+            splices: true,
+            zeros: Some(96),
+        }
+    }
+
+    /// A plan that was carried out.
+    struct Made {
+        parts: Vec<PlannedPart>,
+        /// Bytes that were sent.
+        sent: u64,
+    }
+
+    /// Plans the parts of `new`, makes them of `old` and what a transfer holds, and checks each rule.
+    fn made(old: &[Name], new: &[Name], limits: &PlanLimits, bound: u64, start: (usize, u64)) -> Made {
+        let bytes = |chunks: &[Name]| chunks.iter().flat_map(|chunk| content(*chunk)).collect::<Vec<u8>>();
+        let (old_bytes, new_bytes) = (bytes(old), bytes(new));
+        let mut planner = Planner::new(limits.clone(), bound + start.1, start, Some(index(old)));
+        let (mut parts, mut sent, mut result) = (Vec::new(), 0, Vec::new());
+        let (mut index, mut held, mut fed, mut last) = (start.0, start.1, start.1, u64::MAX);
+        let cuts: Vec<_> = new.iter().map(|chunk| Some(cut(*chunk))).chain([None]).collect();
+        let mut all = Vec::new();
+        for cut in &cuts {
+            let least = planner.least();
+            match cut {
+                Some(cut) => planner.add(cut, &mut parts),
+                None => planner.finish(&mut parts),
+            }
+            fed += cut.as_ref().map_or(0, |cut| u64::from(cut.length));
+            for part in &parts {
+                let offset = start.1 + result.len() as u64;
+                assert_eq!((part.index, part.offset), (index, offset), "parts follow each other");
+                assert!(last >= limits.least, "a part of {last} bytes that is not the last");
+                let (from, copied) = match part.making {
+                    Making::Send => (Origin::Zeros, 0),
+                    Making::Copy(from) => (from, part.length),
+                    Making::Splice { kept, from } => (from, kept),
+                };
+                assert!(copied <= limits.longest_copy);
+                let is_splice = matches!(part.making, Making::Splice { .. });
+                assert!(
+                    !is_splice || (limits.splices && copied >= limits.least && copied < part.length),
+                    "{part:?}"
+                );
+                let copy = match from {
+                    Origin::Old { at } => old_bytes[at as usize..(at + copied) as usize].to_vec(),
+                    Origin::Zeros => vec![0; copied as usize],
+                };
+                assert!(from != Origin::Zeros || copied <= limits.zeros.unwrap_or(0));
+                assert_eq!(crc_fast::checksum(CrcAlgorithm::Crc64Nvme, &copy), part.crc64, "{part:?}");
+                result.extend(copy);
+                let here = start.1 + result.len() as u64;
+                assert!(copied == part.length || here >= held, "{part:?} needs bytes that nobody holds");
+                let rest = part.length - copied;
+                result.extend(&new_bytes[(here - start.1) as usize..][..rest as usize]);
+                sent += rest;
+                (index, last) = (index + 1, part.length);
+            }
+            all.append(&mut parts);
+            assert!(planner.held_from() >= held, "what was given up is wanted again");
+            held = planner.held_from();
+            let most = limits.part_size.max(least) + 2 * least + 2 * CHUNK;
+            assert!(fed - held <= most, "{} bytes are held", fed - held);
+        }
+        assert_eq!(result, new_bytes);
+        assert!(index <= limits.max_parts, "{index} parts instead of {}", limits.max_parts);
+        Made { parts: all, sent }
+    }
+
+    fn length_of(chunks: &[Name]) -> u64 {
+        chunks.iter().map(|chunk| u64::from(chunk.1)).sum()
+    }
+
+    /// Different chunks, with zeros of different lengths between them.
+    fn chunks(most: usize) -> impl Strategy<Value = Vec<Name>> {
+        let chunk = prop_oneof![
+            6 => (1..300u16).prop_map(name),
+            1 => (1..=CHUNK as u32).prop_map(|length| (0, length)),
+            1 => Just((0, CHUNK as u32)),
+        ];
+        let series = prop_oneof![
+            3 => proptest::collection::vec(chunk, 0..12),
+            2 => (1..300u16, 1..60u16).prop_map(|(from, count)| (from..from + count).map(name).collect()),
+            1 => (1..40usize).prop_map(|count| vec![(0, CHUNK as u32); count]),
+        ];
+        proptest::collection::vec(series, 0..most).prop_map(|series| series.concat())
+    }
+
+    /// A list of chunks, and another one that was made of it by replacing some of them.
+    fn versions() -> impl Strategy<Value = (Vec<Name>, Vec<Name>)> {
+        let change = (any::<prop::sample::Index>(), 0..6usize, chunks(2));
+        (chunks(12), proptest::collection::vec(change, 0..8)).prop_map(|(old, changes)| {
+            let mut new = old.clone();
+            for (at, count, instead) in changes {
+                let at = at.index(new.len() + 1);
+                new.splice(at..(at + count).min(new.len()), instead);
+            }
+            (old, new)
+        })
+    }
+
+    fn any_limits() -> impl Strategy<Value = PlanLimits> {
+        (1..40u64, 0..60u64, 0..200u64, any::<bool>(), proptest::option::of(1..300u64)).prop_map(
+            |(least, more, longest, splices, zeros)| PlanLimits {
+                least,
+                part_size: least + more,
+                longest_copy: 2 * least + longest,
+                splices,
+                zeros,
+                ..limits()
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn what_a_plan_makes_is_the_new_file_within_all_limits(
+            (old, new) in versions(),
+            limits in any_limits(),
+            parts in 1..40usize,
+            more in 0..500u64,
+            start in (0..20usize, 0..1000u64),
+        ) {
+            let bound = length_of(&new) + more;
+            made(&old, &new, &limits, bound, (0, 0));
+            made(&old, &new, &PlanLimits { max_parts: start.0 + parts, ..limits }, bound, start);
+        }
+
+        #[test]
+        fn isolated_changes_cost_what_has_changed(
+            places in proptest::collection::btree_set(1..20usize, 1..8),
+            inserted in any::<bool>(),
+        ) {
+            let old: Vec<_> = (1..400).map(name).collect();
+            let mut new = old.clone();
+            let mut changed = 0;
+            for place in places {
+                let with = name(2000 + place as u16);
+                changed += u64::from(with.1);
+                new.splice(place * 20..place * 20 + usize::from(!inserted), [with]);
+            }
+            let made = made(&old, &new, &limits(), length_of(&new), (0, 0));
+            prop_assert!(made.sent == changed, "{} instead of {changed} bytes were sent", made.sent);
+        }
+    }
+
+    #[test]
+    fn a_file_of_which_nothing_is_there_is_sent_in_parts_of_one_size() {
+        for count in 1..60 {
+            let new: Vec<_> = (1..count).map(name).collect();
+            let size = length_of(&new);
+            let parts = made(&[], &new, &limits(), size, (0, 0)).parts;
+            for part in &parts {
+                let expected = 32.min(size - 32 * part.index as u64);
+                assert_eq!((part.offset, part.length), (32 * part.index as u64, expected), "{size} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_not_changed_is_not_sent_and_takes_few_parts() {
+        let old: Vec<_> = (1..2000).map(name).collect();
+        let made = made(&old, &old, &limits(), length_of(&old), (0, 0));
+        assert_eq!(made.sent, 0);
+        let most = length_of(&old) / (128 - CHUNK) + 2;
+        assert!(made.parts.len() as u64 <= most, "{} parts instead of {most}", made.parts.len());
+    }
+
+    #[test]
+    fn a_change_at_the_beginning_takes_what_follows_until_it_is_a_part() {
+        let old: Vec<_> = (1..200).map(name).collect();
+        let new = [&[name(500)], &old[1..]].concat();
+        for splices in [true, false] {
+            let sent = made(&old, &new, &PlanLimits { splices, ..limits() }, length_of(&new), (0, 0)).sent;
+            assert!((20..20 + CHUNK).contains(&sent), "{sent} bytes were sent");
+        }
+    }
+
+    #[test]
+    fn without_splices_a_change_costs_a_part() {
+        let old: Vec<_> = (1..500).map(name).collect();
+        let mut new = old.clone();
+        for place in [100, 200, 300] {
+            new[place] = name(500 + place as u16);
+        }
+        let made = made(&old, &new, &PlanLimits { splices: false, ..limits() }, length_of(&new), (0, 0));
+        assert!(made.sent < 3 * (20 + CHUNK), "{} bytes were sent", made.sent);
+    }
+
+    #[test]
+    fn a_change_at_the_end_costs_itself() {
+        let old: Vec<_> = (1..500).map(name).collect();
+        for from_end in [1, 2, 3] {
+            let mut new = old.clone();
+            let place = new.len() - from_end;
+            new[place] = name(999);
+            let made = made(&old, &new, &limits(), length_of(&new), (0, 0));
+            assert_eq!(made.sent, u64::from(name(999).1), "{from_end} from the end");
+        }
+    }
+
+    #[test]
+    fn what_was_moved_is_found_and_zeros_are_not_sent() {
+        let (one, two): (Vec<_>, Vec<_>) = ((1..100).map(name).collect(), (100..200).map(name).collect());
+        let zeros = vec![(0, CHUNK as u32); 50];
+        let new = [&two[..], &zeros, &one, &zeros].concat();
+        let made = made(&[&one[..], &two].concat(), &new, &limits(), length_of(&new), (0, 0));
+        assert_eq!(made.sent, 0);
+        let mut bytes = HashMap::new();
+        for part in made.parts {
+            *bytes.entry(part.making == Making::Copy(Origin::Zeros)).or_insert(0) += part.length;
+        }
+        assert_eq!(bytes[&true], 2 * length_of(&zeros));
+    }
+
+    #[test]
+    fn the_largest_objects_keep_within_the_number_of_parts() {
+        let limits = PlanLimits {
+            least: 5 << 20,
+            part_size: 5 << 30,
+            longest_copy: 5 << 30,
+            zeros: Some(64 << 20),
+            ..limits()
+        };
+        // Files of which nothing can be copied within the limits, and of which all but each fortieth chunk is.
+        for (size, length, max_parts) in [(48u64 << 40, 1 << 30, 10_000), (2 << 40, 64 << 20, 1000)] {
+            let old = Cut { length, is_zero: false, ..cut(name(1)) };
+            let mut builder = IndexBuilder::new(ChunkSizes::for_file(size));
+            (0..1000).for_each(|_| builder.add(&Cut { length: 64 << 20, ..old.clone() }));
+            let old_index = ChunkIndex::decode(&builder.encode("e").unwrap(), builder.size(), "e").unwrap();
+            let limits = PlanLimits { max_parts, ..limits.clone() };
+            let mut planner = Planner::new(limits, size, (0, 0), Some(Arc::new(old_index)));
+            let (mut parts, new) = (Vec::new(), Cut { length, ..cut(name(2)) });
+            for number in 0..size / u64::from(length) {
+                planner.add(if number % 40 == 0 { &new } else { &old }, &mut parts);
+            }
+            planner.finish(&mut parts);
+            assert_eq!(parts.iter().map(|part| part.length).sum::<u64>(), size);
+            assert!(parts.len() <= max_parts, "{} parts", parts.len());
+            assert!(parts.iter().all(|part| part.length <= 11 << 30), "a part is too long");
+            let sent = parts.iter().map(|part| match part.making {
+                Making::Send => part.length,
+                Making::Copy(_) => 0,
+                Making::Splice { kept, .. } => part.length - kept,
+            });
+            let expected = if size > 4 << 40 { size } else { size / 40 };
+            assert!(sent.sum::<u64>() < expected + (6 << 30), "too much of {size} bytes is sent");
+        }
+    }
 }
