@@ -11,7 +11,7 @@
 //! | `store.rs` | the trait of all stores |
 //! | `local.rs`, `remote.rs` | a directory, and what object_store reaches, as stores |
 //! | `limits.rs`, `rate_limit.rs` | around a store: requests in flight, time; bytes in a second |
-//! | `connect.rs`, `credentials.rs`, `client.rs`, `listing.rs`, `pending.rs`, `checksum.rs`, `reply.rs` | clients of remote stores; what object_store has no words for; what a store's answers mean |
+//! | `connect.rs`, `credentials.rs`, `client.rs`, `listing.rs`, `pending.rs`, `part_copy.rs`, `checksum.rs`, `reply.rs` | clients of remote stores; what object_store has no words for; what a store's answers mean |
 //! | `object_file.rs`, `block_cache.rs` | an object as a file, and its blocks in memory |
 
 mod block_cache;
@@ -26,6 +26,7 @@ mod local;
 mod object;
 mod object_file;
 mod own_files;
+mod part_copy;
 mod pending;
 mod probe;
 mod rate_limit;
@@ -45,6 +46,7 @@ use parking_lot::Mutex;
 
 pub use block_cache::BlockCache;
 use block_cache::next_number;
+pub use checksum::Crc64;
 pub use key::{CONTROL_PREFIX, ObjectKey, random};
 pub use limits::IN_FLIGHT;
 pub use object_file::{ObjectFile, wait};
@@ -52,7 +54,7 @@ pub use own_files::OwnFile;
 pub use pending::{PendingUpload, PendingUploads};
 pub use rate_limit::RateLimit;
 pub use replaces::Replaces;
-pub use store::{Listing, ObjectMeta, Tags};
+pub use store::{CopySource, Listing, ObjectMeta, Tags};
 pub use upload::{MAX_PARTS, START_LIMIT};
 #[doc(hidden)]
 pub use {listing::fuzz_listing, reply::fuzz_reply};

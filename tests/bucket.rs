@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, ObjectFile, ObjectKey, Replaces, RequestLimits, Tags};
+use freightfs::bucket::{Bucket, CopySource, Crc64, ObjectFile, ObjectKey, Replaces, RequestLimits, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::units::FileOffset;
 use freightfs::vfile::VirtualFile;
@@ -57,8 +57,8 @@ async fn replacements(bucket: &Bucket) {
     let tagged = |meta: &freightfs::bucket::ObjectMeta| Replaces::Tag(meta.etag.clone().unwrap());
     let upload = async |content: &'static str, replaces: &Replaces| {
         let id = bucket.start_upload(&k, 5 << 20, &Tags::new()).await.unwrap();
-        let part = bucket.put_part(&k, &id, 0, text(content)).await.unwrap();
-        let made = bucket.complete_upload(&k, &id, vec![part], content.len() as u64, replaces).await;
+        let part = bucket.put_part(&k, &id, 0, 0, text(content)).await.unwrap();
+        let made = bucket.complete_upload(&k, &id, vec![part], content.len() as u64, replaces, None).await;
         if made.is_err() {
             bucket.abort_upload(&k, &id).await.unwrap();
         }
@@ -140,7 +140,7 @@ async fn uploads(bucket: &Bucket) {
         let upload = bucket.start_upload(&k, part_size, &Tags::new()).await.unwrap();
         let part = |index: usize| {
             let range = index * part_size as usize..((index + 1) * part_size as usize).min(bytes.len());
-            bucket.put_part(&k, &upload, index, bytes.slice(range))
+            bucket.put_part(&k, &upload, index, range.start as u64, bytes.slice(range))
         };
         // Out of order, together, and one of them twice.
         let (last, first) = tokio::join!(part(2), part(0));
@@ -159,7 +159,7 @@ async fn uploads(bucket: &Bucket) {
         }
         let size = bytes.len() as u64;
         let meta = bucket
-            .complete_upload(&k, &upload, vec![first, middle, last], size, &Replaces::Anything)
+            .complete_upload(&k, &upload, vec![first, middle, last], size, &Replaces::Anything, None)
             .await
             .unwrap();
         assert_eq!(meta.object_size, size);
@@ -239,11 +239,11 @@ fn a_local_upload_knows_its_objects_tag_and_another_file_in_the_same_inode_has_a
         // The end of the last part is zeros, which are left out.
         let mut bytes = vec![0; 1 << 20];
         bytes[0] = 1;
-        let part = bucket.put_part(&k, &upload, 0, bytes.into()).await.unwrap();
+        let part = bucket.put_part(&k, &upload, 0, 0, bytes.into()).await.unwrap();
         let expected =
             bucket.expected_etag_prefix(&upload, std::slice::from_ref(&part), 1 << 20).await.unwrap();
         let made =
-            bucket.complete_upload(&k, &upload, vec![part], 1 << 20, &Replaces::Nothing).await.unwrap();
+            bucket.complete_upload(&k, &upload, vec![part], 1 << 20, &Replaces::Nothing, None).await.unwrap();
         assert_eq!(made.etag, expected);
         // Inodes are given again: such a file has been written at another time.
         let other = std::fs::File::options().write(true).open(directory.path().join("k")).unwrap();
@@ -278,13 +278,13 @@ fn a_lock_that_another_process_keeps_is_named_and_holds_up_only_those_who_need_i
         bucket.put(&key("old"), text.clone(), &Replaces::Anything).await.unwrap();
         let old = bucket.head(&key("old")).await.unwrap().unwrap();
         let upload = bucket.start_upload(&k, 5 << 20, &Tags::new()).await.unwrap();
-        let part = bucket.put_part(&k, &upload, 0, text.clone()).await.unwrap();
+        let part = bucket.put_part(&k, &upload, 0, 0, text.clone()).await.unwrap();
         let lock = std::fs::File::open(directory.path().join(".freightfs/lock")).unwrap();
         let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive).unwrap();
         let replaces = Replaces::Nothing;
         let (put, made, copied, removed, list, read) = tokio::join!(
             bucket.put(&k, text.clone(), &replaces),
-            bucket.complete_upload(&k, &upload, vec![part.clone()], 4, &replaces),
+            bucket.complete_upload(&k, &upload, vec![part.clone()], 4, &replaces, None),
             bucket.copy(&old, &k, &replaces),
             bucket.delete(&old.key),
             bucket.list(None),
@@ -297,7 +297,7 @@ fn a_lock_that_another_process_keeps_is_named_and_holds_up_only_those_who_need_i
             assert!(error.report().contains("/.freightfs/lock"), "{}", error.report());
         }
         drop(lock);
-        bucket.complete_upload(&k, &upload, vec![part], 4, &replaces).await.unwrap();
+        bucket.complete_upload(&k, &upload, vec![part], 4, &replaces, None).await.unwrap();
         assert_eq!(own_files(directory.path(), "uploads"), Vec::<String>::new());
     });
 }
@@ -410,9 +410,9 @@ fn an_object_that_was_replaced_at_once_is_not_taken_for_ours() {
         store.replace_next(b"them");
         let put = bucket.put_tagged(&k, content.clone(), &tags, &Replaces::Anything).await;
         let upload = bucket.start_upload(&k, 5 << 20, &tags).await.unwrap();
-        let part = bucket.put_part(&k, &upload, 0, content.clone()).await.unwrap();
+        let part = bucket.put_part(&k, &upload, 0, 0, content.clone()).await.unwrap();
         store.replace_next(b"they");
-        let made = bucket.complete_upload(&k, &upload, vec![part], 4, &Replaces::Anything).await;
+        let made = bucket.complete_upload(&k, &upload, vec![part], 4, &Replaces::Anything, None).await;
         for refused in [put, made] {
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Conflict);
         }
@@ -669,9 +669,12 @@ impl Behind {
         let made = async {
             let mut parts = Vec::new();
             for (index, part) in [content.slice(..half), content.slice(half..)].into_iter().enumerate() {
-                parts.push(self.bucket.put_part(k, &upload, index, part).await?);
+                parts.push(self.bucket.put_part(k, &upload, index, (index * half) as u64, part).await?);
             }
-            self.bucket.complete_upload(k, &upload, parts, content.len() as u64, replaces).await.map(drop)
+            self.bucket
+                .complete_upload(k, &upload, parts, content.len() as u64, replaces, None)
+                .await
+                .map(drop)
         };
         let made = made.await;
         if made.is_err() {
@@ -835,7 +838,7 @@ fn a_listing_does_not_wait_for_parts_and_a_store_that_is_silent_is_given_up() {
                 .map(|index| {
                     let (bucket, k, upload) = (behind.bucket.clone(), k.clone(), upload.clone());
                     tokio::spawn(async move {
-                        bucket.put_part(&k, &upload, index, Bytes::from_static(b"x")).await
+                        bucket.put_part(&k, &upload, index, index as u64, Bytes::from_static(b"x")).await
                     })
                 })
                 .collect();
@@ -873,5 +876,139 @@ fn each_store_says_what_it_cannot_do() {
             (Some(words), Some(found)) => assert!(found.contains(words), "{found}"),
             (expected, found) => panic!("{expected:?}: {found:?}"),
         }
+    }
+}
+
+fn crc64(bytes: &[u8]) -> u64 {
+    Crc64::of(bytes).value()
+}
+
+/// Copied parts beside one that was sent, and everything that is not copied.
+async fn copied_parts(bucket: &Bucket) {
+    let (from, k) = (key("from a&b/ü"), key("copied"));
+    let mut content = Random(21).bytes(6 << 20);
+    content[2 << 20..3 << 20].fill(0);
+    let (content, sent) = (Bytes::from(content), Bytes::from(Random(22).bytes(5 << 20)));
+    let etag = bucket.put(&from, content.clone(), &Replaces::Anything).await.unwrap().unwrap();
+    let upload = bucket.start_upload(&k, 8 << 20, &Tags::new()).await.unwrap();
+    let offsets = [0, 5 << 20, (5 << 20) + sent.len() as u64];
+    let copy = async |index: usize, key: &ObjectKey, etag: &str, range: std::ops::Range<u64>, crc64| {
+        let source = CopySource { key: key.clone(), etag: etag.to_owned(), range };
+        bucket.copy_part(&k, &upload, index, offsets[index], &source, crc64).await
+    };
+    let slice = |range: &std::ops::Range<u64>| content.slice(range.start as usize..range.end as usize);
+    let (first, last) = (4099..4099 + (5 << 20), 5000..5301);
+    let other = "\"00000000000000000000000000000000\"";
+    for (key, etag, range, crc64, kind) in [
+        (&from, other, last.clone(), 0, ErrorKind::Conflict),
+        (&key("nothing"), &etag, last.clone(), 0, ErrorKind::Conflict),
+        (&from, &etag, (6 << 20) - 5..(6 << 20) + 1, 0, ErrorKind::Conflict),
+        (&from, &etag, 9 << 20..10 << 20, 0, ErrorKind::Conflict),
+        (&from, &etag, last.clone(), crc64(&slice(&first)), ErrorKind::Damaged),
+    ] {
+        let error = copy(2, key, etag, range.clone(), crc64).await.unwrap_err();
+        assert_eq!((error.kind(), error.is_transient()), (kind, false), "{range:?}: {}", error.report());
+        assert!(error.to_string().starts_with(&bucket.url_of(&k)), "{error}");
+    }
+    let one = copy(0, &from, &etag, first.clone(), crc64(&slice(&first))).await.unwrap();
+    let two = bucket.put_part(&k, &upload, 1, offsets[1], sent.clone()).await.unwrap();
+    let three = copy(2, &from, &etag, last.clone(), crc64(&slice(&last))).await.unwrap();
+    let whole = [slice(&first), sent, slice(&last)].concat();
+    let (parts, size) = (vec![one, two, three], whole.len() as u64);
+    let crc64 = crc64(&whole);
+    if bucket.url().starts_with("s3:") {
+        let parts = parts.clone();
+        let wrong =
+            bucket.complete_upload(&k, &upload, parts, size, &Replaces::Nothing, Some(crc64 ^ 1)).await;
+        assert_eq!(wrong.unwrap_err().kind(), ErrorKind::Damaged);
+    }
+    let made =
+        bucket.complete_upload(&k, &upload, parts, size, &Replaces::Nothing, Some(crc64)).await.unwrap();
+    assert!(bucket.read(&k, 0..size, made.etag.as_deref()).await.unwrap() == whole);
+    let gone = bucket.start_upload(&k, 8 << 20, &Tags::new()).await.unwrap();
+    bucket.abort_upload(&k, &gone).await.unwrap();
+    let source = CopySource { key: from.clone(), etag: etag.clone(), range: last };
+    let error = bucket.copy_part(&k, &gone, 0, 0, &source, 0).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{}", error.report());
+    assert!(bucket.copies_parts());
+    bucket.forget_copies("they were wrong");
+    assert!(!bucket.copies_parts() && bucket.limitation().unwrap().contains("they were wrong"));
+}
+
+#[test]
+fn parts_are_copied_byte_for_byte_out_of_what_was_meant_only() {
+    let (_directory, bucket) = local();
+    runtime().block_on(copied_parts(&bucket));
+    for behind in Behind::everywhere("part-copies") {
+        runtime().block_on(async {
+            behind.direct.probe().await.unwrap();
+            if std::env::var("FREIGHTFS_TEST_S3").is_ok_and(|endpoint| endpoint == behind.endpoint) {
+                assert!(behind.direct.copies_parts());
+            }
+            if behind.direct.copies_parts() {
+                copied_parts(&behind.direct).await;
+            } else {
+                not_copied(&behind.direct).await;
+            }
+        });
+    }
+}
+
+/// A store that copies whatever is there, or does not say what that was.
+async fn not_copied(bucket: &Bucket) {
+    let content = Bytes::from(Random(23).bytes(6 << 20));
+    let (from, k) = (key("from"), key("k"));
+    let etag = bucket.put(&from, content.clone(), &Replaces::Anything).await.unwrap().unwrap();
+    let upload = bucket.start_upload(&k, 8 << 20, &Tags::new()).await.unwrap();
+    let source = CopySource { key: from, etag, range: 0..5 << 20 };
+    let error = bucket.copy_part(&k, &upload, 0, 0, &source, crc64(&content[..5 << 20])).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{}", error.report());
+    assert!(bucket.limitation().unwrap().contains("everything is sent"));
+    bucket.abort_upload(&k, &upload).await.unwrap();
+}
+
+#[test]
+fn answers_to_copies_that_are_late_lost_damaged_or_errors_make_no_part_that_is_not_right() {
+    for behind in Behind::everywhere("copy-answers").into_iter().take(1) {
+        runtime().block_on(async {
+            behind.bucket.probe().await.unwrap();
+            let content = Bytes::from(Random(24).bytes(1 << 20));
+            let (from, k) = (key("from"), key("k"));
+            let etag = behind.direct.put(&from, content.clone(), &Replaces::Anything).await.unwrap().unwrap();
+            let upload = behind.bucket.start_upload(&k, 8 << 20, &Tags::new()).await.unwrap();
+            let source = CopySource { key: from, etag, range: 100..100_100 };
+            let right = crc64(&content[100..100_100]);
+            let copy = async || behind.bucket.copy_part(&k, &upload, 0, 0, &source, right).await;
+            let id = copy().await.unwrap();
+            let error = |code: &str| {
+                Box::leak(format!("<?xml?>\n\n <Error><Code>{code}</Code></Error>").into_boxed_str())
+            };
+            for passing in [Fate::Answer(503), Fate::CutAnswer, Fate::AnswerWell(error("InternalError"))] {
+                behind.next(2, passing, Request::is_part);
+                assert_eq!(copy().await.unwrap(), id, "{passing:?}");
+            }
+            for (answer, kind) in [
+                (Fate::AnswerWell(error("AccessDenied")), ErrorKind::PermissionDenied),
+                (Fate::AnswerWell(error("PreconditionFailed")), ErrorKind::Conflict),
+                (Fate::AnswerWell(error("NoSuchUpload")), ErrorKind::NotFound),
+                (Fate::Answer(403), ErrorKind::PermissionDenied),
+                (Fate::Answer(400), ErrorKind::UploadFailed),
+            ] {
+                behind.next(1, answer, Request::is_part);
+                let error = copy().await.unwrap_err();
+                assert_eq!((error.kind(), error.is_transient()), (kind, false), "{}", error.report());
+            }
+            // Wherever the bit is: no other part is taken for this one.
+            behind.next(1, Fate::DamageAnswer, Request::is_part);
+            assert!(copy().await.map_or_else(|error| error.kind() == ErrorKind::Damaged, |copied| copied == id));
+            let other = "<CopyPartResult><ETag>x</ETag><ChecksumCRC64NVME>AAAAAAAAAAA=</ChecksumCRC64NVME></CopyPartResult>";
+            behind.next(1, Fate::AnswerWell(other), Request::is_part);
+            assert_eq!(copy().await.unwrap_err().kind(), ErrorKind::Damaged);
+            assert!(behind.bucket.copies_parts());
+            behind.next(1, Fate::Answer(501), Request::is_part);
+            assert_eq!(copy().await.unwrap_err().kind(), ErrorKind::Unsupported);
+            assert!(!behind.bucket.copies_parts());
+            behind.direct.abort_upload(&k, &upload).await.unwrap();
+        });
     }
 }

@@ -32,10 +32,63 @@ impl Checksum {
     pub(super) fn of(self, body: &[u8]) -> String {
         let crc = || crc_fast::checksum(CrcAlgorithm::Crc64Nvme, body);
         match self {
-            Self::Crc64 => BASE64_STANDARD.encode(crc().to_be_bytes()),
+            Self::Crc64 => Crc64::base64(crc()),
             Self::AzureCrc64 => BASE64_STANDARD.encode(crc().to_le_bytes()),
             Self::Md5 => BASE64_STANDARD.encode(Md5::digest(body)),
         }
+    }
+}
+
+/// The CRC-64/NVME of bytes, in the order in which they are added. Those of neighbours make that of both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Crc64 {
+    value: u64,
+    length: u64,
+}
+
+impl Crc64 {
+    /// That of so many bytes of which only the checksum is known.
+    pub fn new(value: u64, length: u64) -> Self {
+        Self { value, length }
+    }
+
+    /// That of these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self::new(crc_fast::checksum(CrcAlgorithm::Crc64Nvme, bytes), bytes.len() as u64)
+    }
+
+    /// The next bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        *self = self.then(Self::of(bytes));
+    }
+
+    /// That of both, one after the other.
+    pub fn then(self, next: Self) -> Self {
+        if self.length == 0 || next.length == 0 {
+            return if self.length == 0 { next } else { self };
+        }
+        let (algorithm, length) = (CrcAlgorithm::Crc64Nvme, self.length + next.length);
+        Self::new(crc_fast::checksum_combine(algorithm, self.value, next.value, next.length), length)
+    }
+
+    /// The checksum.
+    pub fn value(self) -> u64 {
+        self.value
+    }
+
+    /// Of how many bytes it is the checksum.
+    pub fn length(self) -> u64 {
+        self.length
+    }
+
+    /// A checksum as S3 writes it.
+    pub fn base64(value: u64) -> String {
+        BASE64_STANDARD.encode(value.to_be_bytes())
+    }
+
+    /// What S3 has written.
+    pub(super) fn from_base64(text: &str) -> Option<u64> {
+        Some(u64::from_be_bytes(BASE64_STANDARD.decode(text).ok()?.try_into().ok()?))
     }
 }
 
@@ -99,7 +152,20 @@ mod tests {
             Checksum::Crc64.of(b"123456789"),
             BASE64_STANDARD.encode(0xae8b_1486_0a79_9888_u64.to_be_bytes())
         );
+        assert_eq!(Crc64::from_base64(&Checksum::Crc64.of(b"123456789")), Some(0xae8b_1486_0a79_9888));
         assert_eq!(Checksum::Md5.of(b""), "1B2M2Y8AsgTpgAmY7PhCfg==");
         assert_eq!(md5_etag(b""), "\"d41d8cd98f00b204e9800998ecf8427e\"");
+    }
+
+    #[test]
+    fn a_checksum_is_the_same_however_its_bytes_are_cut() {
+        let bytes: Vec<u8> = (0..100_000_u32).map(|n| (n * n >> 7) as u8).collect();
+        for cut in [0, 1, 8, 65_536, 99_999, 100_000] {
+            let (one, other) = bytes.split_at(cut);
+            let mut running = Crc64::of(one);
+            running.add(other);
+            assert_eq!(running, Crc64::of(&bytes), "{cut}");
+            assert_eq!(Crc64::of(one).then(Crc64::of(other)), Crc64::of(&bytes), "{cut}");
+        }
     }
 }

@@ -18,6 +18,7 @@ use object_store::client::{
 
 use super::key::Unshown;
 use super::listing;
+use super::part_copy::{NOT_IMPLEMENTED, PartCopy};
 use super::pending::{Answer, Ask};
 use crate::error::{Error, ErrorKind};
 
@@ -27,6 +28,9 @@ pub(super) type Header = (&'static str, String);
 tokio::task_local! {
     /// What the store's requests of this task are to have.
     static HEADERS: Vec<Header>;
+
+    /// What the part that is sent is to be copied from instead.
+    static COPY: Arc<PartCopy>;
 
     /// Whether the request is about a directory's marker, whose key ends with a slash: object_store's paths have none.
     static OF_DIRECTORY: bool;
@@ -38,6 +42,11 @@ tokio::task_local! {
 /// Makes a request to a store that has these headers besides those of object_store.
 pub(super) async fn with_headers<T>(headers: Vec<Header>, request: impl Future<Output = T>) -> T {
     HEADERS.scope(headers, request).await
+}
+
+/// Makes a request to S3 that sends a part without bytes, and has the store copy the part.
+pub(super) async fn copying<T>(copy: Arc<PartCopy>, request: impl Future<Output = T>) -> T {
+    COPY.scope(copy, request).await
 }
 
 /// Makes a removal at S3 that is about the object `KEY/` instead of `KEY`. Where it cannot be signed again nothing is asked,
@@ -127,6 +136,11 @@ impl StoreClient {
         if let Some(ask) = request.extensions().get::<Ask>().cloned() {
             return self.asked(request, &ask).await;
         }
+        if let Ok(copy) = COPY.try_with(Arc::clone)
+            && PartCopy::is_of(&request)
+        {
+            return self.copied(request, &copy).await;
+        }
         if let Some(tries) = request.extensions().get::<Tries>() {
             tries.0.fetch_add(1, Ordering::SeqCst);
         }
@@ -167,6 +181,16 @@ impl StoreClient {
         if answer.status().is_success() { Answer::taken(answer).await } else { Ok(answer) }
     }
 
+    /// Has a part copied instead of sending it.
+    async fn copied(&self, mut request: HttpRequest, copy: &PartCopy) -> Result<HttpResponse, HttpError> {
+        let Some(signer) = self.signer.get().filter(|signer| signer.has_made(&request)) else {
+            return answer(400, NOT_IMPLEMENTED);
+        };
+        copy.rewrite(&mut request)?;
+        signer.sign(&mut request).await.map_err(unknown)?;
+        copy.taken(self.client.execute(request).await?).await
+    }
+
     /// A listing without what cannot be shown.
     async fn shown(&self, answer: HttpResponse) -> Result<HttpResponse, HttpError> {
         let (parts, body) = answer.into_parts();
@@ -179,13 +203,17 @@ impl StoreClient {
 }
 
 /// A request that cannot be made.
-fn unknown<E: std::error::Error + Send + Sync + 'static>(error: E) -> HttpError {
+pub(super) fn unknown<E: std::error::Error + Send + Sync + 'static>(error: E) -> HttpError {
     HttpError::new(HttpErrorKind::Unknown, error)
 }
 
 /// An answer that no store gave: 404 for what is not there, 501 for what cannot be asked.
 fn empty(status: u16) -> Result<HttpResponse, HttpError> {
-    let mut answer = HttpResponse::new(String::new().into());
+    answer(status, "")
+}
+
+fn answer(status: u16, body: &str) -> Result<HttpResponse, HttpError> {
+    let mut answer = HttpResponse::new(body.to_owned().into());
     *answer.status_mut() = status.try_into().map_err(unknown)?;
     Ok(answer)
 }

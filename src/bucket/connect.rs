@@ -99,7 +99,7 @@ impl<'a> Place<'a> {
             .build();
         let store = self.usable(store)?;
         connector.sign_for_s3(&store, region.unwrap_or_else(|| DEFAULT_REGION.to_owned()));
-        Ok(RemoteStore::s3(store, self.prefix))
+        Ok(RemoteStore::s3(store, self.bucket, self.prefix))
     }
 
     /// Azure Blob Storage by the AZURE_* variables.

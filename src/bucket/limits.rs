@@ -14,7 +14,7 @@ use super::client::{self, Tries};
 use super::key::ObjectKey;
 use super::pending::PendingUploads;
 use super::replaces::Replaces;
-use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
+use super::store::{Abilities, CopiedPart, CopyPart, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::MIB;
 
@@ -242,6 +242,12 @@ impl<S: Store> Store for LimitedStore<S> {
         self.writing(&self.parts, limit, self.store.put_part(key, upload, part)).await
     }
 
+    async fn copy_part(&self, key: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {
+        let range = &part.source.range;
+        let limit = self.time_for(range.end - range.start).max(self.timeout * STORE_WORK);
+        self.writing(&self.parts, limit, self.store.copy_part(key, upload, part)).await
+    }
+
     async fn expected_etag_prefix(
         &self,
         upload: &str,
@@ -258,8 +264,9 @@ impl<S: Store> Store for LimitedStore<S> {
         parts: Vec<String>,
         object_size: u64,
         replaces: &Replaces,
+        crc64: Option<u64>,
     ) -> Result<Option<String>> {
-        let complete = self.store.complete_upload(key, upload, parts, object_size, replaces);
+        let complete = self.store.complete_upload(key, upload, parts, object_size, replaces, crc64);
         self.writing(&self.writes, self.timeout * STORE_WORK, complete).await
     }
 

@@ -11,6 +11,7 @@
 mod directory;
 mod names;
 mod owner;
+mod parts;
 mod rename;
 
 use std::fs::File;
@@ -22,7 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, OFlag, fallocate, renameat};
+use nix::fcntl::{OFlag, renameat};
 use nix::sys::stat::{FileStat, fstat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -35,12 +36,12 @@ use super::key::{CONTROL_PREFIX, ObjectKey};
 use super::limits::place;
 use super::replaces::{Conditions, Replaces};
 use super::reply::conflict;
-use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
+use super::store::{Abilities, CopiedPart, CopyPart, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::KIB;
 
-/// Blocks of zeros of this size are left as holes.
-const ZERO_BLOCK: usize = 64 * KIB as usize;
+/// Parts may be of any size; smaller ones are not worth a request.
+const LEAST_PART: u64 = 64 * KIB;
 
 /// Names that are looked up for one page of a listing.
 const PAGE: usize = 10_000;
@@ -111,7 +112,6 @@ impl LocalStore {
         listing
     }
 
-    /// An upload's id holds its part size, so that a part's place follows from its index alone.
     fn create_upload(&self, upload: String) -> Result<String> {
         let path = upload_path(&upload)?;
         self.directory.create_directories(&uploads())?;
@@ -120,43 +120,14 @@ impl LocalStore {
         Ok(upload)
     }
 
-    /// The upload's file and its part size.
-    fn open_upload(&self, upload: &str) -> Result<(File, u64)> {
-        let part_size = upload.rsplit_once('-').and_then(|(_, size)| size.parse().ok());
-        let part_size = part_size.ok_or_else(|| Error::new(ErrorKind::Malformed, "not an upload's id"))?;
-        let opened = self.directory.open_at(&upload_path(upload)?, OFlag::O_WRONLY);
-        Ok((opened.map_err(|e| failed("cannot open the upload", e))?.into(), part_size))
-    }
-
-    /// Writes a part at its place. Blocks of zeros are holes, also where an earlier version of the part had data.
-    fn write_part(&self, upload: &str, index: usize, part: &[u8]) -> Result<()> {
-        let (file, part_size) = self.open_upload(upload)?;
-        let start = part_size
-            .checked_mul(index as u64)
-            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "too many parts"))?;
-        if file.metadata().map_err(|e| failed("cannot stat the upload", e))?.len() > start {
-            punch_hole(&file, start, part.len() as u64)?;
-        }
-        let mut run = 0;
-        let mut at = 0;
-        let write = |from: usize, to: usize| {
-            let written =
-                if from < to { file.write_all_at(&part[from..to], start + from as u64) } else { Ok(()) };
-            written.map_err(|e| failed("cannot write the part", e))
-        };
-        for block in part.chunks(ZERO_BLOCK) {
-            if block.len() == ZERO_BLOCK && block.iter().all(|&b| b == 0) {
-                write(run, at)?;
-                run = at + block.len();
-            }
-            at += block.len();
-        }
-        write(run, at)
+    fn open_upload(&self, upload: &str, flags: OFlag) -> Result<File> {
+        let opened = self.directory.open_at(&upload_path(upload)?, flags);
+        Ok(opened.map_err(|e| failed("cannot open the upload", e))?.into())
     }
 
     /// Gives an upload its size and its name, durably, where that replaces what it is to replace. Returns the object's tag.
     fn publish(&self, upload: &str, key: &ObjectKey, size: u64, replaces: &Replaces) -> Result<String> {
-        let (file, _) = self.open_upload(upload)?;
+        let file = self.open_upload(upload, OFlag::O_WRONLY)?;
         resize(&file, size)?;
         file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
         let stat = fstat(&file).map_err(|e| failed("cannot stat the upload", e))?;
@@ -176,7 +147,14 @@ impl LocalStore {
 impl Store for LocalStore {
     fn abilities(&self) -> Abilities {
         let conditions = Conditions::ALL;
-        Abilities { largest_copy: u64::MAX, conditions, returns_tags: true, ..Abilities::default() }
+        Abilities {
+            largest_copy: u64::MAX,
+            conditions,
+            returns_tags: true,
+            copies_parts: true,
+            least_part: LEAST_PART,
+            ..Abilities::default()
+        }
     }
 
     async fn sweep(&self, state: &str, kept: Vec<String>) -> Result<()> {
@@ -265,7 +243,8 @@ impl Store for LocalStore {
             let size = put.bytes.len() as u64;
             let upload = store.create_upload(store.owner.put_name(&store.directory, size)?)?;
             let written = store
-                .write_part(&upload, 0, &put.bytes)
+                .open_upload(&upload, OFlag::O_WRONLY)
+                .and_then(|file| parts::write(&file, 0, &put.bytes))
                 .and_then(|()| store.publish(&upload, &key, size, &put.replaces));
             let written = written.inspect_err(|_| {
                 let _ = remove_upload(&store.directory, &upload);
@@ -320,7 +299,7 @@ impl Store for LocalStore {
             let mut source = File::from(opened);
             let size = u64::try_from(stat.st_size).unwrap_or(0);
             let upload = store.create_upload(store.owner.put_name(&store.directory, size)?)?;
-            let copied = store.open_upload(&upload).and_then(|(mut file, _)| {
+            let copied = store.open_upload(&upload, OFlag::O_WRONLY).and_then(|mut file| {
                 // The standard library copies within the kernel where that is possible.
                 std::io::copy(&mut source, &mut file).map_err(|e| failed("cannot copy the object", e))
             });
@@ -377,8 +356,17 @@ impl Store for LocalStore {
     async fn put_part(&self, _: &ObjectKey, upload: &str, part: PutPart) -> Result<String> {
         let upload = upload.to_owned();
         let index = part.index;
-        self.blocking(move |store| store.write_part(&upload, index, &part.bytes)).await?;
+        self.blocking(move |store| {
+            let file = store.open_upload(&upload, OFlag::O_WRONLY)?;
+            parts::write(&file, part.offset, &part.bytes)
+        })
+        .await?;
         Ok(index.to_string())
+    }
+
+    async fn copy_part(&self, _: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {
+        let upload = upload.to_owned();
+        self.blocking(move |store| store.copy_part_now(&upload, &part)).await
     }
 
     async fn complete_upload(
@@ -388,6 +376,7 @@ impl Store for LocalStore {
         _: Vec<String>,
         size: u64,
         replaces: &Replaces,
+        _: Option<u64>,
     ) -> Result<Option<String>> {
         let (key, upload, replaces) = (key.clone(), upload.to_owned(), replaces.clone());
         self.blocking(move |store| store.publish(&upload, &key, size, &replaces).map(Some)).await
@@ -397,7 +386,7 @@ impl Store for LocalStore {
     async fn expected_etag_prefix(&self, upload: &str, _: &[String], size: u64) -> Result<Option<String>> {
         let upload = upload.to_owned();
         self.blocking(move |store| {
-            let (file, _) = store.open_upload(&upload)?;
+            let file = store.open_upload(&upload, OFlag::O_WRONLY)?;
             resize(&file, size)?;
             // A filesystem far away decides now when the last bytes were written.
             file.sync_all().map_err(|e| failed("cannot sync the object", e))?;
@@ -420,27 +409,6 @@ fn resize(file: &File, size: u64) -> Result<()> {
         return Ok(());
     }
     file.set_len(size).map_err(|e| failed("cannot size the object", e))
-}
-
-/// Makes zeros of what is there, without taking room where the filesystem can do that.
-fn punch_hole(file: &File, start: u64, length: u64) -> Result<()> {
-    let place = |n: u64| {
-        i64::try_from(n)
-            .map_err(|e| Error::new(ErrorKind::TooLarge, "a part beyond the largest file").because(e))
-    };
-    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    match fallocate(file, punch, place(start)?, place(length.max(1))?) {
-        Ok(()) => Ok(()),
-        Err(Errno::EOPNOTSUPP) => {
-            let zeros = vec![0; ZERO_BLOCK];
-            let end = start + length;
-            (start..end).step_by(ZERO_BLOCK).try_for_each(|at| {
-                let length = (end - at).min(ZERO_BLOCK as u64) as usize;
-                file.write_all_at(&zeros[..length], at).map_err(|e| failed("cannot write the part", e))
-            })
-        }
-        Err(errno) => Err(failed("cannot write the part", errno)),
-    }
 }
 
 /// Whether a file is what is to be replaced.
@@ -486,7 +454,9 @@ mod tests {
         let anything = &Replaces::Anything;
         assert!(store.delete(&key, anything).now_or_never().is_none());
         assert!(store.put(&other, put()).now_or_never().is_none());
-        assert!(store.complete_upload(&other, &upload, Vec::new(), 5, anything).now_or_never().is_none());
+        assert!(
+            store.complete_upload(&other, &upload, Vec::new(), 5, anything, None).now_or_never().is_none()
+        );
         assert!(store.rename(&key, None, &other, anything).now_or_never().is_none());
         drop(locked);
         // Each thread has a store.

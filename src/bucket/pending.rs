@@ -30,7 +30,7 @@ const MAX_ID: usize = 1024;
 
 /// What stays as it is in a path and a query (S3 User Guide, "Signature Calculations", URI encoding); in a path slashes too.
 const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
-const PATH: &AsciiSet = &QUERY.remove(b'/');
+pub(super) const PATH: &AsciiSet = &QUERY.remove(b'/');
 
 /// The listing that object_store gets in place of the answer.
 const EMPTY: &str = "<ListBucketResult></ListBucketResult>";
@@ -97,7 +97,7 @@ impl Answer {
         let (mut parts, body) = answer.into_parts();
         let date = parts.headers.get("date").and_then(|date| date.to_str().ok());
         let date = date.and_then(|date| jiff::fmt::rfc2822::parse(date).ok()).map(|date| date.timestamp());
-        let body = bounded(body).await?;
+        let body = bounded(body, MAX_ANSWER).await?;
         let text = String::from_utf8_lossy(&body).into();
         parts.headers.remove("content-length");
         parts.extensions.insert(Self { date, text });
@@ -105,13 +105,13 @@ impl Answer {
     }
 }
 
-/// A body, up to the largest that is read.
-async fn bounded(body: HttpResponseBody) -> Result<Bytes, HttpError> {
+/// A body of at most so many bytes.
+pub(super) async fn bounded(body: HttpResponseBody, limit: u64) -> Result<Bytes, HttpError> {
     let (mut stream, mut read) = (body.bytes_stream(), BytesMut::new());
     while let Some(bytes) = stream.next().await {
         let bytes = bytes?;
-        if (read.len() + bytes.len()) as u64 > MAX_ANSWER {
-            let what = format!("the store's answer has more than {MAX_ANSWER} bytes");
+        if (read.len() + bytes.len()) as u64 > limit {
+            let what = format!("the store's answer has more than {limit} bytes");
             return Err(HttpError::new(HttpErrorKind::Decode, Error::new(ErrorKind::TooLarge, what)));
         }
         read.extend_from_slice(&bytes);
@@ -238,6 +238,6 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_does_not_end_is_not_read_to_its_end() {
         let body = "x".repeat(MAX_ANSWER as usize + 1);
-        assert!(bounded(body.into()).await.is_err());
+        assert!(bounded(body.into(), MAX_ANSWER).await.is_err());
     }
 }

@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use md5::{Digest, Md5};
 
-use super::checksum::{Checksum, composite_etag, is_same_tag, md5_etag};
+use super::checksum::{Checksum, Crc64, composite_etag, is_same_tag, md5_etag};
 use super::client::Tries;
 use super::key::{CONTROL_PREFIX, ObjectKey, unique};
 use super::replaces::Conditions;
-use super::store::{Abilities, Put, PutPart, Tags};
+use super::store::{Abilities, CopyPart, CopySource, Put, PutPart, Tags};
 use super::upload::PART_SIZE;
 use super::{Bucket, PendingUpload, Replaces};
 use crate::error::{Error, ErrorKind, Result};
@@ -20,6 +20,17 @@ const OTHER: &[u8] = b"freight fs\n";
 
 /// An entity tag that no object has.
 const OTHER_TAG: &str = "\"00000000000000000000000000000000\"";
+
+/// What an upload of one part shows.
+#[derive(Debug, Default)]
+struct ProbedUpload {
+    /// The part's id.
+    part: String,
+    /// The object's tag as the store returns it.
+    tag: Option<String>,
+    /// Whether it was not put together with the checksum of another one.
+    checks_object: bool,
+}
 
 impl Bucket {
     /// Finds out whether the bucket is there and can be used as exports use it: listed, written, read, written in parts,
@@ -53,10 +64,16 @@ impl Bucket {
         }
         let mut found = self.abilities();
         if found.is_remote {
-            let (puts, parts, listed) =
-                tokio::join!(self.probe_puts(&found), self.probe_parts(&found), self.probe_listing());
+            let (puts, parts, listed, copies) = tokio::join!(
+                self.probe_puts(&found),
+                self.probe_parts(&found),
+                self.probe_listing(),
+                self.probe_part_copies(key, &found)
+            );
             let (lists_uploads, initiator) = listed?.map_or((false, None), |upload| (true, upload.initiator));
             found = Abilities { checks_puts: puts?, lists_uploads, initiator, ..parts? };
+            // Parts that are copied stand beside parts that are sent, and have the same checksum.
+            found.copies_parts = found.checks_parts == Some(Checksum::Crc64) && copies;
             found.conditions = self.probe_conditions(key).await?;
             tracing::debug!("bucket {}: {found:?}", self.name());
             *self.inner.abilities.lock() = found;
@@ -133,7 +150,8 @@ impl Bucket {
                 break;
             }
         }
-        let (part, returned) = self.probe_upload(key, found).await?.unwrap_or_default();
+        let ProbedUpload { part, tag: returned, checks_object } =
+            self.probe_upload(key, found).await?.unwrap_or_default();
         let etag = self.head(key).await?.and_then(|meta| meta.etag);
         let is_md5 = part.trim_matches('"') == hex::encode(Md5::digest(PROBE));
         let of_parts = etag.is_some() && etag == composite_etag(&[part]);
@@ -144,6 +162,7 @@ impl Bucket {
         let after_put = self.head(key).await?.and_then(|meta| meta.etag);
         Ok(Abilities {
             checks_parts: found,
+            checks_objects: checks_object,
             has_md5_etags: is_md5 && of_parts && put == Some(md5_etag(PROBE)),
             returns_tags: is_seen(returned.as_deref(), etag.as_deref())
                 && is_seen(put.as_deref(), after_put.as_deref()),
@@ -151,17 +170,17 @@ impl Bucket {
         })
     }
 
-    /// Makes an object by an upload of one part; returns the part's id and the object's tag as the store returns it, or
-    /// `None` where a damaged part was taken.
+    /// Makes an object by an upload of one part; `None` where a damaged part was taken.
     async fn probe_upload(
         &self,
         key: &ObjectKey,
         checksum: Option<Checksum>,
-    ) -> Result<Option<(String, Option<String>)>> {
+    ) -> Result<Option<ProbedUpload>> {
         let upload =
             self.store().start_upload(key, PART_SIZE, &Tags::new(), checksum, &Tries::default()).await?;
         let part = |of: &[u8]| PutPart {
             index: 0,
+            offset: 0,
             bytes: Bytes::from_static(PROBE),
             checksum: checksum.map(|checksum| (checksum, checksum.of(of))),
         };
@@ -172,8 +191,21 @@ impl Bucket {
             let id = self.store().put_part(key, &upload, part(PROBE)).await?;
             let size = PROBE.len() as u64;
             let parts = vec![id.clone()];
-            let tag = self.store().complete_upload(key, &upload, parts, size, &Replaces::Anything).await?;
-            Ok(Some((id, tag)))
+            let complete = async |crc64| {
+                let (parts, replaces) = (parts.clone(), &Replaces::Anything);
+                self.store().complete_upload(key, &upload, parts, size, replaces, crc64).await
+            };
+            let crc64 = |of| (checksum == Some(Checksum::Crc64)).then(|| Crc64::of(of).value());
+            let (tag, checks_object) = match crc64(OTHER) {
+                None => (complete(None).await?, false),
+                Some(other) => match complete(Some(other)).await {
+                    Ok(tag) => (tag, false),
+                    Err(error) if error.kind() == ErrorKind::Damaged => (complete(crc64(PROBE)).await?, true),
+                    // It knows no checksums of whole objects.
+                    Err(_) => (complete(None).await?, false),
+                },
+            };
+            Ok(Some(ProbedUpload { part: id, tag, checks_object }))
         };
         let made = made.await;
         if !matches!(made, Ok(Some(_))) {
@@ -194,6 +226,35 @@ impl Bucket {
         let listed = listed.inspect_err(|e| tracing::debug!("uploads are not listed: {}", e.report()));
         let mut uploads = listed.map_or_else(|_| Vec::new(), |listed| listed.uploads).into_iter();
         Ok(uploads.find(|listed| listed.id == upload && listed.initiated.is_some()))
+    }
+
+    /// Whether the store copies an object as a part only when it is what it was, and says what it has copied. Ranges are not
+    /// tried: S3 has them of large objects only.
+    async fn probe_part_copies(&self, key: &ObjectKey, abilities: &Abilities) -> bool {
+        let checksum = Some(Checksum::Crc64);
+        if !abilities.checksums.contains(&Checksum::Crc64) {
+            return false;
+        }
+        let to = probe_key();
+        let copied = async {
+            let etag = self.head(key).await?.and_then(|meta| meta.etag).unwrap_or_default();
+            let tries = Tries::default();
+            let upload = self.store().start_upload(&to, PART_SIZE, &Tags::new(), checksum, &tries).await?;
+            let copy = async |etag: &str| {
+                let source =
+                    CopySource { key: key.clone(), etag: etag.to_owned(), range: 0..PROBE.len() as u64 };
+                let part = CopyPart { index: 0, offset: 0, source, is_whole: true };
+                self.store().copy_part(&to, &upload, part).await
+            };
+            let refused = is_conflict(&copy(OTHER_TAG).await);
+            let copied = if refused { copy(&etag).await } else { Err(Error::unsupported("no conditions")) };
+            if let Err(error) = self.abort_upload(&to, &upload).await {
+                tracing::warn!("an upload of a probe is left over: {}", error.report());
+            }
+            copied
+        };
+        let copied = copied.await.inspect_err(|e| tracing::debug!("no parts are copied: {}", e.report()));
+        copied.is_ok_and(|copied| copied.crc64 == Some(Crc64::of(PROBE).value()))
     }
 
     /// Which conditions the store keeps to, by some that do not hold and one that does, on an object that is there.
@@ -235,12 +296,12 @@ impl Bucket {
     /// Whether an upload is completed only where it replaces what it is to replace.
     async fn probe_completions(&self, key: &ObjectKey, wrong: &Replaces) -> Result<bool> {
         let upload = self.store().start_upload(key, PART_SIZE, &Tags::new(), None, &Tries::default()).await?;
-        let part = PutPart { index: 0, bytes: Bytes::from_static(PROBE), checksum: None };
+        let part = PutPart { index: 0, offset: 0, bytes: Bytes::from_static(PROBE), checksum: None };
         let refuses = async {
             let id = self.store().put_part(key, &upload, part).await?;
             let size = PROBE.len() as u64;
             let complete = async |replaces| {
-                self.store().complete_upload(key, &upload, vec![id.clone()], size, replaces).await
+                self.store().complete_upload(key, &upload, vec![id.clone()], size, replaces, None).await
             };
             Ok(is_conflict(&complete(wrong).await) && is_conflict(&complete(&Replaces::Nothing).await))
         };

@@ -16,18 +16,22 @@ use object_store::{
     TagSet, UpdateVersion,
 };
 
-use super::checksum::{Checksum, composite_etag};
+use super::checksum::{Checksum, Crc64, composite_etag};
 use super::client::{self, Header, Tries};
 use super::key::{CONTROL_PREFIX, ObjectKey, Unshown};
+use super::part_copy::PartCopy;
 use super::pending::{self, Answer, Ask, PendingUploads};
 use super::replaces::Replaces;
-use super::reply::{conflict, translated, write_error};
-use super::store::{Abilities, Listing, ObjectMeta, Put, PutPart, Store, Tags};
+use super::reply::{conflict, copy_error, translated, write_error};
+use super::store::{Abilities, CopiedPart, CopyPart, Listing, ObjectMeta, Put, PutPart, Store, Tags};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::GIB;
+use crate::units::{GIB, MIB};
 
 /// Largest object that a store copies with one request (S3 API Reference, "CopyObject").
 const MAX_COPY: u64 = 5 * GIB;
+
+/// Smallest part but the last (S3 User Guide, "Amazon S3 multipart upload limits").
+const LEAST_PART: u64 = 5 * MIB;
 
 /// Keys that are asked for to find out whether there are any.
 const FIRST_KEYS: usize = 8;
@@ -38,6 +42,8 @@ pub(super) struct RemoteStore {
     uploads: Arc<dyn MultipartStore>,
     /// The store again, where it lists page by page.
     pages: Option<Arc<dyn PaginatedListStore>>,
+    /// The bucket's name in copies out of it, where the store copies parts as S3 does.
+    bucket: Option<String>,
     /// Segments before every key, from the bucket's URL.
     prefix: Option<String>,
     /// Whether conditions are about versions instead of entity tags.
@@ -53,11 +59,17 @@ pub(super) struct RemoteStore {
 
 impl RemoteStore {
     pub(super) fn new(store: Arc<dyn ObjectStore>, uploads: Arc<dyn MultipartStore>) -> Self {
-        let abilities = Abilities { is_remote: true, largest_copy: MAX_COPY, ..Abilities::default() };
+        let abilities = Abilities {
+            is_remote: true,
+            largest_copy: MAX_COPY,
+            least_part: LEAST_PART,
+            ..Abilities::default()
+        };
         Self {
             store,
             uploads,
             pages: None,
+            bucket: None,
             prefix: None,
             versions: false,
             lists_uploads: false,
@@ -68,8 +80,9 @@ impl RemoteStore {
     }
 
     /// S3, and what speaks its language.
-    pub(super) fn s3(store: AmazonS3, prefix: Option<String>) -> Self {
+    pub(super) fn s3(store: AmazonS3, bucket: &str, prefix: Option<String>) -> Self {
         let mut made = Self::paged(Arc::new(store), prefix);
+        made.bucket = Some(bucket.to_owned());
         made.abilities.has_tags = true;
         made.has_markers = true;
         made.lists_uploads = true;
@@ -400,6 +413,16 @@ impl Store for RemoteStore {
         sent.map(|part| part.content_id).map_err(|e| translated(&what(), ErrorKind::UploadFailed, e))
     }
 
+    async fn copy_part(&self, key: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {
+        let unsupported = || Error::unsupported("this store copies no parts");
+        let bucket = self.bucket.as_ref().ok_or_else(unsupported)?;
+        let (path, upload) = (self.path(key)?, upload.to_owned());
+        let copy = Arc::new(PartCopy::new(&format!("{bucket}/{}", self.path(&part.source.key)?), &part));
+        let sent = self.uploads.put_part(&path, &upload, part.index, PutPayload::new());
+        let id = client::copying(Arc::clone(&copy), sent).await.map_err(copy_error)?.content_id;
+        Ok(CopiedPart { id, crc64: copy.crc64() })
+    }
+
     async fn expected_etag_prefix(&self, _: &str, parts: &[String], _: u64) -> Result<Option<String>> {
         Ok(composite_etag(parts))
     }
@@ -411,11 +434,17 @@ impl Store for RemoteStore {
         parts: Vec<String>,
         _: u64,
         replaces: &Replaces,
+        crc64: Option<u64>,
     ) -> Result<Option<String>> {
         let (path, upload) = (self.path(key)?, upload.to_owned());
         let parts = parts.into_iter().map(|content_id| PartId { content_id }).collect();
+        let mut headers = condition(replaces);
+        if let Some(crc64) = crc64 {
+            headers.push((Checksum::Crc64.header(), Crc64::base64(crc64)));
+            headers.push(("x-amz-checksum-type", "FULL_OBJECT".to_owned()));
+        }
         let completed = self.uploads.complete_multipart(&path, &upload, parts);
-        let completed = client::with_headers(condition(replaces), completed).await;
+        let completed = client::with_headers(headers, completed).await;
         completed.map(|made| made.e_tag).map_err(|e| write_error("cannot complete the upload", replaces, e))
     }
 

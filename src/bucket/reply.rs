@@ -22,10 +22,36 @@ const DAMAGES: [&str; 6] = [
     "IncompleteBody",
 ];
 
+/// Codes of answers to a copy whose source is not what it was: gone, replaced, or shorter (S3 API Reference, "UploadPartCopy").
+const SOURCE_CHANGES: [&str; 4] = ["NoSuchKey", "PreconditionFailed", "InvalidRange", "InvalidArgument"];
+
+/// Codes of answers to what the store cannot do.
+const UNKNOWN: [&str; 3] = ["NotImplemented", "MethodNotAllowed", "NotSupported"];
+
 /// The error of a condition that does not hold.
 pub(super) fn conflict(what: &str) -> Error {
     let reason = "there is something else than what was to be replaced; somebody else has written it";
     Error::new(ErrorKind::Conflict, format!("{what}: {reason}"))
+}
+
+/// The error of an object that is not what was to be copied.
+pub(super) fn source_changed() -> Error {
+    Error::new(ErrorKind::Conflict, "cannot copy the part: the object to copy from is not what it was")
+}
+
+/// The error of a part that the store was to copy.
+pub(super) fn copy_error(error: object_store::Error) -> Error {
+    use object_store::Error as Store;
+    let what = "cannot copy the part";
+    let reply = StoreReply::of(&error);
+    match (reply.code.as_deref(), &error) {
+        (Some(code), _) if SOURCE_CHANGES.contains(&code) => source_changed().because(reply),
+        (_, Store::Precondition { .. }) => source_changed().because(reply),
+        (Some(code), _) if UNKNOWN.contains(&code) => {
+            Error::unsupported("the store copies no ranges of objects").because(reply)
+        }
+        _ => translated(what, ErrorKind::UploadFailed, error),
+    }
 }
 
 /// The store's error of a request that writes, in our words.

@@ -69,6 +69,14 @@ pub(super) struct Abilities {
     pub(super) checks_parts: Option<Checksum>,
     /// Known after a probe: by which header it refuses damaged objects that are sent at once.
     pub(super) checks_puts: Option<Checksum>,
+    /// Known after a probe: whether it refuses to put an object together that has not the CRC-64/NVME that is sent with that.
+    pub(super) checks_objects: bool,
+    /// Known after a probe: whether it copies ranges of objects as parts, and says their CRC-64/NVME.
+    pub(super) copies_parts: bool,
+    /// Why copied parts are not used any more.
+    pub(super) copies_failed: Option<String>,
+    /// Bytes of the smallest part that is not the last one.
+    pub(super) least_part: u64,
 }
 
 impl Abilities {
@@ -85,8 +93,9 @@ impl Abilities {
         let unverified = unverified.then_some("uploads are verified by size only");
         let unlisted = self.has_tags && !self.lists_uploads;
         let unlisted = unlisted.then_some("an upload that begins while the daemon is killed is left over");
+        let uncopied = self.copies_failed.as_ref().map(|why| format!("everything is sent: {why}"));
         let words = self.lacks.into_iter().chain(unconditional).chain(unverified).chain(unlisted);
-        let words: Vec<_> = words.collect();
+        let words: Vec<_> = words.map(str::to_owned).chain(uncopied).collect();
         (!words.is_empty()).then(|| words.join("; "))
     }
 }
@@ -106,9 +115,44 @@ pub(super) struct Put {
 pub(super) struct PutPart {
     /// Counted from 0.
     pub(super) index: usize,
+    /// Where it stands in the object.
+    pub(super) offset: u64,
     pub(super) bytes: Bytes,
     /// The checksum that is sent with it, in a header.
     pub(super) checksum: Option<(Checksum, String)>,
+}
+
+/// A range of an object, which must still have that entity tag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopySource {
+    /// The object.
+    pub key: ObjectKey,
+    /// Its entity tag.
+    pub etag: String,
+    /// The bytes of it.
+    pub range: Range<u64>,
+}
+
+/// A part that the store is to copy.
+#[derive(Clone, Debug)]
+pub(super) struct CopyPart {
+    /// Counted from 0.
+    pub(super) index: usize,
+    /// Where it stands in the object that is made.
+    pub(super) offset: u64,
+    pub(super) source: CopySource,
+    /// Whether the range is all of the source: then it may be smaller than the smallest object of which the store copies
+    /// ranges.
+    pub(super) is_whole: bool,
+}
+
+/// A part that was copied.
+#[derive(Clone, Debug)]
+pub(super) struct CopiedPart {
+    /// By this it is put together.
+    pub(super) id: String,
+    /// What the store says of its bytes.
+    pub(super) crc64: Option<u64>,
 }
 
 /// A place of objects by key. Errors do not name the object.
@@ -206,12 +250,17 @@ pub(super) trait Store: Send + Sync {
     /// Sends a part; returns the id by which it is put together.
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String>;
 
+    /// Copies a range of an object as a part of another one.
+    async fn copy_part(&self, _: &ObjectKey, _: &str, _: CopyPart) -> Result<CopiedPart> {
+        Err(Error::unsupported("this store copies no parts"))
+    }
+
     /// What the entity tag of the object begins with that these parts, `size` bytes together, will make, where that is
     /// known before.
     async fn expected_etag_prefix(&self, upload: &str, parts: &[String], size: u64)
     -> Result<Option<String>>;
 
-    /// Makes the object out of its parts; returns its tag.
+    /// Makes the object out of its parts; returns its tag. The store compares the CRC-64/NVME of all of it, where one is given.
     async fn complete_upload(
         &self,
         key: &ObjectKey,
@@ -219,6 +268,7 @@ pub(super) trait Store: Send + Sync {
         parts: Vec<String>,
         object_size: u64,
         replaces: &Replaces,
+        crc64: Option<u64>,
     ) -> Result<Option<String>>;
 
     /// Gives an upload up; one that is not there any more is no failure.

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use md5::{Digest, Md5};
 use tracing::warn;
 
-use super::checksum::{SentTags, composite_etag};
+use super::checksum::{Crc64, SentTags, composite_etag};
 use super::client::Tries;
 use super::object::SENDINGS;
-use super::store::PutPart;
+use super::store::{CopiedPart, CopyPart, CopySource, PutPart};
 use super::{Bucket, ObjectKey, ObjectMeta, PendingUploads, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{GIB, MIB, TIB};
@@ -102,8 +102,8 @@ impl Bucket {
         self.abilities().initiator
     }
 
-    /// Sends part `index`, counted from 0; returns the id by which it is put together. What the store has got is what was
-    /// sent, or the part is sent again.
+    /// Sends part `index`, counted from 0, which stands at `offset` in the object; returns the id by which it is put together.
+    /// Parts may differ in length. What the store has got is what was sent, or the part is sent again.
     ///
     /// # Errors
     /// [`Damaged`](ErrorKind::Damaged) when it arrives damaged each time.
@@ -112,6 +112,7 @@ impl Bucket {
         key: &ObjectKey,
         upload: &str,
         index: usize,
+        offset: u64,
         bytes: Bytes,
     ) -> Result<String> {
         self.check_writable()?;
@@ -122,7 +123,7 @@ impl Bucket {
             None if abilities.has_md5_etags => Some(md5_of(&bytes).await?),
             _ => None,
         };
-        let mut part = PutPart { index, bytes, checksum };
+        let mut part = PutPart { index, offset, bytes, checksum };
         let mut sending = 0;
         loop {
             sending += 1;
@@ -148,6 +149,77 @@ impl Bucket {
         }
     }
 
+    /// Has the store copy a range of an object as part `index`, counted from 0, which stands at `offset` in the object that is
+    /// made, and compares the checksum of what was copied; returns the id by which it is put together. No byte of it passes
+    /// here. After any error but a transient one the part can be sent.
+    ///
+    /// # Errors
+    /// [`Conflict`](ErrorKind::Conflict) when the source is not what it was, or is shorter than that;
+    /// [`Damaged`](ErrorKind::Damaged) when something else was copied than what has that checksum;
+    /// [`Unsupported`](ErrorKind::Unsupported) when the store cannot do this, or does not say the checksum of what it has
+    /// copied, which is remembered; [`NotFound`](ErrorKind::NotFound) when there is no such upload.
+    pub async fn copy_part(
+        &self,
+        key: &ObjectKey,
+        upload: &str,
+        index: usize,
+        offset: u64,
+        source: &CopySource,
+        crc64: u64,
+    ) -> Result<String> {
+        let part = CopyPart { index, offset, source: source.clone(), is_whole: false };
+        let copied = self.copied(key, upload, part).await?;
+        let what = match copied.crc64 {
+            Some(found) if found == crc64 => return Ok(copied.id),
+            Some(_) => {
+                let what = format!(
+                    "part {}: the store has copied something else than was in {}",
+                    index + 1,
+                    source.key
+                );
+                return Err(self.named(Error::new(ErrorKind::Damaged, what), key));
+            }
+            None => "the store does not say what it has copied",
+        };
+        self.forget_copies(what);
+        Err(self.named(Error::unsupported(what), key))
+    }
+
+    /// Has the store copy a part, whatever that is then.
+    async fn copied(&self, key: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {
+        self.check_writable()?;
+        if part.source.range.is_empty() {
+            return Err(self.named(Error::new(ErrorKind::Internal, "a part without bytes"), key));
+        }
+        let copied = self.store().copy_part(key, upload, part).await;
+        copied.map_err(|error| {
+            if error.kind() == ErrorKind::Unsupported {
+                self.forget_copies("the store copies no ranges of objects");
+            }
+            self.named(error, key)
+        })
+    }
+
+    /// Whether the store copies parts, as [`copy_part`](Self::copy_part) does it, as far as that is known.
+    pub fn copies_parts(&self) -> bool {
+        let abilities = self.inner.abilities.lock();
+        abilities.copies_parts && abilities.copies_failed.is_none()
+    }
+
+    /// Bytes of the smallest part of an upload that is not its last one.
+    pub fn least_part(&self) -> u64 {
+        self.inner.abilities.lock().least_part
+    }
+
+    /// From now on no parts are copied, because of what went wrong: in words that follow "everything is sent".
+    pub fn forget_copies(&self, why: &str) {
+        let mut abilities = self.inner.abilities.lock();
+        if abilities.copies_failed.is_none() {
+            warn!("bucket {}: everything is sent: {why}", self.name());
+            abilities.copies_failed = Some(why.to_owned());
+        }
+    }
+
     /// What the entity tag of the object begins with that these parts, `size` bytes together, will make, where that is
     /// known before.
     pub async fn expected_etag_prefix(
@@ -159,9 +231,11 @@ impl Bucket {
         self.store().expected_etag_prefix(upload, parts, size).await
     }
 
-    /// Makes the object out of its parts, and asks the store whether it is what was sent.
+    /// Makes the object out of its parts, and asks the store whether it is what was sent. A store that can do that compares the
+    /// CRC-64/NVME of all of it first.
     ///
     /// # Errors
+    /// [`Damaged`](ErrorKind::Damaged) when its parts do not make what has that checksum.
     /// [`Conflict`](ErrorKind::Conflict) when there is something else than what is to be replaced. The upload is still
     /// there then.
     pub async fn complete_upload(
@@ -171,13 +245,15 @@ impl Bucket {
         parts: Vec<String>,
         object_size: u64,
         replaces: &Replaces,
+        crc64: Option<u64>,
     ) -> Result<ObjectMeta> {
         self.check_writable()?;
         let abilities = self.abilities();
+        let crc64 = crc64.filter(|_| abilities.checks_objects);
         let etag = composite_etag(&parts).filter(|_| abilities.has_md5_etags);
         let completed = async {
             let replaces = self.looked_for(key, replaces, abilities.conditions.completions).await?;
-            self.store().complete_upload(key, upload, parts, object_size, &replaces).await
+            self.store().complete_upload(key, upload, parts, object_size, &replaces, crc64).await
         };
         match completed.await {
             Ok(returned) => {
@@ -221,8 +297,9 @@ impl Bucket {
         replaces: &Replaces,
     ) -> Result<ObjectMeta> {
         let size = bytes.len() as u64;
-        let part = self.put_part(key, upload, 0, bytes).await?;
-        self.complete_upload(key, upload, vec![part], size, replaces).await
+        let crc64 = Crc64::of(&bytes).value();
+        let part = self.put_part(key, upload, 0, 0, bytes).await?;
+        self.complete_upload(key, upload, vec![part], size, replaces, Some(crc64)).await
     }
 
     /// Asks the store whether an object is the one that was just sent: its size, and the entity tag where that is known.

@@ -31,6 +31,8 @@ pub enum Fate {
     Delay(u64),
     /// The server does not get it, and this is the answer.
     Answer(u16),
+    /// The server does not get it, and this is the body of an answer that says that all is well.
+    AnswerWell(&'static str),
     /// The connection is closed before the server gets it.
     Cut,
     /// The server gets it, and its answer is lost.
@@ -159,6 +161,15 @@ fn serve(
             return write!(
                 client,
                 "HTTP/1.1 {status} Fault\r\netag: \"0\"\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{xml}"
+            );
+        }
+        Fate::AnswerWell(answer) => {
+            reader.read_exact(&mut body)?;
+            log.lock().unwrap().push((request, 200));
+            let length = answer.len();
+            return write!(
+                client,
+                "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{answer}"
             );
         }
         Fate::Hold => {

@@ -54,7 +54,7 @@ async fn copy_parts(
         let reading = bucket.read(&source.key, start..end, source.etag.as_deref());
         let bytes = memory.hold(end - start, reading).await?;
         failpoint::pass(Step::PartSend)?;
-        let id = bucket.put_part(to, &log.name().id, index, bytes).await?;
+        let id = bucket.put_part(to, &log.name().id, index, start, bytes).await?;
         log.finished(index, Part { length: end - start, id });
         Ok::<_, Error>(())
     }))
@@ -62,5 +62,5 @@ async fn copy_parts(
     .try_collect::<()>()
     .await?;
     let (ids, size) = (log.ids(parts)?, source.object_size);
-    bucket.complete_upload(to, &log.name().id, ids, size, replaces).await
+    bucket.complete_upload(to, &log.name().id, ids, size, replaces, None).await
 }

@@ -339,9 +339,9 @@ impl VirtualFile for Growing {
 }
 
 async fn put(bucket: Bucket, log: Arc<UploadLog>, index: usize, part: Bytes) -> Result<(usize, Part)> {
-    let length = part.len() as u64;
+    let (length, at) = (part.len() as u64, index as u64 * log.name().part_size);
     failpoint::pass(Step::PartSend)?;
-    let id = bucket.put_part(&log.name().key, &log.name().id, index, part).await?;
+    let id = bucket.put_part(&log.name().key, &log.name().id, index, at, part).await?;
     Ok((index, Part { length, id }))
 }
 

@@ -136,7 +136,7 @@ impl Target<'_> {
         failpoint::pass(Step::ObjectPlace)?;
         self.is_tried.store(true, Ordering::SeqCst);
         let upload = &log.name().id;
-        match self.bucket.complete_upload(self.key, upload, ids, sent.size, self.replaces).await {
+        match self.bucket.complete_upload(self.key, upload, ids, sent.size, self.replaces, None).await {
             Ok(meta) => Ok(sent.placed(meta)),
             // The store may have done it, and its answer been lost: asked again, it knows no such upload, or finds
             // another object than the one to replace.

@@ -125,7 +125,7 @@ impl Transfer<'_> {
                 while in_flight.len() >= MAX_PARTS_IN_FLIGHT {
                     self.finish_one(&mut in_flight).await?;
                 }
-                in_flight.spawn(put_part(self.bucket.clone(), Arc::clone(log), index, part));
+                in_flight.spawn(put_part(self.bucket.clone(), Arc::clone(log), (index, at), part));
             }
             (index, at) = (index + 1, end);
         }
@@ -162,10 +162,15 @@ impl Transfer<'_> {
 }
 
 /// Sends a part and records it; returns its bytes.
-async fn put_part(bucket: Bucket, log: Arc<UploadLog>, index: usize, part: Bytes) -> Result<u64> {
+async fn put_part(
+    bucket: Bucket,
+    log: Arc<UploadLog>,
+    (index, at): (usize, u64),
+    part: Bytes,
+) -> Result<u64> {
     let length = part.len() as u64;
     failpoint::pass(Step::PartSend)?;
-    let id = bucket.put_part(&log.name().key, &log.name().id, index, part).await?;
+    let id = bucket.put_part(&log.name().key, &log.name().id, index, at, part).await?;
     log.finished(index, Part { length, id });
     Ok(length)
 }
