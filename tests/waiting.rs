@@ -150,8 +150,8 @@ fn a_close_whose_upload_hangs_holds_up_nobody_else() {
     assert_all_wait(&writers);
     stopped.stop(false);
     let closed: Vec<_> = writers.into_iter().map(|writer| writer.join().unwrap().is_ok()).collect();
-    // Those whose request was not answered in time may be told so; four are sent at once.
-    assert!(closed.iter().filter(|closed| **closed).count() >= 26, "{closed:?}");
+    // Those whose request was not answered in time were sent again.
+    assert!(closed.iter().all(|closed| *closed), "{closed:?}");
     mount.unmount();
     let last = closed.iter().rposition(|closed| *closed).unwrap();
     assert_eq!(std::fs::read(setup.fetch(&format!("slow-{last}"))).unwrap(), b"slow");

@@ -14,6 +14,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
 use crate::units::MIB;
 
+/// How many times a small object is sent whose store does not answer.
+const PUT_TRIES: u32 = 2;
+
 /// Bytes of an object that are read at once, to compare it with what was sent.
 const PIECE: u64 = 8 * MIB;
 
@@ -76,17 +79,31 @@ impl Target<'_> {
         may.await?;
         failpoint::pass(Step::ObjectPlace)?;
         self.is_tried.store(true, Ordering::SeqCst);
-        let put = match self.bucket.puts_by_upload(sent.size) {
+        let mut tries = 1;
+        loop {
+            let error = match self.put_once(bytes).await {
+                Ok(meta) => return Ok(sent.placed(meta)),
+                Err(error) => error,
+            };
+            // An earlier process, or a request whose answer was lost, may have done it.
+            match self.has(bytes).await {
+                Ok(Some(meta)) => return Ok(sent.placed(meta)),
+                // The client does not send a conditional put again: it does not know its bytes.
+                Ok(None) if error.is_transient() && self.is_conditional() && tries < PUT_TRIES => tries += 1,
+                _ => return Err(error),
+            }
+        }
+    }
+
+    /// Whether the store, or who looks before the request, sees that something else was written meanwhile.
+    fn is_conditional(&self) -> bool {
+        *self.replaces != Replaces::Anything
+    }
+
+    async fn put_once(&self, bytes: &Bytes) -> Result<ObjectMeta> {
+        match self.bucket.puts_by_upload(bytes.len() as u64) {
             true => self.put_by_upload(bytes).await,
             false => self.bucket.put_tagged(self.key, bytes.clone(), self.tags, self.replaces).await,
-        };
-        match put {
-            Ok(meta) => Ok(sent.placed(meta)),
-            // An earlier process, or a request whose answer was lost, may have done it.
-            Err(error) => match self.has(bytes).await {
-                Ok(Some(meta)) => Ok(sent.placed(meta)),
-                _ => Err(error),
-            },
         }
     }
 
