@@ -7,6 +7,7 @@
 
 mod context;
 mod deferred;
+mod ending;
 mod job;
 mod job_id;
 mod lease;

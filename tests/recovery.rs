@@ -703,3 +703,73 @@ fn what_is_forged_in_a_bucket_or_a_state_directory_costs_itself_only() {
 fn names_of(directory: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(directory).unwrap().flatten().map(|entry| entry.path()).collect()
 }
+
+#[test]
+fn who_writes_what_is_being_renamed_waits_until_that_is_over() {
+    let world = World::new(SMALL);
+    let queue = world.queue();
+    world.put("old", b"bytes");
+    world.store.hold(true);
+    let (jobs, bucket) = (queue.jobs.clone(), world.bucket.clone());
+    let renaming =
+        world.runtime.spawn(async move { jobs.rename(&bucket, &key("old"), &key("new"), false).await });
+    until("the copy is under way", || world.store.waiting() > 0);
+    let check = |name: &str, limit| world.runtime.block_on(queue.jobs.check_moved("b", &key(name), limit));
+    for name in ["old", "new"] {
+        assert_eq!(check(name, Duration::ZERO).unwrap_err().kind(), ErrorKind::Busy, "{name}");
+    }
+    check("other", Duration::ZERO).unwrap();
+    world.store.hold(false);
+    check("old", LIMIT).unwrap();
+    world.runtime.block_on(renaming).unwrap().unwrap();
+    assert!(world.get("old").is_none() && world.get("new").is_some());
+    world.stop(queue);
+}
+
+#[test]
+fn the_end_of_a_mount_does_not_wait_for_a_comparison_that_does_not_come() {
+    let world = World::new(SMALL);
+    let queue = world.queue();
+    world.put("old", b"bytes");
+    world.store.hold(true);
+    let (jobs, bucket) = (queue.jobs.clone(), world.bucket.clone());
+    let renaming =
+        world.runtime.spawn(async move { jobs.rename(&bucket, &key("old"), &key("new"), false).await });
+    until("the copy is under way", || world.store.waiting() > 0);
+    // The copy is made, and nobody hears of it; what is asked then is not answered at first, and later never.
+    world.store.lose_answer();
+    world.store.fail_reads(1000);
+    world.store.hold(false);
+    world.runtime.block_on(renaming).unwrap().unwrap_err();
+    until("it is asked again", || world.store.failing_reads() <= 997);
+    let waiting = world.store.waiting();
+    world.store.hold_reads(true);
+    world.store.fail_reads(0);
+    until("the objects are looked at", || world.store.waiting() > waiting);
+    let stopped = world.runtime.block_on(async { tokio::time::timeout(LIMIT, queue.jobs.stop()).await });
+    assert!(stopped.is_ok(), "the end of the mount waits");
+    drop(queue);
+    world.store.hold_reads(false);
+    let queue = world.next_queue();
+    world.runtime.block_on(queue.jobs.check_moved("b", &key("old"), LIMIT)).unwrap();
+    assert_eq!((world.get("old"), world.get("new").as_deref()), (None, Some(&b"bytes"[..])));
+    world.stop(queue);
+}
+
+#[test]
+fn a_status_is_ended_by_a_mount_without_sidecars_too() {
+    let world = World::new(LARGE);
+    let everything = QueueSettings { all_sidecars: true, ..QueueSettings::default() };
+    let queue = world.queue_with(true, everything);
+    world.store.hold(true);
+    world.submit(&queue, "notes", false);
+    let state = || world.status_in_bucket("notes").map(|status| status.status);
+    until("the status is there", || state() == Some(JobState::Running));
+    world.stop(queue);
+    world.store.hold(false);
+    let queue = world.next_queue();
+    assert_eq!(ended(&queue, "notes").status, JobState::Success);
+    assert_eq!(state(), Some(JobState::Success));
+    assert!(world.get("notes.sha256").is_some() && world.get("notes.md5").is_some());
+    world.stop(queue);
+}

@@ -11,6 +11,7 @@ mod log;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ use tracing::{info, warn};
 use self::log::Found;
 pub use self::log::fuzz_moves;
 pub(super) use self::log::{Move, MoveLog};
+use super::ending::{GRACE, until_end};
 use super::job_id::JobId;
 use super::multipart::copy;
 use super::multipart::digests::joined;
@@ -163,7 +165,7 @@ impl Moves {
             Err(error) => {
                 // The object has its new name, which is what was asked for.
                 warn!(key = %made.key, "what stands beside it does not follow yet: {}", error.report());
-                Some(self.unsettled(begun))
+                Some(begun)
             }
         };
         (renamed(made), left)
@@ -267,7 +269,7 @@ impl Moves {
                     }
                     Err(error) => {
                         warn!(%key, "sidecars are there still: {}", error.report());
-                        (Ok(true), Some(self.unsettled(begun)))
+                        (Ok(true), Some(begun))
                     }
                 }
             }
@@ -286,12 +288,13 @@ impl Moves {
             Ok((_, made)) => (Ok(made), None),
             Err(again) => {
                 warn!("a rename or a removal is not over: {}", again.report());
-                (Err(error), Some(self.unsettled(begun)))
+                (Err(error), Some(begun))
             }
         }
     }
 
-    /// Finishes what is left of a rename or a removal, with back-off, until the mount ends.
+    /// Finishes what is left of a rename or a removal, with back-off, until the mount ends. What can be done at once is done
+    /// before that.
     pub(super) async fn settle(
         &self,
         bucket: &Bucket,
@@ -300,7 +303,10 @@ impl Moves {
         mut stopping: watch::Receiver<bool>,
     ) {
         for failures in 0.. {
-            match self.resolve(bucket, &left).await {
+            let grace = if failures == 0 { GRACE } else { Duration::ZERO };
+            let resolved = until_end(&mut stopping, grace, self.resolve(bucket, &left)).await;
+            let Some(resolved) = resolved else { return };
+            match resolved {
                 Ok((progress, _)) => {
                     info!(key = %left.from.key, "an interrupted rename or removal is over: {progress:?}");
                     return;
@@ -313,9 +319,9 @@ impl Moves {
                 }
                 Err(error) => warn!("a rename or a removal is not over: {}", error.report()),
             }
-            tokio::select! {
-                _ = stopping.wait_for(|stopping| *stopping) => return,
-                () = tokio::time::sleep(retries.pause(failures)) => {}
+            let pause = tokio::time::sleep(retries.pause(failures));
+            if until_end(&mut stopping, Duration::ZERO, pause).await.is_none() {
+                return;
             }
         }
     }
@@ -411,12 +417,6 @@ impl Moves {
         let (moves, recorded) = (Arc::clone(self), begun.clone());
         joined(tokio::task::spawn_blocking(move || moves.log.begin(recorded)).await)??;
         Ok(begun)
-    }
-
-    /// Whoever comes to its names waits from now on.
-    fn unsettled(&self, left: Move) -> Move {
-        self.log.unsettle(&left.id);
-        left
     }
 }
 

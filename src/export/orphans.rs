@@ -8,6 +8,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{info, warn};
 
 use super::context::Context;
+use super::ending::{GRACE, until_end};
 use super::lease;
 use super::multipart::digests::joined;
 use super::multipart::intents::RecordedIntent;
@@ -15,20 +16,13 @@ use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
 
-/// How long the end of the mount waits for a first look.
-const END_LIMIT: Duration = Duration::from_secs(10);
-
 /// Settles intents as they come, until the mount ends.
 pub(super) async fn settle_all(context: Weak<Context>, mut doubtful: UnboundedReceiver<RecordedIntent>) {
     while let Some(intent) = doubtful.recv().await {
         let Some(context) = context.upgrade() else { return };
         // Not counted: what the end of the mount cuts off the next one does.
         tokio::spawn(async move {
-            let mut stopping = context.stopping.subscribe();
-            tokio::select! {
-                _ = stopping.wait_for(|stopping| *stopping) => {}
-                () = settle(&context, &intent, 0) => {}
-            }
+            until_end(&mut context.stopping.subscribe(), Duration::ZERO, settle(&context, &intent, 0)).await;
         });
     }
 }
@@ -36,21 +30,13 @@ pub(super) async fn settle_all(context: Weak<Context>, mut doubtful: UnboundedRe
 /// Settles an intent of an earlier process: what can be done at once is done before the mount ends, if the store answers.
 pub(super) async fn settle_found(context: &Arc<Context>, intent: RecordedIntent) {
     let mut stopping = context.stopping.subscribe();
-    let first = tokio::select! {
-        first = attempt(context, &intent, 0) => first,
-        () = async {
-            let _ = stopping.wait_for(|stopping| *stopping).await;
-            tokio::time::sleep(END_LIMIT).await;
-        } => None,
+    let first = until_end(&mut stopping, GRACE, attempt(context, &intent, 0)).await;
+    let Some(pause) = first.flatten() else { return };
+    let later = async {
+        tokio::time::sleep(pause).await;
+        settle(context, &intent, 1).await;
     };
-    let Some(pause) = first else { return };
-    tokio::select! {
-        _ = stopping.wait_for(|stopping| *stopping) => {}
-        () = async {
-            tokio::time::sleep(pause).await;
-            settle(context, &intent, 1).await;
-        } => {}
-    }
+    until_end(&mut stopping, Duration::ZERO, later).await;
 }
 
 /// Looks for an upload until that is done.

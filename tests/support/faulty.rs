@@ -35,8 +35,12 @@ pub struct FaultyStore {
     down: AtomicBool,
     /// Whether the store goes down between the next completion and its answer.
     dies_completing: AtomicBool,
-    /// While this is true, parts wait.
+    /// While this is true, parts and copies wait.
     held: watch::Sender<bool>,
+    /// While this is true, reads wait.
+    holds_reads: watch::Sender<bool>,
+    /// Requests that wait for one of these, or have waited.
+    waiting: AtomicUsize,
     /// Whether the next completion or copy is made and its answer is lost.
     loses_answer: AtomicBool,
     /// What somebody else puts in the place of the next object as soon as it is there.
@@ -57,9 +61,26 @@ impl FaultyStore {
         self
     }
 
-    /// Lets every part wait, or go on.
+    /// Lets every part and every copy wait, or go on.
     pub fn hold(&self, held: bool) {
         self.held.send_replace(held);
+    }
+
+    /// Lets every read wait, or go on.
+    pub fn hold_reads(&self, held: bool) {
+        self.holds_reads.send_replace(held);
+    }
+
+    /// Requests that had to wait so far.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    async fn wait_while(&self, held: &watch::Sender<bool>) {
+        if *held.borrow() {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+        }
+        let _ = held.subscribe().wait_for(|held| !held).await;
     }
 
     pub fn requests(&self) -> usize {
@@ -176,6 +197,7 @@ impl ObjectStore for FaultyStore {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         self.reached()?;
+        self.wait_while(&self.holds_reads).await;
         let fails = self
             .failing_reads
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
@@ -199,6 +221,7 @@ impl ObjectStore for FaultyStore {
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.wait_while(&self.held).await;
         self.inner.copy_opts(from, to, options).await?;
         self.made(to, ()).await
     }
@@ -221,7 +244,7 @@ impl MultipartStore for FaultyStore {
         data: PutPayload,
     ) -> Result<PartId> {
         self.count("part")?;
-        let _ = self.held.subscribe().wait_for(|held| !held).await;
+        self.wait_while(&self.held).await;
         self.inner.put_part(path, id, index, data).await
     }
 

@@ -1,10 +1,11 @@
 //! What is about to be renamed or removed, so that a later process can tell how far it got.
 //!
-//! One file of JSON lines with checksums for all buckets, only ever appended to while something is under way, and
-//! emptied when nothing is. A move is durable before its first step. That an object was made, and that all is over, is
-//! noted without waiting for the disk: where a power failure loses that, the bucket is asked.
+//! One file of JSON lines with checksums for all buckets. It is appended to, and when it has become long it is
+//! written anew with what is not over, what is about buckets that are not in this mount for instance. A move is durable
+//! before its first step. That an object was made, and that all is over, is noted without waiting for the disk: where a power
+//! failure loses that, the bucket is asked.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,13 +17,17 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use crate::bucket::{ObjectKey, ObjectMeta, Replaces};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::sealed::{sealed, unsealed};
 use crate::export::sidecars::Sidecar;
 use crate::failpoint::{self, Step};
+use crate::whole_file;
 
-/// Bytes from which on a log is emptied that holds nothing any more.
-const WORTH_EMPTYING: u64 = 64 << 10;
+/// Bytes from which on a log is written anew, besides twice those that it needs.
+const LONG: u64 = 64 << 10;
+
+/// Largest log that is read: hundreds of thousands of lines.
+const MAX_LOG: u64 = 128 << 20;
 
 /// An object that is renamed or removed, and what there was before the first step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -112,8 +117,8 @@ enum Line {
 /// The log of all moves of a mount.
 pub(in crate::export) struct MoveLog {
     inner: Mutex<Inner>,
-    /// The moves that were interrupted, or whose requests failed: names that lead to them wait.
-    unsettled: watch::Sender<BTreeSet<String>>,
+    /// Told when a move is over.
+    ended: watch::Sender<()>,
 }
 
 struct Inner {
@@ -122,27 +127,30 @@ struct Inner {
     file: Option<File>,
     /// Bytes of whole lines.
     length: u64,
+    /// Bytes of it when it was last written anew.
+    needed: u64,
+    /// Whether its name may be lost by a power failure.
+    is_new: bool,
+    /// Whether it may have more than this process knows.
+    is_unread: bool,
     open: BTreeMap<String, Move>,
 }
 
 impl MoveLog {
     pub(in crate::export) fn new(path: PathBuf) -> Self {
-        let inner = Inner { path, file: None, length: 0, open: BTreeMap::new() };
-        Self { inner: Mutex::new(inner), unsettled: watch::Sender::new(BTreeSet::new()) }
+        let (is_new, is_unread) = (!path.exists(), false);
+        let inner =
+            Inner { path, file: None, length: 0, needed: 0, is_new, is_unread, open: BTreeMap::new() };
+        Self { inner: Mutex::new(inner), ended: watch::Sender::new(()) }
     }
 
     /// Reads what earlier processes left; returns the moves that are not over. Nothing was begun yet.
     pub(in crate::export) fn load(&self) -> Vec<Move> {
         let mut inner = self.inner.lock();
         if let Err(error) = inner.load() {
-            // Nothing is taken away from it: a later mount may be able to read it.
-            let path = inner.path.display();
-            warn!("what was being renamed or removed cannot be read, and stays as it is: {path}: {error}");
+            warn!("what was being renamed or removed is not known: {}", error.report());
         }
-        let left: Vec<_> = inner.open.values().cloned().collect();
-        drop(inner);
-        self.unsettled.send_modify(|ids| ids.extend(left.iter().map(|left| left.id.clone())));
-        left
+        inner.open.values().cloned().collect()
     }
 
     /// Something is about to be renamed or removed; durable when this returns. Blocks.
@@ -154,6 +162,10 @@ impl MoveLog {
         let file = inner.append(&Line::Begin(Box::new(begun.clone()))).map_err(failed)?;
         let id = begun.id.clone();
         inner.open.insert(id.clone(), begun);
+        if inner.is_long() {
+            // Where that fails the log is as it was, and what was appended is synced below.
+            let _ = inner.write_anew().inspect_err(|e| debug!("the log of moves stays long: {e}"));
+        }
         drop(inner);
         if let Err(error) = file.sync_data() {
             self.end(&id);
@@ -165,7 +177,11 @@ impl MoveLog {
     /// The object is there under its new name.
     pub(super) fn made(&self, id: &str, etag: Option<&str>) {
         let line = Line::Made { id: id.to_owned(), etag: etag.map(str::to_owned) };
-        let noted = failpoint::pass(Step::MoveNote).is_ok().then(|| self.inner.lock().append(&line));
+        let mut inner = self.inner.lock();
+        if let Some(open) = inner.open.get_mut(id) {
+            open.made = Some(etag.map(str::to_owned));
+        }
+        let noted = failpoint::pass(Step::MoveNote).is_ok().then(|| inner.append(&line));
         if !matches!(noted, Some(Ok(_))) {
             debug!("that an object was renamed could not be noted");
         }
@@ -179,29 +195,18 @@ impl MoveLog {
         if failpoint::pass(Step::MoveEnd).is_ok()
             && let Ok(file) = inner.append(&Line::End { id: id.to_owned() })
         {
-            if inner.open.is_empty() && inner.length > WORTH_EMPTYING && file.set_len(0).is_ok() {
-                inner.length = 0;
-            }
             // Soon, because a key may get the same object again; and nobody waits for it.
             sync_soon(file);
         }
         drop(inner);
-        self.unsettled.send_if_modified(|ids| ids.remove(id));
+        self.ended.send_replace(());
     }
 
-    /// Whoever comes to one of its names waits from now on.
-    pub(super) fn unsettle(&self, id: &str) {
-        self.unsettled.send_if_modified(|ids| ids.insert(id.to_owned()));
-    }
-
-    /// Waits until nothing is unsettled that is about this key.
+    /// Waits until no rename or removal is under way, or interrupted, that is about this key.
     pub(in crate::export) async fn settled(&self, bucket: &str, key: &ObjectKey) {
-        let is_free = |ids: &BTreeSet<String>| {
-            let inner = self.inner.lock();
-            !ids.iter().filter_map(|id| inner.open.get(id)).any(|open| open.names(bucket, key))
-        };
+        let is_free = |_: &()| !self.inner.lock().open.values().any(|open| open.names(bucket, key));
         // The sender is here, so that waiting does not fail.
-        let _ = self.unsettled.subscribe().wait_for(is_free).await;
+        let _ = self.ended.subscribe().wait_for(is_free).await;
     }
 }
 
@@ -213,10 +218,20 @@ fn sync_soon(file: File) {
 }
 
 impl Inner {
-    fn load(&mut self) -> std::io::Result<()> {
-        let text = match fs::read(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+    fn load(&mut self) -> Result<()> {
+        let text = match whole_file::read(&self.path, MAX_LOG) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            // None of ours, or of no use: out of the way, where somebody can look at it.
+            Err(error)
+                if whole_file::is_unfit(&error)
+                    && fs::rename(&self.path, self.path.with_extension("unfit")).is_ok() =>
+            {
+                self.is_new = true;
+                return Err(error);
+            }
             Err(error) => {
+                // Nothing is taken away from it: a later mount may be able to read it.
+                self.is_unread = true;
                 self.length = fs::metadata(&self.path).map_or(0, |meta| meta.len());
                 return Err(error);
             }
@@ -246,19 +261,49 @@ impl Inner {
         Ok(())
     }
 
+    /// Whether most of the log is about what is over.
+    fn is_long(&self) -> bool {
+        !self.is_unread && self.length > LONG + 2 * self.needed
+    }
+
+    /// Writes a log of what is not over in place of this one; this one stays where that fails.
+    fn write_anew(&mut self) -> std::io::Result<()> {
+        let new = self.path.with_extension("new");
+        let mut text = String::new();
+        for open in self.open.values() {
+            text += &sealed(&Line::Begin(Box::new(open.clone())))?;
+            if let Some(etag) = &open.made {
+                text += &sealed(&Line::Made { id: open.id.clone(), etag: etag.clone() })?;
+            }
+        }
+        let mut file = File::create(&new)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&new, &self.path)?;
+        (self.file, self.length, self.needed) = (None, text.len() as u64, text.len() as u64);
+        self.is_new = true;
+        self.sync_name()
+    }
+
+    /// Makes the log's name as durable as its lines.
+    fn sync_name(&mut self) -> std::io::Result<()> {
+        if self.is_new {
+            File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
+            self.is_new = false;
+        }
+        Ok(())
+    }
+
     /// Appends a line, or nothing; returns the file, to be synced.
     fn append(&mut self, line: &Line) -> std::io::Result<File> {
         let text = sealed(line).map_err(std::io::Error::other)?;
         if self.file.is_none() {
-            let is_new = !self.path.exists();
             let file = File::options().create(true).append(true).open(&self.path)?;
-            if is_new {
-                File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
-            }
             // What a crash cut off would be glued to the next line.
             file.set_len(self.length)?;
             self.file = Some(file);
         }
+        self.sync_name()?;
         let Some(file) = &mut self.file else { return Err(std::io::ErrorKind::NotFound.into()) };
         if let Err(error) = file.write_all(text.as_bytes()) {
             let _ = file.set_len(self.length);
@@ -353,6 +398,40 @@ mod tests {
     }
 
     #[test]
+    fn a_log_stays_short_beside_what_is_never_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("moves");
+        let log = MoveLog::new(path.clone());
+        log.begin(moved("absent", "a.raw")).unwrap();
+        log.made("absent", Some("\"x\""));
+        let absent = Move { made: Some(Some("\"x\"".into())), ..moved("absent", "a.raw") };
+        let (mut longest, key) = (0, format!("{}/{}", "x".repeat(250), "x".repeat(250)));
+        for id in 0..400 {
+            let id = id.to_string();
+            log.begin(moved(&id, &key)).unwrap();
+            longest = longest.max(fs::metadata(&path).unwrap().len());
+            // What crashes leave at any time.
+            if id.ends_with("99") {
+                assert_eq!(left(&path), [moved(&id, &key), absent.clone()]);
+            }
+            log.end(&id);
+        }
+        assert!((LONG..LONG + (8 << 10)).contains(&longest), "{longest} bytes");
+        assert_eq!(left(&path), [absent]);
+    }
+
+    #[test]
+    fn what_is_no_log_goes_out_of_the_way() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("moves");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let log = MoveLog::new(path.clone());
+        assert!(log.load().is_empty());
+        log.begin(moved("1", "a.raw")).unwrap();
+        assert_eq!(left(&path), [moved("1", "a.raw")]);
+    }
+
+    #[test]
     fn a_damaged_line_may_have_ended_those_before_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("moves");
@@ -368,14 +447,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_of_what_is_unsettled_wait_and_others_do_not() {
+    async fn who_comes_to_a_name_of_what_is_not_over_waits_and_others_do_not() {
         let directory = tempfile::tempdir().unwrap();
         let log = MoveLog::new(directory.path().join("moves"));
         log.begin(moved("1", "a.raw")).unwrap();
         let key = |text| ObjectKey::parse(text).unwrap();
-        // Whoever began it is still at it.
-        log.settled("b", &key("a.raw")).await;
-        log.unsettle("1");
         log.settled("b", &key("other")).await;
         log.settled("c", &key("a.raw")).await;
         for name in ["a.raw", "a.raw.status", "to"] {

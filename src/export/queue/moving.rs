@@ -36,14 +36,14 @@ impl JobQueue {
         removed
     }
 
-    /// Waits until no rename or removal is left undone that is about this key.
+    /// Waits until no rename or removal is under way, or left undone, that is about this key.
     ///
     /// # Errors
     /// [`Busy`](ErrorKind::Busy) when one is after that time.
     pub async fn check_moved(&self, bucket: &str, key: &ObjectKey, limit: Duration) -> Result<()> {
         let settled = tokio::time::timeout(limit, self.context.moves.log().settled(bucket, key)).await;
         let busy = |_| {
-            let what = "a rename or a removal of it is not over, because its store does not answer";
+            let what = "a rename or a removal of it is not over";
             Error::new(ErrorKind::Busy, what).in_file(key.as_str())
         };
         settled.map_err(busy)
