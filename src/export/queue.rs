@@ -79,6 +79,7 @@ impl JobQueue {
     ) -> Result<Arc<Job>> {
         let (job, is_deferred) = self.enter(request, Some(file))?;
         let mut record = Record::new(job.request().clone(), job.status());
+        record.has_sidecars = Some(self.has_sidecars(&record.request.key));
         let early = begun.take().filter(|early| *early.key() == record.request.key);
         if let Some(early) = &early {
             record.upload_log = Some(early.log_id().to_owned());

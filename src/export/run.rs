@@ -86,7 +86,8 @@ pub(super) struct Begin {
 impl Run {
     /// The run of a job that is recorded, or is about to be.
     pub(super) fn new(context: Arc<Context>, job: Arc<Job>, begin: Begin) -> Arc<Self> {
-        let has_status = has_sidecars(&job.request().key, context.settings.all_sidecars);
+        let by_name = || has_sidecars(&job.request().key, context.settings.all_sidecars);
+        let has_status = begin.record.has_sidecars.unwrap_or_else(by_name);
         Arc::new(Self {
             context,
             job,

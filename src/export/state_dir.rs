@@ -62,6 +62,9 @@ pub struct Record {
     /// What the object replaces, where the request does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<Replaces>,
+    /// Whether the object has sidecars, which the mount that took the job up decided; earlier versions did not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub has_sidecars: Option<bool>,
     /// Whether it was cancelled while the store did not say whether the object is in place.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_cancelled: bool,
@@ -119,6 +122,7 @@ impl Record {
             upload_log: None,
             status_unwritten: false,
             replaces: None,
+            has_sidecars: None,
             is_cancelled: false,
             publishing: None,
             stale: Vec::new(),
