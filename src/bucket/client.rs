@@ -19,7 +19,7 @@ use object_store::client::{
 use super::key::Unshown;
 use super::listing;
 use super::part_copy::{NOT_IMPLEMENTED, PartCopy};
-use super::pending::{Answer, Ask};
+use super::pending::{Answer, Ask, unknown};
 use crate::error::{Error, ErrorKind};
 
 /// A header's name, in lower case, and its value.
@@ -200,11 +200,6 @@ impl StoreClient {
         self.unshown.note(&unshown);
         Ok(HttpResponse::from_parts(parts, shown.into()))
     }
-}
-
-/// A request that cannot be made.
-pub(super) fn unknown<E: std::error::Error + Send + Sync + 'static>(error: E) -> HttpError {
-    HttpError::new(HttpErrorKind::Unknown, error)
 }
 
 /// An answer that no store gave: 404 for what is not there, 501 for what cannot be asked.

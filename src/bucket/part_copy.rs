@@ -4,15 +4,15 @@
 //! is rewritten below object_store (`client.rs`). The answer comes in a body, which may say too that it is none: a long copy
 //! begins to be answered before it has ended.
 
+use std::ops::Range;
+
 use object_store::client::{HttpError, HttpRequest, HttpResponse};
 use parking_lot::Mutex;
 use percent_encoding::utf8_percent_encode;
 
 use super::checksum::Crc64;
-use super::client::{Header, unknown};
 use super::listing::named;
-use super::pending::{PATH, bounded};
-use super::store::CopyPart;
+use super::pending::{PATH, bounded, unknown};
 
 /// Largest answer that is read.
 const MAX_ANSWER: u64 = 64 * 1024;
@@ -24,20 +24,19 @@ const PASSING: [&str; 5] =
 /// A part that is being copied.
 #[derive(Debug)]
 pub(super) struct PartCopy {
-    headers: Vec<Header>,
+    headers: Vec<(&'static str, String)>,
     /// What the store says of the bytes of the part.
     crc64: Mutex<Option<u64>>,
 }
 
 impl PartCopy {
-    /// The copy of a part from an object at `path`: its bucket and its key.
-    pub(super) fn new(path: &str, part: &CopyPart) -> Self {
-        let (source, range) = (&part.source, &part.source.range);
+    /// The copy of a part from the object at `path`, its bucket and its key, with that entity tag: of all of it, or a range.
+    pub(super) fn new(path: &str, etag: &str, range: Option<Range<u64>>) -> Self {
         let mut headers = vec![
             ("x-amz-copy-source", utf8_percent_encode(path, PATH).to_string()),
-            ("x-amz-copy-source-if-match", source.etag.clone()),
+            ("x-amz-copy-source-if-match", etag.to_owned()),
         ];
-        if !part.is_whole {
+        if let Some(range) = range {
             let last = range.end.saturating_sub(1);
             headers.push(("x-amz-copy-source-range", format!("bytes={}-{last}", range.start)));
         }

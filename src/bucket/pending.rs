@@ -119,6 +119,11 @@ pub(super) async fn bounded(body: HttpResponseBody, limit: u64) -> Result<Bytes,
     Ok(read.freeze())
 }
 
+/// A request that cannot be made.
+pub(super) fn unknown<E: std::error::Error + Send + Sync + 'static>(error: E) -> HttpError {
+    HttpError::new(HttpErrorKind::Unknown, error)
+}
+
 /// The uploads of exactly this key, page by page.
 ///
 /// # Errors

@@ -23,7 +23,9 @@ use super::part_copy::PartCopy;
 use super::pending::{self, Answer, Ask, PendingUploads};
 use super::replaces::Replaces;
 use super::reply::{conflict, copy_error, translated, write_error};
-use super::store::{Abilities, CopiedPart, CopyPart, Listing, ObjectMeta, Put, PutPart, Store, Tags};
+use super::store::{
+    Abilities, CopiedPart, CopyPart, CopySource, Listing, ObjectMeta, Put, PutPart, Store, Tags,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{GIB, MIB};
 
@@ -417,7 +419,9 @@ impl Store for RemoteStore {
         let unsupported = || Error::unsupported("this store copies no parts");
         let bucket = self.bucket.as_ref().ok_or_else(unsupported)?;
         let (path, upload) = (self.path(key)?, upload.to_owned());
-        let copy = Arc::new(PartCopy::new(&format!("{bucket}/{}", self.path(&part.source.key)?), &part));
+        let CopySource { key, etag, range } = part.source;
+        let source = format!("{bucket}/{}", self.path(&key)?);
+        let copy = Arc::new(PartCopy::new(&source, &etag, (!part.is_whole).then_some(range)));
         let sent = self.uploads.put_part(&path, &upload, part.index, PutPayload::new());
         let id = client::copying(Arc::clone(&copy), sent).await.map_err(copy_error)?.content_id;
         Ok(CopiedPart { id, crc64: copy.crc64() })
