@@ -1,4 +1,4 @@
-"""What scripts/load and scripts/soak share: a relay before a store, a mounted daemon and its numbers."""
+"""What scripts/load, scripts/soak and scripts/night share: a relay before a store, a mounted daemon and its numbers."""
 
 import collections
 import os
@@ -101,10 +101,14 @@ class Relay:
                     sink.sendall(data[: len(data) // 2])
                     break
                 sink.sendall(data)
+                self.passed(sink, len(data))
         except OSError:
             pass
         self.end(source)
         self.end(sink)
+
+    def passed(self, sink, length):
+        """So many bytes were passed on; for who counts them."""
 
     def end(self, connection):
         with self.lock:

@@ -5,6 +5,7 @@
 
 pub(in crate::export) mod chunker;
 mod crc64;
+mod gear;
 pub(in crate::export) mod index;
 pub(in crate::export) mod plan;
 

@@ -1,12 +1,12 @@
 //! A file cut into chunks by its content, so that what is inserted or removed moves the cuts that follow along with it.
 //!
-//! FastCDC (Xia et al., "The Design of Fast Content-Defined Chunking for Data Deduplication Based Storage Systems",
-//! 2020) finds the cuts. Long runs of zeros are chunks of their own. Where a chunk ends depends on its bytes alone: not
-//! on what stands before it, nor on how the bytes arrive.
+//! A chunk ends at the first place behind its shortest length that its content offers (`gear`). Long runs of zeros are
+//! chunks of their own. Where a chunk ends depends on its bytes alone: not on what stands before it, nor on how the bytes
+//! arrive.
 
 use crc_fast::CrcAlgorithm;
-use fastcdc::v2020::{self, Normalization};
 
+use super::gear;
 use crate::units::{GIB, KIB, MIB};
 
 /// A chunk's BLAKE3 digest.
@@ -22,7 +22,8 @@ pub(super) const LONGEST_AVERAGE: u32 = 16 * MIB as u32;
 /// How long chunks are. They end earlier only at the file's end and at runs of zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::export) struct ChunkSizes {
-    /// Shortest chunk, and shortest run of zeros at a chunk's beginning that is a chunk of its own.
+    /// Shortest chunk, and shortest run of zeros at a chunk's beginning that is a chunk of its own. Where it is half of the
+    /// average, half of the bytes need no search for an end.
     pub(in crate::export) min: u32,
     /// Usual chunk, and shortest run of zeros inside a chunk that ends it.
     pub(in crate::export) average: u32,
@@ -33,10 +34,10 @@ pub(in crate::export) struct ChunkSizes {
 impl ChunkSizes {
     /// Those with this average.
     pub(in crate::export) fn with_average(average: u32) -> Self {
-        Self { min: average / 4, average, max: average * 4 }
+        Self { min: average / 2, average, max: average * 4 }
     }
 
-    /// Those for a file of at most so many bytes: 64 KiB, 256 KiB and 1 MiB up to 64 GiB, four times as much for each
+    /// Those for a file of at most so many bytes: 128 KiB, 256 KiB and 1 MiB up to 64 GiB, four times as much for each
     /// four times of that, and not more than 64 MiB.
     pub(in crate::export) fn for_file(size_bound: u64) -> Self {
         let (mut average, mut file) = (SMALLEST_AVERAGE, SMALL_FILE);
@@ -75,8 +76,8 @@ impl Cut {
 #[derive(Debug)]
 pub(in crate::export) struct Chunker {
     sizes: ChunkSizes,
-    /// FastCDC's masks below and above the average.
-    masks: (u64, u64),
+    /// What a hash is below where a chunk may end: once in the difference of average and shortest length.
+    limit: u64,
     /// What has been fed of the chunk under way.
     pending: Vec<u8>,
     /// Bytes of `pending` with which looking for its end again is worth while.
@@ -94,8 +95,8 @@ struct End {
 impl Chunker {
     /// One that begins at a file's start, or where another one has cut.
     pub(in crate::export) fn new(sizes: ChunkSizes) -> Self {
-        let masks = v2020::select_masks(sizes.average as usize, Normalization::Level1);
-        Self { sizes, masks, pending: Vec::new(), look_at: 0, zeros: None }
+        let limit = u64::MAX / u64::from(sizes.average - sizes.min);
+        Self { sizes, limit, pending: Vec::new(), look_at: 0, zeros: None }
     }
 
     /// Takes the file's next bytes, and adds the chunks that have ended to `cuts`.
@@ -168,19 +169,12 @@ impl Chunker {
         if zeros >= min as usize {
             return Some(End { length: zeros, is_zero: true });
         }
-        let content = self.content_end(window);
+        let cut = gear::first_cut(window, min as usize, self.limit);
+        let content = cut.unwrap_or(window.len());
         if let Some(length) = zero_run(&window[..content], average as usize) {
             return Some(End { length, is_zero: false });
         }
-        (is_enough || content < window.len()).then_some(End { length: content, is_zero: false })
-    }
-
-    /// Where FastCDC ends the chunk; at the window's end if it does not tell.
-    fn content_end(&self, window: &[u8]) -> usize {
-        let ChunkSizes { min, average, max } = self.sizes;
-        let (min, average, max) = (min as usize, average as usize, max as usize);
-        let (strict, loose) = self.masks;
-        v2020::cut(window, min, average, max, strict, loose, strict << 1, loose << 1).1
+        (is_enough || cut.is_some()).then_some(End { length: content, is_zero: false })
     }
 }
 
@@ -226,7 +220,7 @@ mod tests {
 
     use super::*;
 
-    const SIZES: ChunkSizes = ChunkSizes { min: 64, average: 256, max: 1024 };
+    const SIZES: ChunkSizes = ChunkSizes { min: 128, average: 256, max: 1024 };
 
     /// The cuts of a file that is fed in pieces of these lengths, in turn.
     fn cuts(bytes: &[u8], pieces: &[usize]) -> Vec<Cut> {
@@ -262,7 +256,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(200))]
+        #![proptest_config(ProptestConfig::with_cases(100))]
 
         #[test]
         fn cuts_are_the_same_however_the_file_is_fed(
@@ -332,14 +326,14 @@ mod tests {
     #[test]
     fn the_number_of_chunks_of_large_files_is_bounded_and_so_are_chunks() {
         let sizes = |size| ChunkSizes::for_file(size);
-        assert_eq!(sizes(0), ChunkSizes { min: 64 << 10, average: 256 << 10, max: 1 << 20 });
+        assert_eq!(sizes(0), ChunkSizes { min: 128 << 10, average: 256 << 10, max: 1 << 20 });
         assert_eq!(sizes(64 * GIB), sizes(0));
         assert_eq!(sizes(64 * GIB + 1).average, 1 << 20);
         for shift in 30..42 {
             let size = 1u64 << shift;
             assert!(size / u64::from(sizes(size).average) <= 1 << 18, "{size}");
         }
-        assert_eq!(sizes(u64::MAX), ChunkSizes { min: 4 << 20, average: 16 << 20, max: 64 << 20 });
+        assert_eq!(sizes(u64::MAX), ChunkSizes { min: 8 << 20, average: 16 << 20, max: 64 << 20 });
     }
 
     #[test]

@@ -653,6 +653,17 @@ mod tests {
     }
 
     #[test]
+    fn a_long_change_costs_itself() {
+        let old: Vec<_> = (1..200).map(name).collect();
+        for count in 1..40 {
+            let changed: Vec<_> = (1000..1000 + count).map(name).collect();
+            let new = [&old[..100], &changed, &old[100..]].concat();
+            let made = made(&old, &new, &limits(), length_of(&new), (0, 0));
+            assert_eq!(made.sent, length_of(&changed), "{count} chunks");
+        }
+    }
+
+    #[test]
     fn what_was_moved_is_found_and_zeros_are_not_sent() {
         let (one, two): (Vec<_>, Vec<_>) = ((1..100).map(name).collect(), (100..200).map(name).collect());
         let zeros = vec![(0, CHUNK as u32); 50];
