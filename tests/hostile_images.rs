@@ -1,5 +1,5 @@
-//! Images made to harm, at least one for each thing that readers must withstand, through info and convert. Each is
-//! refused with its reason, or served, in bounded memory. What they cost in steps, `hostile.rs` counts.
+//! Images made to harm, at least one for each thing that readers must withstand, through info, convert and a mount. Each
+//! is refused with its reason, or served, in bounded memory. What they cost in steps, `hostile.rs` counts.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 // The harness is the fuzz targets' too, which have no `support`: both have some files of it.
 #![allow(clippy::duplicate_mod)]
@@ -8,13 +8,17 @@
 mod harness;
 mod support;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use freightfs::format::ImageFormat;
 use harness::packed::PackedImage;
 use harness::seal::seal;
 use harness::seeds;
-use support::{command, freightfs, run, text};
+use support::mount::{Mount, World};
+use support::{can_mount, command, freightfs, run, skip, text};
 
 const MIB: u64 = 1 << 20;
 
@@ -260,4 +264,114 @@ fn commands_refuse_each_image_with_its_reason_in_bounded_memory() {
         }
         let _ = std::fs::remove_file(output);
     }
+}
+
+/// Bytes that the daemon may take for an image beyond the image's own.
+const BEYOND: u64 = 64 * MIB;
+
+/// Lets the daemon's highest resident memory begin anew; `None` where the kernel does not let this test do so.
+fn forget_peak(mount: &Mount) -> Option<u64> {
+    std::fs::write(format!("/proc/{}/clear_refs", mount.pid()), "5").ok().map(|()| mount.peak())
+}
+
+/// Reads parts of a file: its begin, its middle and its end. The first error.
+fn read_parts(path: &Path) -> std::io::Result<()> {
+    let size = std::fs::metadata(path)?.len();
+    let file = std::fs::File::open(path)?;
+    for at in [0, size / 2, size.saturating_sub(4096)] {
+        file.read_at(&mut [0; 4096], at)?;
+    }
+    Ok(())
+}
+
+/// Looks at all files of an image of a mount, reads and copies them. What refused it: errno, and why, by image.json or by
+/// the status of an export, which must have ended.
+fn use_image(mount: &Mount, id: &str) -> Option<(i32, String)> {
+    let directory = mount.path("images").join(id);
+    let json = std::fs::read_to_string(directory.join("image.json")).unwrap();
+    let mut refusal = None;
+    for suffix in ["raw", "qcow2"] {
+        let (file, key) = (directory.join(format!("{id}.{suffix}")), format!("{id}.{suffix}"));
+        let read = read_parts(&file);
+        // The largest of those that are served is zeros, which a copy of its raw file would write out.
+        if suffix != "raw" && std::fs::copy(&file, mount.key(&key)).is_ok() {
+            let status = mount.wait(&key);
+            match status["status"].as_str() {
+                Some("SUCCESS") => {}
+                Some("FAIL") => refusal = Some((libc::EIO, status["error"].to_string())),
+                state => panic!("{key}: {state:?}"),
+            }
+        }
+        if let Err(error) = read {
+            refusal = Some((error.raw_os_error().unwrap(), refusal.map_or(json.clone(), |(_, why)| why)));
+        }
+    }
+    refusal
+}
+
+/// Tells other threads to stop, in a test that has failed too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Reads a good image again and again until told to stop. How often, and how long a read took at most.
+fn read_others(mount: &Mount, stop: &AtomicBool) -> (u32, Duration) {
+    let (mut reads, mut longest) = (0, Duration::ZERO);
+    while !stop.load(Ordering::SeqCst) || reads == 0 {
+        let begin = Instant::now();
+        assert_eq!(std::fs::read(mount.path("images/good/good.raw")).unwrap(), [7; 4096]);
+        longest = longest.max(begin.elapsed());
+        reads += 1;
+    }
+    (reads, longest)
+}
+
+#[test]
+fn a_mount_refuses_or_serves_each_image_in_bounded_memory_and_others_meanwhile() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::in_memory();
+    world.environment.push(("FREIGHTFS_PART_SIZE".into(), "1".into()));
+    let cases = cases();
+    for case in &cases {
+        case.image.write_to(&world.catalog().join(&case.name));
+    }
+    std::fs::write(world.catalog().join("good.raw"), [7; 4096]).unwrap();
+    let mount = world.mount(&["--formats", "raw:qcow2"]);
+    for case in cases {
+        let stop = AtomicBool::new(false);
+        let id = case.name.split('.').next().unwrap();
+        let before = forget_peak(&mount);
+        let begin = Instant::now();
+        let (refusal, (reads, longest)) = std::thread::scope(|scope| {
+            let others = scope.spawn(|| read_others(&mount, &stop));
+            let stopping = Stop(&stop);
+            let refusal = use_image(&mount, id);
+            drop(stopping);
+            (refusal, others.join().unwrap())
+        });
+        let name = format!("{} ({}, {:?})", case.name, case.line, case.format);
+        let took = before.map(|before| mount.peak().saturating_sub(before));
+        println!("{name}: {:?}, {took:?} bytes; {reads} other reads, at most {longest:?}", begin.elapsed());
+        match (case.reason, refusal) {
+            (None, None) => {}
+            (Some(reason), Some((errno, why))) => {
+                assert!(why.contains(reason), "{name}: {why}");
+                assert!(
+                    [libc::EIO, libc::EPERM, libc::EOPNOTSUPP, libc::EFBIG, libc::ENOKEY].contains(&errno)
+                );
+            }
+            (reason, refusal) => panic!("{name}: {reason:?}, {refusal:?}"),
+        }
+        match took {
+            Some(took) => assert!(took <= BEYOND + case.image.file_size, "{name}: {took} bytes"),
+            None => skip("the memory that a hostile image takes: the peak cannot be reset here"),
+        }
+    }
+    mount.unmount();
 }
