@@ -6,6 +6,16 @@
     clippy::panic,
     clippy::unreachable
 )]
+// What numbers of a file are calculated with cannot panic, wrap or be cut off, in any build: see `units`.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss
+    )
+)]
 
 pub mod qcow2;
 pub mod vdi;

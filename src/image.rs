@@ -9,6 +9,16 @@
     clippy::panic,
     clippy::unreachable
 )]
+// What numbers of a file are calculated with cannot panic, wrap or be cut off, in any build: see `units`.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss
+    )
+)]
 
 mod blocks;
 pub mod inflated;
@@ -93,14 +103,16 @@ pub trait DiskImage: Send + Sync {
     /// all that are alike.
     fn extent_at(&self, at: VirtualOffset, limit: u64) -> Result<Extent> {
         let mut found: Option<Extent> = None;
-        let mut runs = 0;
+        let mut runs = 0u32;
         let _ = self.visit_extents(at..at + limit, &mut |extent| {
             match &mut found {
                 None => found = Some(extent),
-                Some(known) if known.kind == extent.kind => known.length += extent.length,
+                Some(known) if known.kind == extent.kind => {
+                    known.length = known.length.saturating_add(extent.length)
+                }
                 Some(_) => return Ok(ControlFlow::Break(())),
             }
-            runs += 1;
+            runs = runs.saturating_add(1);
             Ok(if runs < MAX_RUNS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
         })?;
         found.ok_or_else(|| Error::new(ErrorKind::Internal, "reader returned no extent").at(at))
@@ -307,7 +319,7 @@ fn begins_as(format: ImageFormat, storage: &dyn Storage) -> Result<bool> {
         ImageFormat::Zvhd => (0, &crate::header::zvhd::ZVHD_COOKIE),
         ImageFormat::Zvhd2 => (0, &crate::header::zvhd::ZVHD2_COOKIE),
     };
-    if storage.file_size() < at + signature.len() as u64 {
+    if storage.file_size() < at.saturating_add(signature.len() as u64) {
         return Ok(false);
     }
     let mut start = vec![0; signature.len()];

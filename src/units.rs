@@ -2,8 +2,12 @@
 //!
 //! [`VirtualOffset`] counts bytes of the disk that a guest sees; [`FileOffset`] counts bytes of a file or
 //! object that stores it. Plain `u64` is a number of bytes or of units, never a place.
+//!
+//! Numbers of a hostile header can be any. So arithmetic here is total: a place that cannot be counted is the last one,
+//! which is in no file and no disk and is refused there; a distance backwards is 0.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::ops::{Add, AddAssign, Sub};
 
 /// Bytes in a sector, in every format here.
@@ -38,20 +42,20 @@ macro_rules! offset {
         impl Add<u64> for $name {
             type Output = Self;
             fn add(self, length: u64) -> Self {
-                Self(self.0 + length)
+                Self(self.0.saturating_add(length))
             }
         }
 
         impl AddAssign<u64> for $name {
             fn add_assign(&mut self, length: u64) {
-                self.0 += length;
+                self.0 = self.0.saturating_add(length);
             }
         }
 
         impl Sub for $name {
             type Output = u64;
             fn sub(self, start: Self) -> u64 {
-                self.0 - start.0
+                self.0.saturating_sub(start.0)
             }
         }
 
@@ -77,6 +81,47 @@ offset! {
 offset! {
     /// A byte of a file or object, a source's or a computed one's.
     FileOffset
+}
+
+/// What a disk, a table or a file is cut into: a block, a cluster, a grain. A unit of 0 bytes is one of 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unit(NonZeroU64);
+
+impl Unit {
+    /// A unit of so many bytes, or of other things.
+    pub fn of(size: u64) -> Self {
+        Self(NonZeroU64::new(size).unwrap_or(NonZeroU64::MIN))
+    }
+
+    /// The number of the unit that `at` is in.
+    pub fn index(self, at: u64) -> u64 {
+        at / self.0
+    }
+
+    /// How far from the start of its unit `at` is.
+    pub fn within(self, at: u64) -> u64 {
+        at % self.0
+    }
+
+    /// How far from the end of its unit `at` is; not 0.
+    pub fn rest(self, at: u64) -> u64 {
+        self.0.get().saturating_sub(self.within(at))
+    }
+
+    /// Where a unit begins.
+    pub fn start(self, index: u64) -> u64 {
+        self.0.get().saturating_mul(index)
+    }
+
+    /// Units that so many bytes take.
+    pub fn count(self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.0.get())
+    }
+}
+
+/// A number of bytes as a length in memory. What memory cannot have is the largest length, which no buffer has.
+pub fn memory_size(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// `value` rounded up to a multiple of `unit`, which is not 0; `None` when it does not fit.
@@ -124,6 +169,21 @@ pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_number_makes_arithmetic_of_places_and_units_wrap_or_panic() {
+        let last = FileOffset(u64::MAX);
+        assert_eq!((last + 1, last - last, FileOffset(1) - last), (last, 0, 0));
+        let mut at = VirtualOffset(u64::MAX - 1);
+        at += 5;
+        assert_eq!(at, VirtualOffset(u64::MAX));
+        for (size, at) in [(0, 0), (0, u64::MAX), (1, 7), (512, 511), (u64::MAX, 3), (3, u64::MAX)] {
+            let unit = Unit::of(size);
+            assert_eq!(unit.start(unit.index(at)) + unit.within(at), at);
+            assert!(unit.rest(at) > 0 && unit.count(at) >= unit.index(at));
+        }
+        assert_eq!(Unit::of(2).start(u64::MAX), u64::MAX);
+    }
 
     #[test]
     fn rounding_and_printing() {

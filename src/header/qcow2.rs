@@ -6,7 +6,7 @@ use super::header;
 pub const MAGIC: u32 = 0x5146_49fb;
 
 /// Bytes of a version 2 header, which ends before the version 3 fields.
-pub const V2_LENGTH: u64 = 72;
+pub const V2_LENGTH: u32 = 72;
 
 /// Bytes of the version 3 header with the compression type.
 pub const V3_LENGTH: u32 = 112;

@@ -111,24 +111,21 @@ pub fn checksum(bytes: &[u8], field: usize) -> u32 {
 pub fn geometry(sectors: u64) -> (u16, u8, u8) {
     const MAX_CYLINDERS: u64 = 65535;
     let total = sectors.min(MAX_CYLINDERS * 16 * 255);
-    let (mut per_track, mut heads, mut cylinder_times_heads);
+    // Of cylinders times heads: the cylinders.
+    let of = |tracks: u64, heads: u8| {
+        u16::try_from(tracks.checked_div(heads.into()).unwrap_or_default()).unwrap_or(u16::MAX)
+    };
     if total >= MAX_CYLINDERS * 16 * 63 {
-        (per_track, heads) = (255, 16);
-        cylinder_times_heads = total / per_track;
-    } else {
-        per_track = 17;
-        cylinder_times_heads = total / per_track;
-        heads = cylinder_times_heads.div_ceil(1024).max(4);
-        if cylinder_times_heads >= heads * 1024 || heads > 16 {
-            (per_track, heads) = (31, 16);
-            cylinder_times_heads = total / per_track;
-        }
-        if cylinder_times_heads >= heads * 1024 {
-            (per_track, heads) = (63, 16);
-            cylinder_times_heads = total / per_track;
-        }
+        return (of(total / 255, 16), 16, 255);
     }
-    ((cylinder_times_heads / heads) as u16, heads as u8, per_track as u8)
+    let heads = u8::try_from((total / 17).div_ceil(1024).max(4)).unwrap_or(u8::MAX);
+    if heads <= 16 && total / 17 < u64::from(heads).saturating_mul(1024) {
+        return (of(total / 17, heads), heads, 17);
+    }
+    if total / 31 < 16 * 1024 {
+        return (of(total / 31, 16), 16, 31);
+    }
+    (of(total / 63, 16), 16, 63)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage};
-use crate::units::{FileOffset, VirtualOffset};
+use crate::units::{FileOffset, Unit, VirtualOffset, memory_size};
 
 /// How far a walk looks ahead before it tells what it found: this many steps at first, then twice as many each time.
 /// So whoever breaks off after some runs has paid for about as many, and a long walk tells few.
@@ -29,7 +29,7 @@ impl Window {
 
     /// Notes that a run was told.
     pub(super) fn widen(&mut self) {
-        self.0 = (self.0 * 2).min(LARGEST_WINDOW);
+        self.0 = self.0.saturating_mul(2).min(LARGEST_WINDOW);
     }
 }
 
@@ -51,8 +51,8 @@ impl<'a, 'v> JoinedRuns<'a, 'v> {
     pub(super) fn add(&mut self, extent: Extent) -> Result<ControlFlow<()>> {
         match &mut self.run {
             Some(run) if run.kind == extent.kind && self.steps < self.window.steps() => {
-                run.length += extent.length;
-                self.steps += 1;
+                run.length = run.length.saturating_add(extent.length);
+                self.steps = self.steps.saturating_add(1);
                 Ok(ControlFlow::Continue(()))
             }
             run => {
@@ -119,6 +119,11 @@ pub(super) trait BlockMap {
     /// Bytes of a block.
     fn block_size(&self) -> u64;
 
+    /// The blocks, to calculate with.
+    fn blocks(&self) -> Unit {
+        Unit::of(self.block_size())
+    }
+
     /// Where block `index` is; it lies inside the disk, at least in part.
     fn block(&self, index: u64) -> Result<Block>;
 
@@ -137,9 +142,9 @@ pub(super) trait BlockMap {
             return Err(Error::new(ErrorKind::Internal, "read past the end of the disk").at(at));
         }
         while !buf.is_empty() {
-            let (index, within) = (at.bytes() / self.block_size(), at.bytes() % self.block_size());
-            let length = (self.block_size() - within).min(buf.len() as u64);
-            let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+            let (index, within) = (self.blocks().index(at.bytes()), self.blocks().within(at.bytes()));
+            let length = self.blocks().rest(at.bytes()).min(buf.len() as u64);
+            let (target, rest) = std::mem::take(&mut buf).split_at_mut(memory_size(length));
             match self.checked_block(index)? {
                 Block::Data(host) => self.storage().read_exact_at(host + within, target)?,
                 Block::Compressed(host) => self.read_compressed(host, within, target)?,
@@ -157,18 +162,18 @@ pub(super) trait BlockMap {
         range: Range<VirtualOffset>,
         visit: &mut ExtentVisitor<'_>,
     ) -> Result<ControlFlow<()>> {
-        let block_size = self.block_size();
-        let blocks = range.start.bytes() / block_size..range.end.bytes().div_ceil(block_size);
+        let unit = self.blocks();
+        let blocks = unit.index(range.start.bytes())..unit.count(range.end.bytes());
         let (mut index, mut at) = (blocks.start, range.start);
         let mut runs = JoinedRuns::new(visit);
-        let mut room = self.storage().file_size() / block_size + 2;
+        let mut room = unit.index(self.storage().file_size()).saturating_add(2);
         let flow = self.visit_blocks(blocks, &mut |block, count| {
             self.check_block(index, block)?;
             if matches!(block, Block::Data(_)) {
                 room = room.checked_sub(1).ok_or_else(|| self.too_many_blocks())?;
             }
-            index += count;
-            let end = VirtualOffset(index.saturating_mul(block_size)).min(range.end);
+            index = index.saturating_add(count);
+            let end = VirtualOffset(unit.start(index)).min(range.end);
             let extent = Extent::new(block.kind(), end - at);
             at = end;
             runs.add(extent)
@@ -194,7 +199,7 @@ pub(super) trait BlockMap {
     fn check_block(&self, index: u64, block: Block) -> Result<()> {
         let (host, needed) = match block {
             Block::Data(host) => {
-                (host, self.block_size().min(self.virtual_size() - index * self.block_size()))
+                (host, self.block_size().min(self.virtual_size().saturating_sub(self.blocks().start(index))))
             }
             // How long it is stands in front of it, and is checked when it is read.
             Block::Compressed(host) => (host, 1),

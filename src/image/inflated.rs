@@ -38,7 +38,7 @@ static WINDOWS: LazyLock<Mutex<Kept>> = LazyLock::new(|| Kept::within(WINDOW_MEM
 
 /// Bytes of inflated units and of windows that are kept now.
 pub fn memory() -> u64 {
-    UNITS.lock().bytes + WINDOWS.lock().bytes
+    UNITS.lock().bytes.saturating_add(WINDOWS.lock().bytes)
 }
 
 /// The inflated units of one image, or its windows.
@@ -68,13 +68,13 @@ impl InflatedUnits {
     /// Keeps a unit; the ones of any image that were not read for longest go.
     pub(super) fn put(&self, unit: u64, bytes: Arc<Vec<u8>>) {
         let mut kept = self.kept.lock();
-        kept.bytes += bytes.len() as u64;
+        kept.bytes = kept.bytes.saturating_add(bytes.len() as u64);
         if let Some(old) = kept.by_name.put((self.image, unit), bytes) {
-            kept.bytes -= old.len() as u64;
+            kept.bytes = kept.bytes.saturating_sub(old.len() as u64);
         }
         while kept.bytes > kept.limit {
             let Some((_, old)) = kept.by_name.pop_lru() else { break };
-            kept.bytes -= old.len() as u64;
+            kept.bytes = kept.bytes.saturating_sub(old.len() as u64);
         }
     }
 }
@@ -86,7 +86,7 @@ impl Drop for InflatedUnits {
             kept.by_name.iter().map(|(name, _)| *name).filter(|(image, _)| *image == self.image).collect();
         for name in names {
             if let Some(old) = kept.by_name.pop(&name) {
-                kept.bytes -= old.len() as u64;
+                kept.bytes = kept.bytes.saturating_sub(old.len() as u64);
             }
         }
     }

@@ -25,7 +25,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind, is_zero};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage};
-use crate::units::{FileOffset, MIB, VirtualOffset};
+use crate::units::{FileOffset, MIB, Unit, VirtualOffset, memory_size};
 use mapping::{Mapping, TableShape};
 
 /// Bytes of L2 tables that an image keeps: 256 tables of 64 KiB, which map 128 GiB.
@@ -74,8 +74,9 @@ impl Qcow2Image {
     }
 
     fn new(parts: open::Opened) -> Self {
-        let kept =
-            |memory: u64, size: u64| NonZeroUsize::new((memory / size) as usize).unwrap_or(NonZeroUsize::MIN);
+        let kept = |memory, size| {
+            NonZeroUsize::new(memory_size(Unit::of(size).index(memory))).unwrap_or(NonZeroUsize::MIN)
+        };
         let cluster_size = parts.shape.cluster_size();
         Self {
             storage: parts.storage,
@@ -113,7 +114,7 @@ impl Qcow2Image {
                 format!("the L2 table of L1 entry {index} lies past the end of the file, which is truncated");
             return Err(self.corrupt(what, offset));
         }
-        let mut table = vec![0; cluster_size as usize];
+        let mut table = vec![0; memory_size(cluster_size)];
         self.storage.read_exact_at(offset, &mut table)?;
         let table = Arc::new(table);
         self.tables.lock().put(index, Arc::clone(&table));
@@ -122,9 +123,9 @@ impl Qcow2Image {
 
     /// What the bytes from `at` on are mapped to, and for how many, at most `limit`, that holds.
     fn lookup(&self, at: VirtualOffset, limit: u64) -> Result<(Mapping, u64)> {
-        let covered = self.shape.bytes_per_table();
-        let (index, within) = (at.bytes() / covered, at.bytes() % covered);
-        let limit = limit.min(self.virtual_size - at.bytes()).min(covered - within);
+        let covered = Unit::of(self.shape.bytes_per_table());
+        let (index, within) = (covered.index(at.bytes()), covered.within(at.bytes()));
+        let limit = limit.min(self.virtual_size.saturating_sub(at.bytes())).min(covered.rest(at.bytes()));
         match self.table(index)? {
             Some(table) => self.run(index, &table, within, limit),
             None => Ok((Mapping::Unallocated, limit)),
@@ -149,7 +150,7 @@ impl Qcow2Image {
             offset.bytes() == 0 || zeros.contain(offset, self.shape.cluster_size())
         };
         let next = (index..end).find(|index| !is_absent(*index)).unwrap_or(end);
-        steps::count(next - index);
+        steps::count(next.saturating_sub(index));
         next
     }
 
@@ -164,8 +165,8 @@ impl Qcow2Image {
         let mut window = Window::new();
         let mut at = range.start;
         while at < range.end {
-            let within = at.bytes() % self.shape.bytes_per_table();
-            let limit = (range.end - at).min(window.steps() * self.shape.unit_size());
+            let within = Unit::of(self.shape.bytes_per_table()).within(at.bytes());
+            let limit = (range.end - at).min(window.steps().saturating_mul(self.shape.unit_size()));
             let (mapping, length) = self.run(index, table, within, limit)?;
             let flow = match mapping {
                 Mapping::Data(host) => {
@@ -194,8 +195,8 @@ impl Qcow2Image {
         let end = host.checked_add(length).map(FileOffset::bytes);
         let file_size = self.storage.file_size();
         match end {
-            Some(end) if host.bytes() < file_size && end < file_size + 512 => {
-                Ok(length.min(file_size - host.bytes()))
+            Some(end) if host.bytes() < file_size && end < file_size.saturating_add(512) => {
+                Ok(length.min(FileOffset(file_size) - host))
             }
             _ => {
                 Err(self
@@ -208,7 +209,7 @@ impl Qcow2Image {
         thread_local! {
             static COMPRESSED: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
         }
-        let length = self.compressed_length(host, length)? as usize;
+        let length = memory_size(self.compressed_length(host, length)?);
         COMPRESSED.with_borrow_mut(|buffer| {
             buffer.resize(length, 0);
             let input = buffer.as_mut_slice();
@@ -230,12 +231,13 @@ impl Qcow2Image {
         target: &mut [u8],
     ) -> Result<()> {
         let cluster_size = self.shape.cluster_size();
-        let (cluster, within) = (at.bytes() / cluster_size, at.bytes() % cluster_size);
+        let unit = Unit::of(cluster_size);
+        let (cluster, within) = (unit.index(at.bytes()), unit.within(at.bytes()));
         let known = self.inflated.get(cluster);
         let bytes = match known {
             Some(bytes) => bytes,
             None => {
-                let mut bytes = vec![0; cluster_size as usize];
+                let mut bytes = vec![0; memory_size(cluster_size)];
                 self.inflate(host, length, &mut bytes)?;
                 let bytes = Arc::new(bytes);
                 self.inflated.put(cluster, Arc::clone(&bytes));
@@ -279,7 +281,7 @@ impl DiskImage for Qcow2Image {
         let mut tasks = Vec::new();
         while !buf.is_empty() {
             let (mapping, length) = self.lookup(at, buf.len() as u64)?;
-            let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+            let (target, rest) = std::mem::take(&mut buf).split_at_mut(memory_size(length));
             match mapping {
                 Mapping::Data(host) => {
                     self.check_data(host, length)?;
@@ -304,14 +306,14 @@ impl DiskImage for Qcow2Image {
         range: Range<VirtualOffset>,
         visit: &mut ExtentVisitor<'_>,
     ) -> Result<ControlFlow<()>> {
-        let covered = self.shape.bytes_per_table();
-        let tables = range.end.bytes().div_ceil(covered);
+        let covered = Unit::of(self.shape.bytes_per_table());
+        let tables = covered.count(range.end.bytes());
         let (mut window, mut zeros) = (Window::new(), KnownZeros::default());
         let mut at = range.start;
         while at < range.end {
-            let index = at.bytes() / covered;
-            let next = self.absent_until(index, tables.min(index + window.steps()), &zeros);
-            let end = range.end.min(VirtualOffset(next.max(index + 1).saturating_mul(covered)));
+            let index = covered.index(at.bytes());
+            let next = self.absent_until(index, tables.min(index.saturating_add(window.steps())), &zeros);
+            let end = range.end.min(VirtualOffset(covered.start(next.max(index.saturating_add(1)))));
             let flow = match if next > index { None } else { self.table(index)? } {
                 None => super::visit_below(self.backing.as_deref(), at..end, visit)?,
                 Some(table) => {

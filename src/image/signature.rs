@@ -27,7 +27,7 @@ pub fn recognize(storage: &Arc<dyn Storage>) -> Result<Option<RecognizedImage>> 
     let length = storage.file_size().min(SIGNATURE_RANGE);
     let (mut head, mut tail) = (vec![0; length as usize], vec![0; length as usize]);
     storage.read_exact_at(FileOffset(0), &mut head)?;
-    storage.read_exact_at(FileOffset(storage.file_size() - length), &mut tail)?;
+    storage.read_exact_at(FileOffset(storage.file_size().saturating_sub(length)), &mut tail)?;
     let recognized = |format| {
         let gate: Arc<dyn ReferenceGate> = Arc::new(ClosedGate);
         let image = open_image(format, Arc::clone(storage), &gate, 0);

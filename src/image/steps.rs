@@ -14,6 +14,6 @@ pub fn taken() -> u64 {
 
 pub(super) fn count(steps: u64) {
     if cfg!(debug_assertions) {
-        TAKEN.set(TAKEN.get() + steps);
+        TAKEN.set(TAKEN.get().saturating_add(steps));
     }
 }

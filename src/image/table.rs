@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::extent::is_zero;
 use crate::image::{slice, steps};
 use crate::storage::{Storage, check_range};
-use crate::units::{FileOffset, KIB};
+use crate::units::{FileOffset, KIB, Unit, memory_size};
 
 /// Bytes of a page.
 const PAGE: u64 = 64 * KIB;
@@ -40,7 +40,7 @@ impl Entry {
 
     /// The entry at the start of `bytes`, which has all of it.
     fn read(self, bytes: &[u8]) -> u64 {
-        let numbers = bytes.iter().take(self.size() as usize).map(|&byte| u64::from(byte));
+        let numbers = bytes.iter().take(memory_size(self.size())).map(|&byte| u64::from(byte));
         match self {
             Self::U32Be => numbers.fold(0, |entry, byte| entry << 8 | byte),
             Self::U32Le | Self::U64Le => numbers.rev().fold(0, |entry, byte| entry << 8 | byte),
@@ -75,10 +75,15 @@ impl EntryTable {
         Ok(Self { storage, start, entries, entry, pages: Mutex::new(LruCache::new(PAGES_KEPT)) })
     }
 
+    /// Where the table is.
+    pub(super) fn start(&self) -> FileOffset {
+        self.start
+    }
+
     /// The entry at `index`, which is inside the table.
     pub(super) fn get(&self, index: u64) -> Result<u64> {
         steps::count(1);
-        let place = index * self.entry.size();
+        let place = index.saturating_mul(self.entry.size());
         let page = self.page(place / PAGE)?;
         let bytes = slice(&page, place % PAGE, self.entry.size())?;
         Ok(self.entry.read(bytes))
@@ -87,19 +92,19 @@ impl EntryTable {
     /// Tells `visit` the entries of a range, which lies inside the table, in order until it breaks off. What is a hole of
     /// the file is not read, and entries that are alike are one step.
     pub(super) fn visit(&self, entries: Range<u64>, visit: &mut EntryVisitor<'_>) -> Result<ControlFlow<()>> {
-        let size = self.entry.size();
+        let entry = Unit::of(self.entry.size());
         let mut zeros = KnownZeros::default();
-        let (mut at, end) = (entries.start * size, entries.end * size);
+        let (mut at, end) = (entry.start(entries.start), entry.start(entries.end));
         while at < end {
-            let absent = zeros.length_at(self.start + at).min(end - at) / size;
+            let absent = entry.index(zeros.length_at(self.start + at).min(end.saturating_sub(at)));
             let flow = if absent > 0 {
                 steps::count(1);
-                at += absent * size;
+                at = at.saturating_add(entry.start(absent));
                 visit(0, absent)?
             } else {
-                let stop = end.min((at / PAGE + 1) * PAGE);
+                let stop = end.min(at.saturating_add(Unit::of(PAGE).rest(at)));
                 let page = self.page(at / PAGE)?;
-                let bytes = slice(&page, at % PAGE, stop - at)?;
+                let bytes = slice(&page, at % PAGE, stop.saturating_sub(at))?;
                 if is_zero(bytes) {
                     zeros.learn(&*self.storage, self.start + at)?;
                 }
@@ -115,18 +120,18 @@ impl EntryTable {
 
     /// Tells `visit` the entries that `bytes` are.
     fn visit_runs(&self, mut bytes: &[u8], visit: &mut EntryVisitor<'_>) -> Result<ControlFlow<()>> {
-        let size = self.entry.size() as usize;
-        while let Some((first, rest)) = bytes.split_at_checked(size) {
+        let size = NonZeroUsize::new(memory_size(self.entry.size())).unwrap_or(NonZeroUsize::MIN);
+        while let Some((first, rest)) = bytes.split_at_checked(size.get()) {
             // As far as each entry is the one before; the comparison ends where the run does.
             let others = match bytes.get(..rest.len()) == Some(rest) {
                 true => rest.len() / size,
-                false => rest.chunks_exact(size).take_while(|entry| *entry == first).count(),
+                false => rest.chunks_exact(size.get()).take_while(|entry| *entry == first).count(),
             };
             steps::count(1);
-            if visit(self.entry.read(first), others as u64 + 1)?.is_break() {
+            if visit(self.entry.read(first), (others as u64).saturating_add(1))?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
-            bytes = rest.get(others * size..).unwrap_or_default();
+            bytes = rest.get(others.saturating_mul(size.get())..).unwrap_or_default();
         }
         Ok(ControlFlow::Continue(()))
     }
@@ -135,8 +140,9 @@ impl EntryTable {
         if let Some(known) = self.pages.lock().get(&page) {
             return Ok(Arc::clone(known));
         }
-        let start = page * PAGE;
-        let mut bytes = vec![0; PAGE.min(self.entries * self.entry.size() - start) as usize];
+        let start = page.saturating_mul(PAGE);
+        let left = self.entries.saturating_mul(self.entry.size()).saturating_sub(start);
+        let mut bytes = vec![0; memory_size(PAGE.min(left))];
         self.storage.read_exact_at(self.start + start, &mut bytes)?;
         let bytes = Arc::new(bytes);
         self.pages.lock().put(page, Arc::clone(&bytes));
@@ -149,7 +155,7 @@ impl EntryTable {
 pub(super) fn check_disjoint(mut starts: Vec<u64>, length: u64, what: &str, unit: u64) -> Result<()> {
     starts.sort_unstable();
     let mut pairs = starts.iter().zip(starts.iter().skip(1));
-    match pairs.find(|(start, next)| **next - **start < length) {
+    match pairs.find(|(start, next)| next.saturating_sub(**start) < length) {
         Some((_, next)) => {
             Err(Error::corrupt(format!("{what} is named twice, or two overlap"))
                 .at(next.saturating_mul(unit)))
@@ -174,7 +180,7 @@ impl KnownZeros {
 
     /// Bytes of the known hole from `at` on; 0 when there is none.
     fn length_at(&self, at: FileOffset) -> u64 {
-        if self.zeros.contains(&at.bytes()) { self.zeros.end - at.bytes() } else { 0 }
+        if self.zeros.contains(&at.bytes()) { self.zeros.end.saturating_sub(at.bytes()) } else { 0 }
     }
 
     /// Notes that the bytes at `at`, which lies inside the file, turned out to be zeros: more may follow.
@@ -216,11 +222,12 @@ impl<'a> TableWalk<'a> {
         if at < self.start || at + length > end {
             // More than one table is read only when the walk goes from one to its neighbour.
             let wanted = if at == end {
-                (2 * self.bytes.len() as u64).clamp(length, PAGE.max(length))
+                (self.bytes.len() as u64).saturating_mul(2).clamp(length, PAGE.max(length))
             } else {
                 length
             };
-            self.bytes.resize(wanted.min(self.storage.file_size() - at.bytes()) as usize, 0);
+            let left = FileOffset(self.storage.file_size()) - at;
+            self.bytes.resize(memory_size(wanted.min(left)), 0);
             self.start = at;
             self.storage.read_exact_at(at, &mut self.bytes)?;
         }

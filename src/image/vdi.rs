@@ -9,15 +9,18 @@ use super::blocks::{Block, BlockImage, BlockMap, BlockVisitor, visit_alike};
 use super::table::{Entry, EntryTable};
 use crate::error::{Error, Result};
 use crate::format::ImageFormat;
-use crate::header::vdi::{FREE, SIGNATURE, TYPE_DYNAMIC, VERSION, VdiHeader};
+use crate::header::vdi::{self, SIGNATURE, TYPE_DYNAMIC, VERSION, VdiHeader};
 use crate::storage::Storage;
 use crate::units::{FileOffset, MIB, SECTOR};
 
 /// Image type: every block is there from the start (VDICore.h).
 const TYPE_FIXED: u32 = 2;
 
+/// A map's entry without a block.
+const FREE: u64 = vdi::FREE as u64;
+
 /// A map's entry whose block was discarded and reads as zeros (VDICore.h, VDI_IMAGE_BLOCK_ZERO).
-const ZERO: u32 = u32::MAX - 1;
+const ZERO: u64 = u32::MAX as u64 - 1;
 
 /// Bytes of a block: no writer makes another size, and QEMU reads no other.
 const BLOCK_SIZE: u64 = MIB;
@@ -45,11 +48,12 @@ impl VdiImage {
 impl VdiImage {
     /// What an entry of the map says.
     fn entry(&self, entry: u64) -> Block {
-        match entry as u32 {
+        match entry {
             FREE => Block::Hole,
             ZERO => Block::Zero,
             block => {
-                Block::Data(FileOffset(u64::from(self.header.data_offset) + u64::from(block) * BLOCK_SIZE))
+                let start = FileOffset(self.header.data_offset.into());
+                Block::Data(start + block.saturating_mul(BLOCK_SIZE))
             }
         }
     }

@@ -20,16 +20,16 @@ use crate::header::vhd::{
     checksum,
 };
 use crate::storage::{Generation, Storage};
-use crate::units::{FileOffset, SECTOR, VirtualOffset, round_up};
+use crate::units::{FileOffset, SECTOR, VirtualOffset, memory_size, round_up};
 
 /// Largest disk (2040 GiB).
 const MAX_VIRTUAL_SIZE: u64 = 2040 << 30;
 
 /// Most entries of a block table: its bytes are counted in 31 bits (QEMU, block/vpc.c).
-const MAX_TABLE_ENTRIES: u32 = i32::MAX as u32 / 4;
+const MAX_TABLE_ENTRIES: u32 = i32::MAX.unsigned_abs() / 4;
 
 /// A table's entry without a block.
-const FREE: u32 = u32::MAX;
+const FREE: u64 = u32::MAX as u64;
 
 /// Creators whose disks are as large as the geometry's product: Virtual PC, and QEMU as it does (QEMU, block/vpc.c).
 /// All others mean `current_size`.
@@ -93,8 +93,10 @@ impl VhdImage {
     /// `sectors` of them at most. Bit 0 of the first byte returned is not that of `first` but of the multiple of 8 below.
     fn read_bitmap(&self, data: FileOffset, first: u64, sectors: u64) -> Result<Vec<u8>> {
         let Body::Dynamic { bitmap_size, .. } = &self.body else { return Ok(Vec::new()) };
-        let mut bytes = vec![0; ((first + sectors).div_ceil(8) - first / 8) as usize];
-        self.storage.read_exact_at(FileOffset(data.bytes() - bitmap_size + first / 8), &mut bytes)?;
+        let (from, to) = (first / 8, first.saturating_add(sectors).div_ceil(8));
+        let mut bytes = vec![0; memory_size(to.saturating_sub(from))];
+        let bitmap = FileOffset(data.bytes().saturating_sub(*bitmap_size));
+        self.storage.read_exact_at(bitmap + from, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -109,33 +111,35 @@ impl VhdImage {
         let Block::Data(data) = self.checked_block(index)? else {
             return visit(range.end - range.start, None);
         };
-        let start = VirtualOffset(index * self.block_size());
+        let start = VirtualOffset(self.blocks().start(index));
         let (mut at, mut piece) = (range.start, FIRST_PIECE);
         while at < range.end {
             let first = (at - start) / SECTOR;
-            let sectors = ((range.end - start).div_ceil(SECTOR) - first).min(piece);
+            let sectors = (range.end - start).div_ceil(SECTOR).saturating_sub(first).min(piece);
             let bitmap = self.read_bitmap(data, first, sectors)?;
-            let mut bits = Bits { bytes: &bitmap, at: first % 8, end: first % 8 + sectors };
+            let skipped = first % 8;
+            let mut bits = Bits { bytes: &bitmap, at: skipped, end: skipped.saturating_add(sectors) };
             while let Some(own) = bits.next_run() {
-                let end = range.end.min(start + (first - first % 8 + bits.at) * SECTOR);
+                let behind = first.saturating_sub(skipped).saturating_add(bits.at);
+                let end = range.end.min(start + behind.saturating_mul(SECTOR));
                 let place = own.then(|| data + (at - start));
                 if visit(end - at, place)?.is_break() {
                     return Ok(ControlFlow::Break(()));
                 }
                 at = end;
             }
-            piece = (piece * 2).min(LARGEST_PIECE);
+            piece = piece.saturating_mul(2).min(LARGEST_PIECE);
         }
         Ok(ControlFlow::Continue(()))
     }
 
     /// The parts of `range` that lie in one block each.
     fn split(&self, range: Range<VirtualOffset>) -> impl Iterator<Item = (u64, Range<VirtualOffset>)> + '_ {
-        let block_size = self.block_size();
-        let blocks = range.start.bytes() / block_size..range.end.bytes().div_ceil(block_size);
-        blocks.map(move |index| {
-            let start = VirtualOffset(index * block_size);
-            (index, range.start.max(start)..range.end.min(start + block_size))
+        let blocks = self.blocks();
+        (blocks.index(range.start.bytes())..blocks.count(range.end.bytes())).map(move |index| {
+            let start = VirtualOffset(blocks.start(index));
+            let end = VirtualOffset(blocks.start(index.saturating_add(1)));
+            (index, range.start.max(start)..range.end.min(end))
         })
     }
 
@@ -144,7 +148,7 @@ impl VhdImage {
         for (index, range) in self.split(at..at + buf.len() as u64) {
             let mut at = range.start;
             let _ = self.visit_own(index, range, &mut |length, own| {
-                let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+                let (target, rest) = std::mem::take(&mut buf).split_at_mut(memory_size(length));
                 match own {
                     Some(host) => self.storage.read_exact_at(host, target)?,
                     None => super::read_below(Some(parent), at, target)?,
@@ -202,17 +206,17 @@ impl Bits<'_> {
     /// Whether the next bits are set; `at` is put behind all that are alike.
     fn next_run(&mut self) -> Option<bool> {
         let start = self.at;
-        let byte = |at: u64| self.bytes.get((at / 8) as usize).copied().unwrap_or_default();
-        let is_set = |at: u64| byte(at) >> (7 - at % 8) & 1 == 1;
+        let byte = |at: u64| self.bytes.get(memory_size(at / 8)).copied().unwrap_or_default();
+        let is_set = |at: u64| byte(at) & 0x80 >> (at % 8) != 0;
         let own = (start < self.end).then(|| is_set(start))?;
         let whole = if own { 0xff } else { 0 };
         let mut at = start;
         while at < self.end {
             steps::count(1);
             if at.is_multiple_of(8) && byte(at) == whole {
-                at += 8;
+                at = at.saturating_add(8);
             } else if is_set(at) == own {
-                at += 1;
+                at = at.saturating_add(1);
             } else {
                 break;
             }
@@ -249,7 +253,7 @@ fn read_footer(storage: &dyn Storage, at: u64) -> Result<VhdFooter> {
         return Err(Error::corrupt(what).at(at));
     }
     if footer.checksum != checksum(&bytes, 64) {
-        return Err(Error::corrupt("the footer's checksum is wrong").at(at + 64));
+        return Err(Error::corrupt("the footer's checksum is wrong").at(at.saturating_add(64)));
     }
     Ok(footer)
 }
@@ -277,7 +281,10 @@ fn virtual_size(footer: &VhdFooter) -> u64 {
     if !SIZE_BY_GEOMETRY.contains(&&footer.creator_application) || geometry == FULL_GEOMETRY {
         return footer.current_size;
     }
-    u64::from(footer.cylinders) * u64::from(footer.heads) * u64::from(footer.sectors) * SECTOR
+    [footer.heads, footer.sectors]
+        .into_iter()
+        .fold(u64::from(footer.cylinders), |sectors, factor| sectors.saturating_mul(factor.into()))
+        .saturating_mul(SECTOR)
 }
 
 /// Whether a file ends as every VHD does, with a footer that is whole.
@@ -296,7 +303,7 @@ fn read_header(storage: &dyn Storage, footer: &VhdFooter) -> Result<VhdDynamicHe
     let mut bytes = [0; VhdDynamicHeader::LENGTH];
     // A header that is cut short is refused for what it says, if that is wrong, and then for its length.
     let there = storage.file_size().saturating_sub(at.bytes()).min(bytes.len() as u64);
-    storage.read_exact_at(at, bytes.split_at_mut(there as usize).0)?;
+    storage.read_exact_at(at, bytes.split_at_mut(memory_size(there)).0)?;
     let header = VhdDynamicHeader::parse(&bytes);
     if header.cookie != DYNAMIC_COOKIE {
         return Err(Error::corrupt("the dynamic header's cookie is wrong").at(at));
@@ -331,9 +338,9 @@ fn open_dynamic(storage: &Arc<dyn Storage>, header: &VhdDynamicHeader, virtual_s
 
 /// What an entry of the block table says.
 fn entry(entry: u64, bitmap_size: u64) -> Block {
-    match entry as u32 {
+    match entry {
         FREE => Block::Hole,
-        sector => Block::Data(FileOffset(u64::from(sector) * SECTOR + bitmap_size)),
+        sector => Block::Data(FileOffset(sector.saturating_mul(SECTOR)) + bitmap_size),
     }
 }
 
@@ -343,11 +350,11 @@ fn check_blocks(body: &Body, blocks: u64) -> Result<()> {
     let mut sectors = Vec::new();
     let _ = table.visit(0..blocks, &mut |entry, count| {
         // Two that are the same are as bad as many.
-        let named = if entry == u64::from(FREE) { 0 } else { count.min(2) };
+        let named = if entry == FREE { 0 } else { count.min(2) };
         sectors.extend((0..named).map(|_| entry));
         Ok(ControlFlow::Continue(()))
     })?;
-    check_disjoint(sectors, (block_size + bitmap_size) / SECTOR, "a block", SECTOR)
+    check_disjoint(sectors, block_size.saturating_add(*bitmap_size) / SECTOR, "a block", SECTOR)
 }
 
 impl BlockMap for VhdImage {

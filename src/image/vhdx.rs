@@ -19,15 +19,15 @@ use crate::header::vhdx::{
     VIRTUAL_DISK_ID, VIRTUAL_DISK_SIZE, VhdxHeader, VhdxMetadataEntry, VhdxRegionEntry,
 };
 use crate::storage::{Storage, check_range};
-use crate::units::{FileOffset, KIB, MIB};
+use crate::units::{FileOffset, KIB, MIB, Unit, memory_size};
 
 /// Places that are fixed (section 2.2).
 const HEADERS: [FileOffset; 2] = [FileOffset(64 * KIB), FileOffset(128 * KIB)];
 const REGION_TABLES: [FileOffset; 2] = [FileOffset(192 * KIB), FileOffset(256 * KIB)];
 
 /// Bytes that a checksum covers: of a header, of a region table (sections 2.2.2 and 2.2.3).
-const HEADER_SIZE: usize = 4 * KIB as usize;
-const REGION_TABLE_SIZE: usize = 64 * KIB as usize;
+const HEADER_SIZE: usize = 4 << 10;
+const REGION_TABLE_SIZE: usize = 64 << 10;
 
 /// Entries of a region table or metadata table at most (sections 2.2.3.1 and 2.6.1.1).
 const MAX_ENTRIES: usize = 2047;
@@ -39,7 +39,7 @@ const METADATA_TABLE_SIZE: u64 = 64 * KIB;
 const REQUIRED: u32 = 4;
 
 /// Flag of the file parameters (section 2.6.2.1): has a parent.
-const HAS_PARENT: u32 = 2;
+const HAS_PARENT: u64 = 2;
 
 /// Limits of section 2.6.2.1; that of a disk's size, section 2.6.2.2, is the one of all readers.
 const BLOCK_SIZES: std::ops::RangeInclusive<u64> = MIB..=256 * MIB;
@@ -88,10 +88,9 @@ impl VhdxImage {
         let [bat, metadata] = read_regions(&*storage)?;
         let disk = read_metadata(&*storage, &metadata)?;
         // Every group of blocks that one bitmap describes is followed by the bitmap's entry (section 2.5).
-        let chunk = disk.chunk_ratio();
-        let blocks = disk.virtual_size.div_ceil(disk.block_size);
-        let entries = blocks + blocks.saturating_sub(1) / chunk;
-        if entries * 8 > bat.length.into() {
+        let blocks = Unit::of(disk.block_size).count(disk.virtual_size);
+        let entries = blocks.saturating_add(disk.chunk().index(blocks.saturating_sub(1)));
+        if entries.saturating_mul(8) > bat.length.into() {
             let what = format!("the block table has {} bytes, the disk needs {entries} entries", bat.length);
             return Err(Error::corrupt(what).at(bat.file_offset));
         }
@@ -119,8 +118,8 @@ impl VhdxImage {
 
 impl Disk {
     /// Blocks whose sectors one bitmap block describes.
-    fn chunk_ratio(&self) -> u64 {
-        (1 << 23) * self.sector_size / self.block_size
+    fn chunk(&self) -> Unit {
+        Unit::of(Unit::of(self.block_size).index((1u64 << 23).saturating_mul(self.sector_size)))
     }
 }
 
@@ -137,7 +136,8 @@ fn checksum(parts: &[&[u8]]) -> u32 {
             _ => digest.update(part),
         }
     }
-    digest.finalize() as u32
+    // Of the 64 bits, those of this sum.
+    u32::try_from(digest.finalize() & u64::from(u32::MAX)).unwrap_or_default()
 }
 
 /// The valid header with the larger sequence number.
@@ -188,9 +188,9 @@ fn parse_regions(storage: &dyn Storage, table: &[u8], at: FileOffset) -> Result<
     let mut taken: Vec<(u64, u64)> = vec![(0, MIB)];
     let entries = table.get(16..).unwrap_or_default().chunks_exact(VhdxRegionEntry::LENGTH);
     for (index, entry) in entries.filter_map(VhdxRegionEntry::parse_first).take(count).enumerate() {
-        let place = at + 16 + (index * VhdxRegionEntry::LENGTH) as u64;
+        let place = at + 16 + index.saturating_mul(VhdxRegionEntry::LENGTH) as u64;
         check_range(storage, FileOffset(entry.file_offset), entry.length.into())?;
-        let range = (entry.file_offset, entry.file_offset + u64::from(entry.length));
+        let range = (entry.file_offset, entry.file_offset.saturating_add(entry.length.into()));
         if taken.iter().any(|(start, end)| range.0 < *end && *start < range.1) {
             return Err(Error::corrupt("two regions overlap").at(place));
         }
@@ -215,7 +215,7 @@ fn parse_regions(storage: &dyn Storage, table: &[u8], at: FileOffset) -> Result<
 
 fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk> {
     let start = FileOffset(region.file_offset);
-    let mut table = vec![0; METADATA_TABLE_SIZE.min(region.length.into()) as usize];
+    let mut table = vec![0; memory_size(METADATA_TABLE_SIZE.min(region.length.into()))];
     storage.read_exact_at(start, &mut table)?;
     if table.len() < 32 || !table.starts_with(&METADATA_SIGNATURE) {
         return Err(Error::corrupt("the metadata table's signature is wrong").at(start));
@@ -229,7 +229,7 @@ fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk
     let (mut parameters, mut virtual_size, mut sector_size) = (None, None, None);
     let entries = table.get(32..).unwrap_or_default().chunks_exact(VhdxMetadataEntry::LENGTH);
     for (index, entry) in entries.filter_map(VhdxMetadataEntry::parse_first).take(count).enumerate() {
-        let place = start + 32 + (index * VhdxMetadataEntry::LENGTH) as u64;
+        let place = start + 32 + index.saturating_mul(VhdxMetadataEntry::LENGTH) as u64;
         let item = |length: usize| read_item(storage, region, &entry, length).map_err(|e| e.at(place));
         match entry.guid {
             FILE_PARAMETERS => parameters = Some(item(8)?),
@@ -246,7 +246,7 @@ fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk
     else {
         return Err(Error::corrupt("block size, disk size or sector size is missing").at(start));
     };
-    if (parameters >> 32) as u32 & HAS_PARENT != 0 {
+    if parameters >> 32 & HAS_PARENT != 0 {
         return Err(Error::unsupported("is a differencing VHDX, which needs its parent").at(start));
     }
     let block_size = parameters & u64::from(u32::MAX);
@@ -257,7 +257,7 @@ fn read_metadata(storage: &dyn Storage, region: &VhdxRegionEntry) -> Result<Disk
         return Err(Error::corrupt(format!("sectors of {sector_size} bytes are not allowed")).at(start));
     }
     super::check_virtual_size(virtual_size).map_err(|e| e.at(start))?;
-    if virtual_size % sector_size != 0 {
+    if !virtual_size.is_multiple_of(sector_size) {
         return Err(Error::corrupt(format!("a disk of {virtual_size} bytes is not allowed")).at(start));
     }
     Ok(Disk { block_size, virtual_size, sector_size })
@@ -271,12 +271,12 @@ fn read_item(
     length: usize,
 ) -> Result<u64> {
     let inside = u64::from(entry.offset) >= METADATA_TABLE_SIZE
-        && u64::from(entry.offset) + length as u64 <= region.length.into();
+        && u64::from(entry.offset).saturating_add(length as u64) <= region.length.into();
     if !inside || entry.length as usize != length {
         return Err(Error::corrupt("a metadata item has a wrong place or length"));
     }
     let mut bytes = vec![0; length];
-    storage.read_exact_at(FileOffset(region.file_offset + u64::from(entry.offset)), &mut bytes)?;
+    storage.read_exact_at(FileOffset(region.file_offset) + entry.offset.into(), &mut bytes)?;
     Ok(bytes.iter().rev().fold(0, |item, &byte| item << 8 | u64::from(byte)))
 }
 
@@ -294,19 +294,20 @@ impl BlockMap for VhdxImage {
     }
 
     fn block(&self, index: u64) -> Result<Block> {
-        self.entry(index, self.bat.get(index + index / self.disk.chunk_ratio())?)
+        self.entry(index, self.bat.get(index.saturating_add(self.disk.chunk().index(index)))?)
     }
 
     fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
-        let chunk = self.disk.chunk_ratio();
+        let chunk = self.disk.chunk();
         let mut index = blocks.start;
         while index < blocks.end {
             // The entry of a bitmap follows each chunk.
-            let end = blocks.end.min((index / chunk + 1) * chunk);
-            let before = index / chunk;
-            let flow = self.bat.visit(index + before..end + before, &mut |entry, count| {
+            let before = chunk.index(index);
+            let end = blocks.end.min(index.saturating_add(chunk.rest(index)));
+            let entries = index.saturating_add(before)..end.saturating_add(before);
+            let flow = self.bat.visit(entries, &mut |entry, count| {
                 let block = self.entry(index, entry)?;
-                index += count;
+                index = index.saturating_add(count);
                 visit_alike(block, count, visit)
             })?;
             if flow.is_break() {

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result, quoted};
 use crate::extent::{Extent, ExtentKind};
 use crate::format::ImageFormat;
 use crate::storage::{Generation, Storage, check_range};
-use crate::units::{FileOffset, SECTOR, VirtualOffset};
+use crate::units::{FileOffset, SECTOR, VirtualOffset, memory_size};
 
 /// A VMDK image.
 pub struct VmdkImage {
@@ -89,7 +89,7 @@ impl VmdkImage {
         let mut extents = Vec::with_capacity(descriptor.extents.len());
         let mut start = VirtualOffset(0);
         for line in &descriptor.extents {
-            let length = line.sectors * SECTOR;
+            let length = line.sectors.saturating_mul(SECTOR);
             let content = files.content(line, length)?;
             extents.push(VmdkExtent { start, length, content });
             start += length;
@@ -241,7 +241,7 @@ impl DiskImage for VmdkImage {
             let extent = self.extent(at)?;
             let within = at - extent.start;
             let length = extent.length.saturating_sub(within).min(buf.len() as u64);
-            let (target, rest) = std::mem::take(&mut buf).split_at_mut(length as usize);
+            let (target, rest) = std::mem::take(&mut buf).split_at_mut(memory_size(length));
             if target.is_empty() {
                 return Err(Error::corrupt("read past the end of the disk").at(at));
             }

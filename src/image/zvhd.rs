@@ -23,7 +23,10 @@ use crate::header::zvhd::{
     ZVHD2_COOKIE, ZvhdHeader, ZvhdIndexEntry, ZvhdRecordHeader,
 };
 use crate::storage::{Storage, check_range};
-use crate::units::FileOffset;
+use crate::units::{FileOffset, memory_size};
+
+/// Bytes of a record beside its payload and what it is padded with.
+const RECORD_FRAME: u64 = (ZvhdRecordHeader::LENGTH + RECORD_END.len()) as u64;
 
 /// Largest payload that is read: compressors add little to what they cannot compress.
 const MAX_PAYLOAD: u32 = 3 << 20;
@@ -104,7 +107,7 @@ impl ZvhdImage {
 
     fn inflate(&self, number: usize) -> Result<Vec<u8>> {
         let payload = self.payload(number)?;
-        let mut block = vec![0; BLOCK_SIZE as usize];
+        let mut block = vec![0; memory_size(BLOCK_SIZE)];
         if self.header.cookie == ZVHD2_COOKIE {
             if self.header.method == METHOD_ZSTD {
                 codec::unzstd(&payload, &mut block)?;
@@ -126,9 +129,10 @@ impl ZvhdImage {
             if *start == number {
                 return Ok(block);
             }
-            let window = Arc::new(block.iter().skip(block.len() - codec::WINDOW).copied().collect());
+            let window =
+                Arc::new(block.iter().skip(block.len().saturating_sub(codec::WINDOW)).copied().collect());
             windows.keep(*start, &window, self.records.len());
-            from = (start + 1, Some(window));
+            from = (start.saturating_add(1), Some(window));
         }
     }
 
@@ -163,11 +167,11 @@ impl Windows {
         let kept = |&at: &usize| Some((at, self.kept.get(at as u64)?));
         let checkpoint = self.checkpoints.range(..number).rev().find_map(kept);
         let nearest = newest.into_iter().chain(checkpoint).max_by_key(|(at, _)| *at);
-        nearest.map_or((0, None), |(at, window)| (at + 1, Some(window)))
+        nearest.map_or((0, None), |(at, window)| (at.saturating_add(1), Some(window)))
     }
 
     fn keep(&mut self, number: usize, window: &Arc<Vec<u8>>, records: usize) {
-        if number.is_multiple_of(records / CHECKPOINTS + 1) {
+        if number.is_multiple_of((records / CHECKPOINTS).saturating_add(1)) {
             self.checkpoints.insert(number);
             self.kept.put(number as u64, Arc::clone(window));
         }
@@ -217,13 +221,13 @@ fn read_record(storage: &dyn Storage, at: FileOffset, end: FileOffset) -> Result
         let what = format!("a payload of {} bytes is too large", header.payload_size);
         return Err(Error::corrupt(what).at(at + 12));
     }
-    let length = (ZvhdRecordHeader::LENGTH + RECORD_END.len()) as u64 + u64::from(header.payload_size);
+    let length = RECORD_FRAME.saturating_add(header.payload_size.into());
     let next = at + length.next_multiple_of(ALIGNMENT);
     if next > end {
         return Err(Error::corrupt("a record goes on past the records' end").at(at));
     }
     let mut mark = [0; RECORD_END.len()];
-    storage.read_exact_at(FileOffset(next.bytes() - mark.len() as u64), &mut mark)?;
+    storage.read_exact_at(FileOffset(next.bytes().saturating_sub(mark.len() as u64)), &mut mark)?;
     if mark != RECORD_END {
         return Err(Error::corrupt("a record has no end mark").at(next));
     }
@@ -263,7 +267,7 @@ fn read_index(
     end: FileOffset,
     blocks: u64,
 ) -> Result<Vec<StoredBlock>> {
-    let length = u64::from(header.stored_blocks) * ZvhdIndexEntry::LENGTH as u64;
+    let length = u64::from(header.stored_blocks).saturating_mul(ZvhdIndexEntry::LENGTH as u64);
     if length > u64::from(header.index_size) {
         return Err(Error::corrupt("the index is too small for its blocks").at(end + 112));
     }
@@ -276,22 +280,21 @@ fn read_index(
     // In pieces: that the file has so many bytes does not mean that they are entries.
     let mut piece = Vec::new();
     for number in 0..header.stored_blocks as usize {
-        let place = at + (number * ZvhdIndexEntry::LENGTH) as u64;
-        let within = number % INDEX_PIECE * ZvhdIndexEntry::LENGTH;
+        let place = at + number.saturating_mul(ZvhdIndexEntry::LENGTH) as u64;
+        let within = (number % INDEX_PIECE).saturating_mul(ZvhdIndexEntry::LENGTH);
         if within == 0 {
-            piece
-                .resize((at + length - place).min((INDEX_PIECE * ZvhdIndexEntry::LENGTH) as u64) as usize, 0);
+            piece.resize(memory_size(at + length - place).min(INDEX_PIECE * ZvhdIndexEntry::LENGTH), 0);
             storage.read_exact_at(place, &mut piece)?;
         }
         let entry = piece.get(within..).and_then(ZvhdIndexEntry::parse_first);
         let entry = entry.ok_or_else(|| Error::corrupt("the index is cut short").at(place))?;
         check_block(&records, entry.block, blocks, place)?;
-        let record = FileOffset(entry.record_offset);
-        if record.checked_add(u64::from(entry.record_size)).is_none_or(|record_end| record_end > at) {
+        let record_start = FileOffset(entry.record_offset);
+        if record_start.checked_add(u64::from(entry.record_size)).is_none_or(|record_end| record_end > at) {
             return Err(Error::corrupt("a record does not lie before the index").at(place));
         }
-        let (record, next) = read_record(storage, record, at)?;
-        if record.block != entry.block || next.bytes() - entry.record_offset != u64::from(entry.record_size) {
+        let (record, next) = read_record(storage, record_start, at)?;
+        if record.block != entry.block || next - record_start != u64::from(entry.record_size) {
             return Err(Error::corrupt("the index and a record disagree").at(place));
         }
         records.push(record);
@@ -325,14 +328,18 @@ impl BlockMap for ZvhdImage {
         let stored = stored.take_while(|record| u64::from(record.block) < blocks.end);
         for record in stored {
             let block = u64::from(record.block);
-            if block > at && visit(Block::Hole, block - at)?.is_break()
+            if block > at && visit(Block::Hole, block.saturating_sub(at))?.is_break()
                 || visit(Block::Compressed(record.payload), 1)?.is_break()
             {
                 return Ok(ControlFlow::Break(()));
             }
-            at = block + 1;
+            at = block.saturating_add(1);
         }
-        if at < blocks.end { visit(Block::Hole, blocks.end - at) } else { Ok(ControlFlow::Continue(())) }
+        if at < blocks.end {
+            visit(Block::Hole, blocks.end.saturating_sub(at))
+        } else {
+            Ok(ControlFlow::Continue(()))
+        }
     }
 
     fn read_compressed(&self, host: FileOffset, within: u64, target: &mut [u8]) -> Result<()> {

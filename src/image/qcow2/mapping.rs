@@ -2,7 +2,7 @@
 
 use crate::header;
 use crate::image::steps;
-use crate::units::FileOffset;
+use crate::units::{FileOffset, SECTOR, Unit};
 
 /// Bits of an L1 or L2 entry that hold a cluster's offset.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -49,13 +49,13 @@ impl TableShape {
         1 << self.cluster_bits
     }
 
-    fn entry_size(self) -> u64 {
-        if self.extended { 16 } else { 8 }
+    fn entries_per_table(self) -> u64 {
+        if self.extended { self.cluster_size() / 16 } else { self.cluster_size() / 8 }
     }
 
     /// Bytes of the disk that one L2 table maps; at most 2^39.
     pub(super) fn bytes_per_table(self) -> u64 {
-        self.cluster_size() / self.entry_size() * self.cluster_size()
+        self.entries_per_table().saturating_mul(self.cluster_size())
     }
 
     /// Bytes that one mapping decision covers: a cluster, or a subcluster.
@@ -66,20 +66,18 @@ impl TableShape {
     /// The mapping at `within` the part of the disk that `table` maps, and how many bytes, at most `limit`, follow
     /// it without a break. `limit` is not 0 and does not lead out of the table.
     pub(super) fn run(self, table: &[u8], within: u64, limit: u64) -> Result<(Mapping, u64), String> {
-        let unit = self.unit_size();
-        let first = self.unit_mapping(table, within / unit)?;
-        let offset = within % unit;
-        let first = match first {
-            Mapping::Data(host) => Mapping::Data(host + offset),
-            Mapping::Compressed { .. } => {
-                let left = self.cluster_size() - within % self.cluster_size();
-                return Ok((first, left.min(limit)));
+        let (unit, mut index) = (Unit::of(self.unit_size()), Unit::of(self.unit_size()).index(within));
+        let first = match self.unit_mapping(table, index)? {
+            Mapping::Data(host) => Mapping::Data(host + unit.within(within)),
+            first @ Mapping::Compressed { .. } => {
+                return Ok((first, Unit::of(self.cluster_size()).rest(within).min(limit)));
             }
             other => other,
         };
-        let mut length = unit - offset;
+        let mut length = unit.rest(within);
         while length < limit {
-            let next = self.unit_mapping(table, (within + length) / unit)?;
+            index = index.saturating_add(1);
+            let next = self.unit_mapping(table, index)?;
             let continues = match (first, next) {
                 (Mapping::Data(start), Mapping::Data(host)) => start.checked_add(length) == Some(host),
                 (first, next) => first == next,
@@ -87,7 +85,7 @@ impl TableShape {
             if !continues {
                 break;
             }
-            length += unit;
+            length = length.saturating_add(self.unit_size());
         }
         Ok((first, length.min(limit)))
     }
@@ -96,14 +94,15 @@ impl TableShape {
     fn unit_mapping(self, table: &[u8], unit: u64) -> Result<Mapping, String> {
         steps::count(1);
         if !self.extended {
-            return self.standard(entry(table, unit * 8));
+            return self.standard(entry(table, unit));
         }
         let (cluster, subcluster) = (unit / SUBCLUSTERS, unit % SUBCLUSTERS);
-        let (entry, bitmap) = (entry(table, cluster * 16), entry(table, cluster * 16 + 8));
+        let first = cluster.saturating_mul(2);
+        let (entry, bitmap) = (entry(table, first), entry(table, first.saturating_add(1)));
         if entry & COMPRESSED != 0 {
             return Ok(self.compressed(entry));
         }
-        let (allocated, zero) = (bitmap >> subcluster & 1 == 1, bitmap >> (32 + subcluster) & 1 == 1);
+        let (allocated, zero) = (is_set(bitmap, subcluster), is_set(bitmap >> SUBCLUSTERS, subcluster));
         match (allocated, zero) {
             (true, true) => {
                 Err(format!("subcluster {subcluster} of L2 entry {cluster} is both allocated and zero"))
@@ -111,7 +110,7 @@ impl TableShape {
             (false, true) => Ok(Mapping::Zero),
             (false, false) => Ok(Mapping::Unallocated),
             (true, false) => match self.host(entry)? {
-                Some(host) => Ok(Mapping::Data(host + subcluster * self.unit_size())),
+                Some(host) => Ok(Mapping::Data(host + subcluster.saturating_mul(self.unit_size()))),
                 None => Err(format!("L2 entry {cluster} has allocated subclusters and no offset")),
             },
         }
@@ -138,16 +137,23 @@ impl TableShape {
     }
 
     fn compressed(self, entry: u64) -> Mapping {
-        let offset_bits = 62 - (self.cluster_bits - 8);
-        let host = entry & ((1 << offset_bits) - 1);
-        let sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
-        Mapping::Compressed { host: FileOffset(host), length: (sectors + 1) * 512 - host % 512 }
+        // The low bits are the offset, those above the sectors that follow its own.
+        let offsets = Unit::of((1 << 62) >> self.cluster_bits.saturating_sub(8).min(61));
+        let described = entry & (COMPRESSED - 1);
+        let (host, sectors) = (offsets.within(described), offsets.index(described));
+        let length = SECTOR.saturating_mul(sectors).saturating_add(Unit::of(SECTOR).rest(host));
+        Mapping::Compressed { host: FileOffset(host), length }
     }
 }
 
-/// The big-endian word at `at` of a table, which is inside it.
-fn entry(table: &[u8], at: u64) -> u64 {
-    usize::try_from(at).map_or(0, |at| header::big(table, at))
+/// Whether a bit of the lower half of a bitmap is set.
+fn is_set(bitmap: u64, bit: u64) -> bool {
+    (0..SUBCLUSTERS).contains(&bit) && bitmap & 1 << bit != 0
+}
+
+/// The big-endian word of that number of a table, which is inside it.
+fn entry(table: &[u8], number: u64) -> u64 {
+    usize::try_from(number.saturating_mul(8)).map_or(0, |at| header::big(table, at))
 }
 
 #[cfg(test)]

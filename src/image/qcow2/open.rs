@@ -11,7 +11,7 @@ use crate::header::qcow2::{MAGIC, Qcow2Header, V2_LENGTH, V3_LENGTH};
 use crate::image::table::check_disjoint;
 use crate::image::{self, DiskImage, ReferenceGate, ReferenceKind};
 use crate::storage::Storage;
-use crate::units::{FileOffset, MIB};
+use crate::units::{FileOffset, MIB, Unit, memory_size};
 
 /// Magic of QED images, which are refused by name.
 const QED_MAGIC: u32 = 0x5145_4400;
@@ -21,7 +21,7 @@ const MAX_L1: u64 = 32 * MIB;
 const MAX_REFCOUNT_TABLE: u64 = 8 * MIB;
 
 /// Longest name of a backing file (qcow2.rst, "backing_file_size").
-const MAX_BACKING_NAME: u32 = image::MAX_NAME as u32;
+const MAX_BACKING_NAME: u64 = image::MAX_NAME as u64;
 
 /// Incompatible features.
 const DIRTY: u64 = 1;
@@ -94,7 +94,7 @@ pub(super) fn open(
 fn read_header(storage: &dyn Storage) -> Result<Qcow2Header> {
     let mut bytes = [0; Qcow2Header::LENGTH];
     let present = storage.file_size().min(Qcow2Header::LENGTH as u64);
-    storage.read_exact_at(FileOffset(0), bytes.split_at_mut(present as usize).0)?;
+    storage.read_exact_at(FileOffset(0), bytes.split_at_mut(memory_size(present)).0)?;
     let mut header = Qcow2Header::parse(&bytes);
     match (header.magic, header.version) {
         (QED_MAGIC, _) => return Err(Error::unsupported("is a QED image; convert it with qemu-img")),
@@ -107,24 +107,24 @@ fn read_header(storage: &dyn Storage) -> Result<Qcow2Header> {
             return Err(Error::unsupported(format!("is a qcow2 image of version {version}")).at(4u64));
         }
     }
-    if present < V2_LENGTH {
+    if present < V2_LENGTH.into() {
         return Err(Error::corrupt("the file ends within the header; it is truncated").at(present));
     }
     if header.version == 2 {
-        header = Qcow2Header::parse(&zero_after(bytes, V2_LENGTH as usize));
+        header = Qcow2Header::parse(&zero_after(bytes, V2_LENGTH.into()));
         header.refcount_order = 4;
-        header.header_length = V2_LENGTH as u32;
+        header.header_length = V2_LENGTH;
         return Ok(header);
     }
     let length = u64::from(header.header_length);
     if !(104..=1 << 16).contains(&length) || length > storage.file_size() || !length.is_multiple_of(8) {
         return Err(Error::corrupt(format!("the header's length {length} is wrong")).at(100u64));
     }
-    Ok(Qcow2Header::parse(&zero_after(bytes, length.min(V3_LENGTH.into()) as usize)))
+    Ok(Qcow2Header::parse(&zero_after(bytes, length.min(V3_LENGTH.into()))))
 }
 
-fn zero_after(mut bytes: [u8; Qcow2Header::LENGTH], length: usize) -> [u8; Qcow2Header::LENGTH] {
-    bytes.iter_mut().skip(length).for_each(|byte| *byte = 0);
+fn zero_after(mut bytes: [u8; Qcow2Header::LENGTH], length: u64) -> [u8; Qcow2Header::LENGTH] {
+    bytes.iter_mut().skip(memory_size(length)).for_each(|byte| *byte = 0);
     bytes
 }
 
@@ -163,7 +163,8 @@ fn check_layout(header: &Qcow2Header, storage: &dyn Storage) -> Result<()> {
     }
     let name_end = header.backing_file_offset.checked_add(header.backing_file_size.into());
     if header.backing_file_offset != 0
-        && (name_end.is_none_or(|e| e > cluster_size) || header.backing_file_size > MAX_BACKING_NAME)
+        && (name_end.is_none_or(|e| e > cluster_size)
+            || u64::from(header.backing_file_size) > MAX_BACKING_NAME)
     {
         return Err(Error::corrupt("the backing file's name does not lie in the first cluster").at(8u64));
     }
@@ -179,28 +180,28 @@ fn read_extensions(header: &Qcow2Header, storage: &dyn Storage) -> Result<Extens
     };
     let mut extensions = Extensions::default();
     let mut at = u64::from(header.header_length);
-    while at + 8 <= end {
+    while let Some(room) = end.checked_sub(at).and_then(|left| left.checked_sub(8)) {
         let mut head = [0; 8];
         storage.read_exact_at(FileOffset(at), &mut head)?;
         let (kind, length) = (header::big(&head, 0), u64::from(header::big::<u32>(&head, 4)));
         if kind == EXTENSION_END {
             break;
         }
-        if length > end - at - 8 {
+        if length > room {
             return Err(Error::corrupt(format!(
                 "header extension {kind:#010x} is {length} bytes long, too long"
             ))
             .at(at));
         }
-        let mut data = vec![0; length as usize];
-        storage.read_exact_at(FileOffset(at + 8), &mut data)?;
+        let mut data = vec![0; memory_size(length)];
+        storage.read_exact_at(FileOffset(at) + 8, &mut data)?;
         match kind {
             EXTENSION_BACKING_FORMAT => extensions.backing_format = Some(text(&data, "backing format", at)?),
             EXTENSION_DATA_FILE => extensions.data_file = Some(text(&data, "data file's name", at)?),
             EXTENSION_FEATURE_NAMES => extensions.feature_names = feature_names(&data),
             _ => {}
         }
-        at += 8 + length.next_multiple_of(8);
+        at = at.saturating_add(8).saturating_add(length.next_multiple_of(8));
     }
     Ok(extensions)
 }
@@ -264,17 +265,17 @@ fn check_features(header: &Qcow2Header, extensions: &Extensions) -> Result<()> {
 
 fn read_l1(header: &Qcow2Header, storage: &dyn Storage) -> Result<Vec<u64>> {
     let cluster_size = 1u64 << header.cluster_bits;
-    let entry_size = if header.incompatible_features & EXTENDED_L2 != 0 { 16 } else { 8 };
-    let per_table = cluster_size / entry_size * cluster_size;
-    let needed = header.virtual_size.div_ceil(per_table);
+    let is_extended = header.incompatible_features & EXTENDED_L2 != 0;
+    let entries = if is_extended { cluster_size / 16 } else { cluster_size / 8 };
+    let needed = Unit::of(entries.saturating_mul(cluster_size)).count(header.virtual_size);
     if u64::from(header.l1_size) < needed {
         let what = format!("the L1 table has {} entries, the virtual size needs {needed}", header.l1_size);
         return Err(Error::corrupt(what).at(36u64));
     }
     let at = FileOffset(header.l1_table_offset);
     // Only what the disk needs is read; before the allocation the range is checked against the file's length.
-    crate::storage::check_range(storage, at, needed * 8)?;
-    let mut bytes = vec![0; (needed * 8) as usize];
+    crate::storage::check_range(storage, at, needed.saturating_mul(8))?;
+    let mut bytes = vec![0; memory_size(needed.saturating_mul(8))];
     storage.read_exact_at(at, &mut bytes)?;
     let entry = |chunk: &[u8]| chunk.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
     let l1: Vec<u64> = bytes.chunks_exact(8).map(entry).collect();
@@ -330,7 +331,7 @@ fn open_backing(
             return Err(Error::new(ErrorKind::ReferenceDenied, what));
         }
     };
-    image::open_image(format, file.storage, &file.gate, depth + 1).map(Some)
+    image::open_image(format, file.storage, &file.gate, depth.saturating_add(1)).map(Some)
 }
 
 /// What qemu-img says under "Format specific information", in its words.

@@ -34,7 +34,7 @@ pub(super) fn open(
         if file.format.is_some_and(|format| format != ImageFormat::Vhd) {
             return Err(Error::unsupported(format!("the parent {} is not a VHD", quoted(name))));
         }
-        let parent = VhdImage::open(file.storage, &file.gate, depth + 1)?;
+        let parent = VhdImage::open(file.storage, &file.gate, depth.saturating_add(1))?;
         if parent.unique_id != header.parent_unique_id {
             let what =
                 format!("{} is not the disk that this one was made from: its identity differs", quoted(name));

@@ -16,13 +16,13 @@ use crate::header::vhdx::{
 };
 use crate::image::steps;
 use crate::storage::{Generation, Storage, check_range};
-use crate::units::{FileOffset, KIB, MIB};
+use crate::units::{FileOffset, memory_size};
 
 /// Entries and data are aligned to this (section 2.3).
-const SECTOR: usize = 4 * KIB as usize;
+const SECTOR: usize = 4 << 10;
 
 /// Largest log that is read; writers make one of 1 MiB.
-const MAX_LOG: u32 = 64 * MIB as u32;
+const MAX_LOG: u32 = 64 << 20;
 
 /// Changes that are kept at most, after those that others cover are gone. A log of 64 MiB has 16,384 data sectors.
 const MAX_CHANGES: usize = 1 << 18;
@@ -87,7 +87,7 @@ impl Log {
         let behind = self.bytes.get(at..).unwrap_or_default();
         match behind.get(..length) {
             Some(whole) => [whole, &[]],
-            None => [behind, self.bytes.get(..length - behind.len()).unwrap_or_default()],
+            None => [behind, self.bytes.get(..length.saturating_sub(behind.len())).unwrap_or_default()],
         }
     }
 
@@ -108,9 +108,9 @@ impl Log {
         {
             return Ok(None);
         }
-        self.checked += length;
+        self.checked = self.checked.saturating_add(length);
         steps::count((length / SECTOR) as u64);
-        if self.checked > MAX_CHECKED * self.bytes.len() {
+        if self.checked > self.bytes.len().saturating_mul(MAX_CHECKED) {
             return Err(Error::corrupt("the log's entries overlap"));
         }
         let valid = header.checksum == checksum(&self.parts(at, length));
@@ -123,7 +123,7 @@ impl Log {
         let mut at = 0;
         while at < self.bytes.len() {
             let sequence = self.sequence_from(at)?;
-            at += sequence.iter().map(LogEntry::length).sum::<usize>().max(SECTOR);
+            at = at.saturating_add(sequence.iter().map(LogEntry::length).sum::<usize>().max(SECTOR));
             let Some(head) = sequence.last() else { continue };
             // What comes before the head's tail was written to its place already.
             let Some(tail) = sequence.iter().position(|entry| entry.at == head.header.tail as usize) else {
@@ -147,8 +147,10 @@ impl Log {
             if entries.last().is_some_and(|last| number(last).checked_add(1) != Some(number(&entry))) {
                 break;
             }
-            next = (next + entry.length()) % self.bytes.len();
-            length += entry.length();
+            // A ring.
+            next = next.saturating_add(entry.length());
+            next = next.checked_sub(self.bytes.len()).unwrap_or(next);
+            length = length.saturating_add(entry.length());
             entries.push(entry);
         }
         Ok(entries)
@@ -161,7 +163,8 @@ impl LogEntry {
     fn apply(&self, entry: &[u8], changes: &mut Changes) -> Result<()> {
         let damaged = |what: &str| Error::corrupt(format!("a log entry is damaged: {what}"));
         let count = self.header.descriptor_count as usize;
-        let descriptors = VhdxLogHeader::LENGTH + count.saturating_mul(VhdxLogDescriptor::LENGTH);
+        let descriptors =
+            count.saturating_mul(VhdxLogDescriptor::LENGTH).saturating_add(VhdxLogHeader::LENGTH);
         if descriptors > entry.len() {
             return Err(damaged("it has too many descriptors"));
         }
@@ -246,20 +249,25 @@ impl Changes {
     /// Keeps what a change that began at `start` has after `end`.
     fn keep_after(&mut self, end: u64, start: u64, change: Change) {
         if change.end > end {
-            self.by_start.insert(end, Change { from: change.from + (end - start), ..change });
+            self.by_start.insert(
+                end,
+                Change { from: change.from.saturating_add(end.saturating_sub(start)), ..change },
+            );
         }
     }
 
     /// Puts the changes over the bytes of the file at `at`.
     fn apply(&self, at: u64, buf: &mut [u8]) {
-        let end = at + buf.len() as u64;
+        let end = at.saturating_add(buf.len() as u64);
         let before = self.by_start.range(..at).next_back();
         for (start, change) in before.into_iter().chain(self.by_start.range(at..end)) {
             let (from, to) = (at.max(*start), end.min(change.end));
             if from < to {
-                let target = buf.get_mut((from - at) as usize..(to - at) as usize).unwrap_or_default();
-                let first = (change.from + (from - start)) as usize;
-                match change.bytes.as_ref().map(|bytes| bytes.get(first..first + target.len())) {
+                let part = [from, to].map(|place| memory_size(place.saturating_sub(at)));
+                let target = buf.get_mut(part[0]..part[1]).unwrap_or_default();
+                let first = memory_size(change.from.saturating_add(from.saturating_sub(*start)));
+                let bytes = change.bytes.as_ref();
+                match bytes.map(|bytes| bytes.get(first..first.saturating_add(target.len()))) {
                     Some(Some(bytes)) => target.copy_from_slice(bytes),
                     _ => target.fill(0),
                 }
@@ -287,7 +295,7 @@ impl Storage for ReplayedStorage {
     fn read_exact_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
         check_range(self, at, buf.len() as u64)?;
         // The log may have made the file larger than it is on disk.
-        let inside = self.storage.file_size().saturating_sub(at.bytes()).min(buf.len() as u64) as usize;
+        let inside = memory_size(self.storage.file_size().saturating_sub(at.bytes())).min(buf.len());
         let (inside, behind) = buf.split_at_mut(inside);
         behind.fill(0);
         if !inside.is_empty() {

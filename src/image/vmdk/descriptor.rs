@@ -49,7 +49,7 @@ impl Descriptor {
             return Err(Error::unsupported(what).at(at));
         }
         crate::storage::check_range(storage, at, length)?;
-        let mut bytes = vec![0; length as usize];
+        let mut bytes = vec![0; crate::units::memory_size(length)];
         storage.read_exact_at(at, &mut bytes)?;
         let text = bytes.split(|&b| b == 0).next().unwrap_or_default();
         Self::parse(&String::from_utf8_lossy(text)).map_err(|e| e.at(at))
@@ -62,7 +62,10 @@ impl Descriptor {
             if ["RW ", "RDONLY ", "NOACCESS "].iter().any(|access| line.starts_with(access)) {
                 let extent = parse_extent(line).ok_or_else(|| {
                     let shown: String = line.chars().take(LINE_SHOWN).collect();
-                    Error::corrupt(format!("line {} of the descriptor is no extent: {shown:?}", number + 1))
+                    Error::corrupt(format!(
+                        "line {} of the descriptor is no extent: {shown:?}",
+                        number.saturating_add(1)
+                    ))
                 })?;
                 check_name("a file's name", extent.file.as_deref().map_or(0, str::len))?;
                 check_name("an extent's type", extent.kind.len())?;

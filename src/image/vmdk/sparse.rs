@@ -19,7 +19,7 @@ use crate::header;
 use crate::header::vmdk::{MAGIC, VmdkSparseHeader};
 use crate::image::{slice, steps};
 use crate::storage::Storage;
-use crate::units::{FileOffset, GIB, MIB, SECTOR};
+use crate::units::{FileOffset, GIB, MIB, SECTOR, Unit, memory_size};
 
 /// Flags of the header: grain table entries of 1 are zeros; grains are compressed.
 const FLAG_ZERO_GRAINS: u32 = 1 << 2;
@@ -47,7 +47,7 @@ pub(super) struct SparseExtent {
     storage: Arc<dyn Storage>,
     header: VmdkSparseHeader,
     directory: EntryTable,
-    tables: Mutex<LruCache<u32, Arc<Vec<u8>>>>,
+    tables: Mutex<LruCache<u64, Arc<Vec<u8>>>>,
     grains: InflatedUnits,
 }
 
@@ -63,7 +63,7 @@ impl SparseExtent {
             header = read_header(&*storage, FileOffset(at))?;
         }
         check(&header)?;
-        let covered = header.grain_size * u64::from(header.grain_table_entries);
+        let covered = header.grain_size.saturating_mul(header.grain_table_entries.into());
         let tables = header.capacity.div_ceil(covered);
         if tables > MAX_DIRECTORY {
             return Err(
@@ -125,8 +125,8 @@ impl SparseExtent {
     /// Refuses a directory that names more than the file can have: a walk through it would have no bound in the file's
     /// size.
     fn check_directory(&self, tables: u64) -> Result<()> {
-        let length = 4 * u64::from(self.header.grain_table_entries);
-        let most = self.storage.file_size() / length;
+        let length = u64::from(self.header.grain_table_entries).saturating_mul(4);
+        let most = Unit::of(length).index(self.storage.file_size());
         let mut sectors = Vec::new();
         let _ = self.directory.visit(0..tables, &mut |sector, count| {
             // Two that are the same are as bad as many.
@@ -135,7 +135,7 @@ impl SparseExtent {
             if sectors.len() as u64 > most {
                 let what =
                     format!("the directory names more grain tables than the {most} that fit into the file");
-                return Err(Error::corrupt(what).at(FileOffset(self.header.directory_offset * SECTOR)));
+                return Err(Error::corrupt(what).at(self.directory.start()));
             }
             Ok(ControlFlow::Continue(()))
         })?;
@@ -144,22 +144,27 @@ impl SparseExtent {
 
     /// The grain's entry in its table; 0 when there is no table.
     fn entry(&self, grain: u64) -> Result<u32> {
-        let per_table = u64::from(self.header.grain_table_entries);
-        let table = self.directory.get(grain / per_table)? as u32;
+        let table = self.directory.get(self.per_table().index(grain))?;
         if table == 0 {
             return Ok(0);
         }
         let entries = self.table(table)?;
-        Ok(header::little(slice(&entries, 4 * (grain % per_table), 4)?, 0))
+        let place = self.per_table().within(grain).saturating_mul(4);
+        Ok(header::little(slice(&entries, place, 4)?, 0))
+    }
+
+    /// The grains that a table has entries of.
+    fn per_table(&self) -> Unit {
+        Unit::of(self.header.grain_table_entries.into())
     }
 
     /// The grain table at that sector.
-    fn table(&self, sector: u32) -> Result<Arc<Vec<u8>>> {
+    fn table(&self, sector: u64) -> Result<Arc<Vec<u8>>> {
         if let Some(known) = self.tables.lock().get(&sector) {
             return Ok(Arc::clone(known));
         }
-        let mut entries = vec![0; 4 * self.header.grain_table_entries as usize];
-        self.storage.read_exact_at(FileOffset(u64::from(sector) * SECTOR), &mut entries)?;
+        let mut entries = vec![0; memory_size(u64::from(self.header.grain_table_entries).saturating_mul(4))];
+        self.storage.read_exact_at(FileOffset(sector.saturating_mul(SECTOR)), &mut entries)?;
         let entries = Arc::new(entries);
         self.tables.lock().put(sector, Arc::clone(&entries));
         Ok(entries)
@@ -172,14 +177,14 @@ impl SparseExtent {
         let length = u64::from(header::little::<u32>(&marker, 8));
         let grain = BlockMap::block_size(self);
         // Deflate adds little to what it cannot compress; more than twice the grain is no grain.
-        if length > 2 * grain + SECTOR {
+        if length > grain.saturating_mul(2).saturating_add(SECTOR) {
             let what = format!("a compressed grain of {length} bytes is too large");
             return Err(Error::corrupt(what).in_file(self.storage.name()).at(host));
         }
         crate::storage::check_range(&*self.storage, host + GRAIN_MARKER as u64, length)?;
-        let mut input = vec![0; length as usize];
+        let mut input = vec![0; memory_size(length)];
         self.storage.read_exact_at(host + GRAIN_MARKER as u64, &mut input)?;
-        let mut output = vec![0; grain as usize];
+        let mut output = vec![0; memory_size(grain)];
         let damaged = |e| {
             Error::corrupt("a compressed grain is damaged").in_file(self.storage.name()).at(host).because(e)
         };
@@ -233,11 +238,11 @@ impl BlockMap for SparseExtent {
     }
 
     fn virtual_size(&self) -> u64 {
-        self.header.capacity * SECTOR
+        self.header.capacity.saturating_mul(SECTOR)
     }
 
     fn block_size(&self) -> u64 {
-        self.header.grain_size * SECTOR
+        self.header.grain_size.saturating_mul(SECTOR)
     }
 
     fn block(&self, index: u64) -> Result<Block> {
@@ -245,23 +250,25 @@ impl BlockMap for SparseExtent {
     }
 
     fn visit_blocks(&self, blocks: Range<u64>, visit: &mut BlockVisitor<'_>) -> Result<ControlFlow<()>> {
-        let per_table = u64::from(self.header.grain_table_entries);
-        let tables = blocks.start / per_table..blocks.end.div_ceil(per_table);
+        let unit = self.per_table();
+        let tables = unit.index(blocks.start)..unit.count(blocks.end);
         let mut walk = TableWalk::new(&*self.storage);
         let mut grain = blocks.start;
         self.directory.visit(tables, &mut |sector, count| {
             // Tables that are not there are passed at once. No table is named twice.
-            let tables_end = (grain / per_table + count).saturating_mul(per_table);
-            let first = grain % per_table;
-            let grains = tables_end.min(blocks.end) - grain;
-            grain += grains;
+            let tables_end = unit.start(unit.index(grain).saturating_add(count));
+            let first = unit.within(grain);
+            let grains = tables_end.min(blocks.end).saturating_sub(grain);
+            grain = grain.saturating_add(grains);
             let table = match sector {
                 0 => None,
-                sector => walk.read(FileOffset(sector * SECTOR), 4 * per_table)?,
+                sector => walk.read(FileOffset(sector.saturating_mul(SECTOR)), unit.start(4))?,
             };
             match table {
                 None => visit(Block::Hole, grains),
-                Some(table) => self.visit_table(slice(table, 4 * first, 4 * grains)?, visit),
+                Some(table) => {
+                    self.visit_table(slice(table, first.saturating_mul(4), grains.saturating_mul(4))?, visit)
+                }
             }
         })
     }
@@ -279,8 +286,8 @@ impl BlockMap for SparseExtent {
                 grain
             }
         };
-        let from = within as usize;
-        let bytes = grain.get(from..from + target.len()).ok_or_else(|| {
+        let from = memory_size(within);
+        let bytes = grain.get(from..from.saturating_add(target.len())).ok_or_else(|| {
             let what = format!("a compressed grain holds {} bytes only", grain.len());
             Error::corrupt(what).in_file(self.storage.name()).at(host)
         })?;
