@@ -7,6 +7,7 @@
 //! | file | what it owns |
 //! |---|---|
 //! | `object.rs`, `upload.rs`, `own_files.rs` | what can be done in a [`Bucket`]: with objects, with uploads, with our own files |
+//! | `zeros.rs` | the object out of which zeros are copied |
 //! | `probe.rs` | what a store can do, found out at mount |
 //! | `store.rs` | the trait of all stores |
 //! | `local.rs`, `remote.rs` | a directory, and what object_store reaches, as stores |
@@ -35,6 +36,7 @@ mod replaces;
 mod reply;
 mod store;
 mod upload;
+mod zeros;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,6 +58,7 @@ pub use rate_limit::RateLimit;
 pub use replaces::Replaces;
 pub use store::{CopySource, Listing, ObjectMeta, Tags};
 pub use upload::{MAX_PARTS, START_LIMIT};
+pub use zeros::Zeros;
 #[doc(hidden)]
 pub use {listing::fuzz_listing, reply::fuzz_reply};
 
@@ -105,6 +108,9 @@ struct Inner {
     /// What the store can do; more of it is known after a probe.
     abilities: Mutex<Abilities>,
     limits: RequestLimits,
+    /// The object of zeros, once all of it was seen.
+    zeros: Mutex<Option<CopySource>>,
+    growing_zeros: tokio::sync::Mutex<()>,
 }
 
 impl Bucket {
@@ -181,7 +187,9 @@ impl Bucket {
         let (name, url) = (name.to_owned(), url.trim_end_matches('/').to_owned());
         let abilities = Mutex::new(store.abilities());
         let limits = limits.clone();
-        Self { inner: Arc::new(Inner { number: next_number(), name, url, store, abilities, limits }) }
+        let (zeros, growing_zeros) = (Mutex::default(), tokio::sync::Mutex::default());
+        let number = next_number();
+        Self { inner: Arc::new(Inner { number, name, url, store, abilities, limits, zeros, growing_zeros }) }
     }
 
     fn store(&self) -> &dyn Store {

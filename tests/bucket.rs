@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, CopySource, Crc64, ObjectFile, ObjectKey, Replaces, RequestLimits, Tags};
+use freightfs::bucket::{
+    Bucket, CopySource, Crc64, ObjectFile, ObjectKey, Replaces, RequestLimits, Tags, Zeros,
+};
 use freightfs::error::ErrorKind;
 use freightfs::units::FileOffset;
 use freightfs::vfile::VirtualFile;
@@ -1011,4 +1013,53 @@ fn answers_to_copies_that_are_late_lost_damaged_or_errors_make_no_part_that_is_n
             behind.direct.abort_upload(&k, &upload).await.unwrap();
         });
     }
+}
+
+/// Two hosts that find the first bytes of it, and a bucket where something else has its name.
+#[test]
+fn the_object_of_zeros_is_made_once_and_what_else_has_its_name_stays() {
+    let (directory, bucket) = local();
+    let behind = Behind::everywhere("zeros").into_iter().next();
+    runtime().block_on(async {
+        let Zeros::Whole(source) = bucket.zeros().await.unwrap() else { panic!("a hole does not grow") };
+        let again = opened(directory.path(), 10).zeros().await.unwrap();
+        assert_eq!(again, Zeros::Whole(source));
+        let Some(Behind { direct, bucket: other, .. }) = behind else { return };
+        direct.probe().await.unwrap();
+        other.probe().await.unwrap();
+        let k = Bucket::zeros_key();
+        let seed = async |bucket: &Bucket| match bucket.zeros().await.unwrap() {
+            Zeros::Seed(seed) => seed,
+            whole @ Zeros::Whole(_) => panic!("{whole:?}"),
+        };
+        let (one, two) = tokio::join!(seed(&direct), seed(&other));
+        assert_eq!(one, two);
+        let (mut grown, mut late) = (Vec::new(), 0);
+        for bucket in [&direct, &other] {
+            let upload = bucket.start_upload(&k, 8 << 20, &Tags::new()).await.unwrap();
+            match bucket.grow_zeros(&upload, &one).await {
+                Ok(source) => grown.push(source),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.report());
+                    bucket.abort_upload(&k, &upload).await.unwrap();
+                    late += 1;
+                }
+            }
+        }
+        assert_eq!((grown.len(), late), (1, 1));
+        for bucket in [&direct, &other] {
+            assert_eq!(bucket.zeros().await.unwrap(), Zeros::Whole(grown[0].clone()));
+        }
+        let size = grown[0].range.end;
+        assert!(direct.read(&k, 0..size, Some(&grown[0].etag)).await.unwrap().iter().all(|&byte| byte == 0));
+        let wrong = Bytes::from(Random(25).bytes(8 << 20));
+        let etag = direct.put_control("zeros", wrong, &Replaces::Anything).await.unwrap();
+        // Out of the one that it knows nothing comes any more.
+        let upload = direct.start_upload(&key("k"), 8 << 20, &Tags::new()).await.unwrap();
+        let gone = direct.copy_part(&key("k"), &upload, 0, 0, &grown[0], 0).await.unwrap_err();
+        assert_eq!(gone.kind(), ErrorKind::Conflict, "{}", gone.report());
+        direct.abort_upload(&key("k"), &upload).await.unwrap();
+        assert_eq!(direct.zeros().await.unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(direct.read_control("zeros").await.unwrap().unwrap().etag, etag);
+    });
 }

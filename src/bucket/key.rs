@@ -56,6 +56,16 @@ impl ObjectKey {
         Self(key.to_owned())
     }
 
+    /// Reads the key of one of our own files, or of any object, out of what no one but freightfs writes.
+    pub fn deserialize_any<'de, D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let below = text.strip_prefix(CONTROL_PREFIX).and_then(|below| below.strip_prefix('/'));
+        let parsed = Self::parse(below.unwrap_or(&text)).map_err(serde::de::Error::custom)?;
+        Ok(if below.is_some() { Self(text) } else { parsed })
+    }
+
     /// The key as text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -27,7 +27,7 @@ impl OwnFile {
 }
 
 /// The key of one of our own files, by its name below [`CONTROL_PREFIX`].
-fn own_key(name: &str) -> ObjectKey {
+pub(super) fn own_key(name: &str) -> ObjectKey {
     ObjectKey::internal(&format!("{CONTROL_PREFIX}/{name}"))
 }
 

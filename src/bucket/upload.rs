@@ -191,10 +191,13 @@ impl Bucket {
         if part.source.range.is_empty() {
             return Err(self.named(Error::new(ErrorKind::Internal, "a part without bytes"), key));
         }
+        let source = part.source.clone();
         let copied = self.store().copy_part(key, upload, part).await;
         copied.map_err(|error| {
-            if error.kind() == ErrorKind::Unsupported {
-                self.forget_copies("the store copies no ranges of objects");
+            match error.kind() {
+                ErrorKind::Unsupported => self.forget_copies("the store copies no ranges of objects"),
+                ErrorKind::Conflict => self.forget_zeros(&source),
+                _ => {}
             }
             self.named(error, key)
         })

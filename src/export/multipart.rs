@@ -4,7 +4,7 @@
 //! is started ([`intents`]) and a log after that ([`log`]); a [`transfer`] reads a file
 //! part by part, hashes it on the way ([`digests`]) and sends what the log does not have; [`place`] puts the object in
 //! place, and finds it there when an earlier process did so. [`early`] sends a file while a program still writes it,
-//! [`copy`] copies an object of a store that does not.
+//! [`copy`] copies an object of a store that does not, [`zeros`] makes the object out of which a store copies zeros.
 
 pub(super) mod copy;
 pub(super) mod digests;
@@ -15,3 +15,4 @@ pub(super) mod memory;
 pub(super) mod place;
 pub(super) mod transfer;
 pub(super) mod uploads;
+pub(super) mod zeros;

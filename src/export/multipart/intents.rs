@@ -46,6 +46,7 @@ fn settle_time() -> Duration {
 pub(in crate::export) struct Intent {
     /// The bucket's name in the mount.
     pub(in crate::export) bucket: String,
+    #[serde(deserialize_with = "ObjectKey::deserialize_any")]
     pub(in crate::export) key: ObjectKey,
     /// When it was recorded, by the store's clock.
     pub(in crate::export) at: Timestamp,

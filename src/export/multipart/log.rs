@@ -30,6 +30,7 @@ const MAX_LOG: u64 = 64 * MIB;
 pub(in crate::export) struct UploadName {
     /// The bucket's name in the mount.
     pub(in crate::export) bucket: String,
+    #[serde(deserialize_with = "ObjectKey::deserialize_any")]
     pub(in crate::export) key: ObjectKey,
     /// The store's id of it.
     pub(in crate::export) id: String,
