@@ -16,9 +16,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::chunker::Cut;
+use super::chunker::{ChunkSizes, Cut};
 use super::crc64;
 use super::index::ChunkIndex;
+use crate::units::GIB;
 
 /// What a store asks of parts.
 #[derive(Clone, Debug)]
@@ -27,9 +28,7 @@ pub(in crate::export) struct PlanLimits {
     pub(in crate::export) least: u64,
     /// Bytes of a part that is sent.
     pub(in crate::export) part_size: u64,
-    /// Most bytes of a part that is copied. Chunks that are longer than half of it without `least` are not copied, because
-    /// no parts might be put together of them that are neither too short nor too long: 2 * `least` + 2 * the longest chunk
-    /// is enough for all.
+    /// Most bytes of a part that is copied, unless parts must be so long that chunks cannot be put together to such ones.
     pub(in crate::export) longest_copy: u64,
     /// Most parts.
     pub(in crate::export) max_parts: usize,
@@ -81,6 +80,9 @@ pub(in crate::export) struct PlannedPart {
     /// CRC-64/NVME of the bytes that are copied.
     pub(in crate::export) crc64: u64,
 }
+
+/// Most bytes of a part (S3 User Guide, "Amazon S3 multipart upload limits").
+const LONGEST_PART: u64 = 5 * GIB;
 
 /// A chunk's length and CRC-64/NVME.
 type Chunk = (u64, u64);
@@ -168,7 +170,12 @@ impl Planner {
     ) -> Self {
         let (index, offset) = start;
         let expected = old.is_some().then_some(offset);
-        Self { limits, size_bound, old, index, offset, before: None, sent: 0, run: None, expected }
+        let mut planner =
+            Self { limits, size_bound, old, index, offset, before: None, sent: 0, run: None, expected };
+        let chunk = planner.old.as_ref().map_or(0, |old| ChunkSizes::with_average(old.average()).max);
+        let needed = planner.shortest_long(u64::from(chunk)).min(LONGEST_PART);
+        planner.limits.longest_copy = planner.limits.longest_copy.max(needed);
+        planner
     }
 
     /// The file before this byte is in planned parts or will be copied: nobody needs to keep it.
@@ -230,6 +237,12 @@ impl Planner {
         self.limits.least.max(self.size_bound.saturating_sub(self.offset).div_ceil(left)).max(1)
     }
 
+    /// How long copied parts may have to be so that all but the last one can end with chunks of up to so many bytes and be
+    /// neither longer than this nor shorter than the shortest one.
+    fn shortest_long(&self, chunk: u64) -> u64 {
+        2 * (self.least() + chunk)
+    }
+
     /// Most bytes of a copied part.
     fn longest(&self, origin: Origin) -> u64 {
         match origin {
@@ -242,10 +255,8 @@ impl Planner {
     fn origin(&self, cut: &Cut) -> Option<Origin> {
         let old = self.old.as_ref();
         let find = |expected| old?.offset_of(&cut.digest, cut.length, expected);
-        let is_copied = |origin: &Origin| {
-            // Then whole chunks can be put together to parts that are neither too short nor too long.
-            self.longest(*origin) / 2 >= self.least() + u64::from(cut.length)
-        };
+        let needed = self.shortest_long(cut.length.into());
+        let is_copied = |origin: &Origin| self.longest(*origin) >= needed;
         let zeros = Some(Origin::Zeros).filter(|_| cut.is_zero).filter(is_copied);
         if zeros.is_some() && self.current().is_some_and(|run| run.origin == Origin::Zeros) {
             return zeros;
@@ -413,7 +424,6 @@ mod tests {
     use crc_fast::CrcAlgorithm;
     use proptest::prelude::*;
 
-    use super::super::chunker::ChunkSizes;
     use super::super::index::IndexBuilder;
     use super::*;
 
@@ -467,6 +477,7 @@ mod tests {
         let bytes = |chunks: &[Name]| chunks.iter().flat_map(|chunk| content(*chunk)).collect::<Vec<u8>>();
         let (old_bytes, new_bytes) = (bytes(old), bytes(new));
         let mut planner = Planner::new(limits.clone(), bound + start.1, start, Some(index(old)));
+        let longest_copy = limits.longest_copy.max(2 * (planner.least() + CHUNK));
         let (mut parts, mut sent, mut result) = (Vec::new(), 0, Vec::new());
         let (mut index, mut held, mut fed, mut last) = (start.0, start.1, start.1, u64::MAX);
         let cuts: Vec<_> = new.iter().map(|chunk| Some(cut(*chunk))).chain([None]).collect();
@@ -487,7 +498,7 @@ mod tests {
                     Making::Copy(from) => (from, part.length),
                     Making::Splice { kept, from } => (from, kept),
                 };
-                assert!(copied <= limits.longest_copy);
+                assert!(copied <= longest_copy);
                 let is_splice = matches!(part.making, Making::Splice { .. });
                 assert!(
                     !is_splice || (limits.splices && copied >= limits.least && copied < part.length),
@@ -555,7 +566,7 @@ mod tests {
             |(least, more, longest, splices, zeros)| PlanLimits {
                 least,
                 part_size: least + more,
-                longest_copy: 2 * least + longest,
+                longest_copy: longest,
                 splices,
                 zeros,
                 ..limits()
