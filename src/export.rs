@@ -20,7 +20,6 @@ mod queue;
 mod queue_settings;
 mod request;
 mod retry;
-#[allow(dead_code, reason = "the transfer is about to use it")]
 mod reuse;
 mod run;
 pub(crate) mod sealed;

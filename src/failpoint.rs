@@ -63,6 +63,10 @@ steps! {
     LogCreate = "log-create",
     /// A part is sent.
     PartSend = "part-send",
+    /// The store is asked to copy a part.
+    PartCopy = "part-copy",
+    /// The object of a splice is removed.
+    SpliceRemove = "splice-remove",
     /// A part that the store has is appended to the log.
     PartLog = "part-log",
     /// The log says that a part that was sent early was written again.
@@ -71,6 +75,8 @@ steps! {
     PublishRecord = "publish-record",
     /// The object is put in place: a small one by a put, others by the completion of their upload.
     ObjectPlace = "object-place",
+    /// The index of an object's chunks is put into the bucket.
+    IndexPut = "index-put",
     /// The record says how the job ended.
     EndRecord = "end-record",
     /// A checksum file is put beside the object.

@@ -104,8 +104,12 @@ pub struct Metrics {
     pub written_bytes: Counter,
     /// Bytes recorded by copy_file_range, which were not moved.
     pub copied_bytes: Counter,
-    /// Bytes of finished parts and objects.
+    /// Bytes of finished parts and objects that were sent.
     pub uploaded_bytes: Counter,
+    /// Bytes of finished parts that stores have copied from objects that are replaced.
+    pub reused_bytes: Counter,
+    /// Bytes of finished parts that stores have copied from zeros.
+    pub zero_bytes: Counter,
     /// Jobs accepted.
     pub jobs_submitted: Counter,
     /// Jobs that ended in SUCCESS.
@@ -153,8 +157,18 @@ impl Metrics {
         );
         metric(
             "freightfs_uploaded_bytes_total",
-            "Bytes of finished parts and objects.",
+            "Bytes of finished parts and objects that were sent.",
             &one(&self.uploaded_bytes),
+        );
+        metric(
+            "freightfs_reused_bytes_total",
+            "Bytes of finished parts that stores have copied from the objects that are replaced.",
+            &one(&self.reused_bytes),
+        );
+        metric(
+            "freightfs_zero_bytes_total",
+            "Zeros of finished parts that stores have copied.",
+            &one(&self.zero_bytes),
         );
         metric("freightfs_jobs_submitted_total", "Export jobs accepted.", &one(&self.jobs_submitted));
         let ended = [

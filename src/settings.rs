@@ -91,6 +91,8 @@ pub struct MountSettings {
     pub storage_classes: BTreeMap<String, String>,
     /// `region=NAME=REGION`, the same of where it is.
     pub regions: BTreeMap<String, String>,
+    /// `incremental=auto|off`: stores copy what they have already.
+    pub incremental: bool,
     /// `jobs=N`: exports into a bucket that run at once.
     pub jobs: usize,
     /// `on_limit=queue|fail`, for the limits of the policy; its own word when it is not given.
@@ -199,6 +201,7 @@ impl MountSettings {
             sidecars: false,
             storage_classes: BTreeMap::new(),
             regions: BTreeMap::new(),
+            incremental: false,
             jobs: 0,
             on_limit: None,
             retries: 0,

@@ -32,6 +32,11 @@ pub(super) fn own_key(name: &str) -> ObjectKey {
 }
 
 impl Bucket {
+    /// The key of one of our own files, by its name below [`CONTROL_PREFIX`].
+    pub fn control_key(name: &str) -> ObjectKey {
+        own_key(name)
+    }
+
     /// Reads one of our own files, by its name below [`CONTROL_PREFIX`]; `None` when it is not there.
     pub async fn read_control(&self, name: &str) -> Result<Option<OwnFile>> {
         self.read_control_within(name, MAX_OWN_FILE).await

@@ -214,6 +214,17 @@ impl Bucket {
         self.inner.abilities.lock().least_part
     }
 
+    /// Whether a part can be made of bytes that the store has and of others, by way of an object of both; where parts may be
+    /// small it is not worth it.
+    pub fn splices(&self) -> bool {
+        self.inner.abilities.lock().is_remote
+    }
+
+    /// Whether the store compares the CRC-64/NVME of a whole object before it puts it together.
+    pub fn checks_objects(&self) -> bool {
+        self.inner.abilities.lock().checks_objects
+    }
+
     /// From now on no parts are copied, because of what went wrong: in words that follow "everything is sent".
     pub fn forget_copies(&self, why: &str) {
         let mut abilities = self.inner.abilities.lock();

@@ -38,6 +38,9 @@ pub enum Zeros {
 }
 
 impl Bucket {
+    /// Bytes of the object of zeros.
+    pub const ZEROS: u64 = SIZE;
+
     /// The key of the object of zeros, for the upload by which it grows.
     pub fn zeros_key() -> ObjectKey {
         own_key(NAME)

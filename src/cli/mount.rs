@@ -330,6 +330,7 @@ fn job_queue(
         policy: Arc::clone(policy),
         retries: Retries { count: settings.retries, ..Retries::default() },
         all_sidecars: settings.sidecars,
+        incremental: settings.incremental,
         ..QueueSettings::default()
     };
     JobQueue::new(buckets.clone(), state.journal(), Arc::clone(metrics), queue_settings, runtime.clone())

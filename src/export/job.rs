@@ -8,7 +8,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::{Notify, watch};
 
 use super::job_id::JobId;
-use super::multipart::transfer::Observer;
+use super::multipart::parts::{Observer, Share};
 use super::progress::{progress, seconds_left};
 use super::request::JobRequest;
 use super::status::{JobState, STATUS_VALID, STATUS_VERSION, Status, now};
@@ -92,11 +92,15 @@ impl Job {
             size,
             bytes_done: 0,
             bytes_uploaded: 0,
+            bytes_sent: 0,
+            bytes_reused: 0,
+            bytes_zero: 0,
             begin_time: now(),
             end_time: None,
             eta_seconds: None,
             md5: None,
             sha256: None,
+            crc64nvme: None,
             etag: None,
             client_token: request.client_token.clone(),
             repeated: 0,
@@ -293,6 +297,7 @@ impl Job {
         status.attempt = status.attempt.saturating_add(1);
         status.size = size;
         (status.bytes_done, status.bytes_uploaded, status.progress) = (0, 0, 0);
+        (status.bytes_sent, status.bytes_reused, status.bytes_zero) = (0, 0, 0);
         status.waiting = None;
     }
 
@@ -321,10 +326,17 @@ impl Observer for Job {
         self.update(|s| s.size = Some(size));
     }
 
-    fn sent(&self, bytes: u64, is_new: bool) {
-        self.update(|s| s.bytes_uploaded = s.bytes_uploaded.saturating_add(bytes));
+    fn stored(&self, bytes: Share, is_new: bool) {
+        self.update(|s| {
+            s.bytes_uploaded = s.bytes_uploaded.saturating_add(bytes.bytes());
+            s.bytes_sent = s.bytes_sent.saturating_add(bytes.sent);
+            s.bytes_reused = s.bytes_reused.saturating_add(bytes.reused);
+            s.bytes_zero = s.bytes_zero.saturating_add(bytes.zero);
+        });
         if is_new {
-            self.metrics.uploaded_bytes.add(bytes);
+            self.metrics.uploaded_bytes.add(bytes.sent);
+            self.metrics.reused_bytes.add(bytes.reused);
+            self.metrics.zero_bytes.add(bytes.zero);
         }
     }
 }
@@ -392,16 +404,16 @@ mod tests {
             let mut seen = vec![progress()];
             *file.work.lock() = Preparation { done: 5, bytes: 500, ..work };
             if !is_first {
-                job.sent(250, true);
+                job.stored(Share::sent(250), true);
             }
             seen.push(progress());
             file.work.lock().done = 10;
             *file.size.lock() = Some(1000);
             job.update(|s| s.size = Some(1000));
             seen.push(progress());
-            job.sent(500, true);
+            job.stored(Share::sent(500), true);
             seen.push(progress());
-            job.sent(500, true);
+            job.stored(Share::sent(500), true);
             seen.push(progress());
             assert_eq!(seen, expected);
         }
@@ -410,7 +422,7 @@ mod tests {
         let file = Arc::new(Prepared { size: Mutex::new(Some(1000)), work: Mutex::new(work) });
         let job = Job::new(JobId::new(), request(), String::new(), Some(file.clone()), Arc::default());
         job.start(file);
-        job.sent(300, true);
+        job.stored(Share::sent(300), true);
         assert_eq!(job.status().progress, 30);
     }
 }

@@ -195,7 +195,8 @@ impl JobQueue {
         let mounted = self.context.mounted(bucket).ok()?;
         let (bucket, key) = (mounted.bucket.clone(), key.clone());
         let log_id = format!("early-{}", JobId::new());
-        let source = EarlySource { bucket, key, tags, file, file_size, log_id };
+        let incremental = self.context.settings.incremental;
+        let source = EarlySource { bucket, key, tags, file, file_size, log_id, incremental };
         let (uploads, memory) = (self.context.uploads.clone(), mounted.memory.clone());
         EarlyUpload::begin(source, uploads, memory, permit, &self.context.runtime)
     }

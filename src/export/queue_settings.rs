@@ -23,6 +23,8 @@ pub struct QueueSettings {
     pub retries: Retries,
     /// Whether every object has sidecars, and not only those whose name ends like a disk format.
     pub all_sidecars: bool,
+    /// Whether stores copy what they have already of an object, instead of being sent it again.
+    pub incremental: bool,
     /// How often, at most, a running job's status is written into the bucket. When nothing moves, it is written at every
     /// third of these times.
     pub status_interval: Duration,
@@ -36,6 +38,7 @@ impl Default for QueueSettings {
             policy: Arc::default(),
             retries: Retries::default(),
             all_sidecars: false,
+            incremental: true,
             status_interval: status_interval(),
         }
     }

@@ -9,9 +9,6 @@ mod gear;
 pub(in crate::export) mod index;
 pub(in crate::export) mod plan;
 
-#[allow(unused_imports, reason = "the transfer is about to use it")]
 pub(in crate::export) use chunker::{ChunkSizes, Chunker, Cut};
-#[allow(unused_imports, reason = "the transfer is about to use it")]
-pub(in crate::export) use index::{ChunkIndex, IndexBuilder};
-#[allow(unused_imports, reason = "the transfer is about to use it")]
+pub(in crate::export) use index::{ChunkIndex, ChunkList, MAX_INDEX};
 pub(in crate::export) use plan::{Making, Origin, PlanLimits, PlannedPart, Planner};

@@ -18,7 +18,9 @@ use super::lease::{self, Lease};
 use super::multipart::digests::joined;
 use super::multipart::early::EarlyUpload;
 use super::multipart::log::{Placed, UploadLog};
+use super::multipart::parts::{Observer, Share};
 use super::multipart::place::{self, Body, Sent, Target};
+use super::multipart::reused::Reused;
 use super::multipart::transfer::Transfer;
 use super::multipart::uploads::{abort, blocking};
 use super::request::JobSource;
@@ -176,6 +178,7 @@ impl Run {
                 None => self.make_when_allowed(mounted).await?,
             };
             if !self.follows() {
+                self.put_index(&mounted.bucket, &placed).await;
                 self.put_checksums(&mounted.bucket, &placed).await;
             }
             Ok(placed)
@@ -299,7 +302,7 @@ impl Run {
         let Publishing { size, sha256, md5 } = intent;
         let key = &self.job.request().key;
         let found = place::with_content(bucket, key, size, &sha256).await?;
-        Ok(found.map(|meta| Placed { size, etag: meta.etag, sha256, md5 }))
+        Ok(found.map(|meta| Placed { size, etag: meta.etag, sha256, md5, crc64nvme: None }))
     }
 
     /// Sends what the job exports, when its source is there and it has a place among those that run.
@@ -314,7 +317,11 @@ impl Run {
             *self.upload.lock() = log;
         }
         let replaces = self.replaces(&mounted.bucket).await?;
-        self.attempts(mounted, file, &replaces).await
+        let reused = match self.context.settings.incremental {
+            true => Reused::look(&mounted.bucket, &self.job.request().key, &replaces).await,
+            false => Reused::default(),
+        };
+        self.attempts(mounted, file, &replaces, reused).await
     }
 
     /// Attempts until one succeeds, or another is of no use.
@@ -323,15 +330,25 @@ impl Run {
         mounted: &MountedBucket,
         file: Arc<dyn VirtualFile>,
         replaces: &Replaces,
+        mut reused: Reused,
     ) -> Result<Placed> {
         let (mut failures, mut is_restarted) = (0, false);
         loop {
-            let error = match self.attempt(mounted, &file, replaces).await {
+            let copy_failed = Arc::<AtomicBool>::default();
+            let attempt = self.attempt(mounted, &file, replaces, (&reused, Arc::clone(&copy_failed)));
+            let error = match attempt.await {
                 Ok(placed) => return Ok(placed),
                 Err(error) => error,
             };
             if *self.job.stop.borrow() != Stop::No || self.in_doubt.load(Ordering::SeqCst) {
                 return Err(error);
+            }
+            if copy_failed.load(Ordering::SeqCst) {
+                warn!(job = self.job.id(), "everything is sent: {}", error.report());
+                reused = Reused::default();
+                self.restart().await?;
+                self.job.start(Arc::clone(&file));
+                continue;
             }
             let lost = self.upload().filter(|_| error.kind() == ErrorKind::NotFound && !is_restarted);
             // Who wrote the bytes waits in close, where nothing can interrupt it, and gets the error instead.
@@ -365,10 +382,18 @@ impl Run {
         mounted: &MountedBucket,
         file: &Arc<dyn VirtualFile>,
         replaces: &Replaces,
+        (reused, copy_failed): (&Reused, Arc<AtomicBool>),
     ) -> Result<Placed> {
         let bucket = &mounted.bucket;
-        let transfer =
-            Transfer { bucket, file: Arc::clone(file), memory: &mounted.memory, observer: &*self.job };
+        let transfer = Transfer {
+            bucket,
+            uploads: &self.context.uploads,
+            file: Arc::clone(file),
+            memory: &mounted.memory,
+            observer: &*self.job,
+            reused,
+            copy_failed,
+        };
         let sent = transfer.send(self.upload(), |part_size| self.begin_upload(bucket, part_size)).await?;
         // From here on a stop waits for the end of this.
         self.publishes.store(true, Ordering::SeqCst);
@@ -401,7 +426,7 @@ impl Run {
             placed => placed?,
         };
         if is_whole {
-            super::multipart::transfer::Observer::sent(&*self.job, sent.size, true);
+            self.job.stored(Share::sent(sent.size), true);
         }
         Ok(placed)
     }
@@ -618,7 +643,8 @@ fn is_denial(error: &Error) -> bool {
 }
 
 fn intent(sent: &Sent) -> Publishing {
-    Publishing { size: sent.size, sha256: sent.sha256.clone(), md5: sent.md5.clone() }
+    let hashes = sent.hashes.clone();
+    Publishing { size: sent.size, sha256: hashes.sha256, md5: hashes.md5 }
 }
 
 /// What a put replaces that replaces what is there now.

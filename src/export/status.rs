@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::job_id::JobId;
+use super::multipart::log::Placed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Identity;
 
@@ -122,8 +123,17 @@ pub struct Status {
     pub size: Option<u64>,
     /// Bytes read and hashed.
     pub bytes_done: u64,
-    /// Bytes that the store has confirmed.
+    /// Bytes that the store has confirmed, whichever way it has got them.
     pub bytes_uploaded: u64,
+    /// Of these, bytes that were sent.
+    #[serde(default)]
+    pub bytes_sent: u64,
+    /// Of these, bytes that the store has copied from the object that is replaced.
+    #[serde(default)]
+    pub bytes_reused: u64,
+    /// Of these, zeros that the store has copied.
+    #[serde(default)]
+    pub bytes_zero: u64,
     /// When the job was recorded.
     pub begin_time: Timestamp,
     /// When it ended.
@@ -134,6 +144,9 @@ pub struct Status {
     pub md5: Option<String>,
     /// SHA-256 of the object, hexadecimal.
     pub sha256: Option<String>,
+    /// CRC-64/NVME of the object, hexadecimal, where the store has compared it.
+    #[serde(default)]
+    pub crc64nvme: Option<String>,
     /// The store's entity tag of the object.
     pub etag: Option<String>,
     /// The token that the client gave for this request.
@@ -175,12 +188,14 @@ pub(super) enum Order {
 
 impl Status {
     /// The end with an object in the bucket.
-    pub(super) fn succeed(&mut self, etag: Option<String>, sha256: &str, md5: &str) {
+    pub(super) fn succeed(&mut self, placed: &Placed) {
         self.status = JobState::Success;
         self.progress = 100;
-        self.etag = etag;
-        self.sha256 = Some(sha256.to_owned());
-        self.md5 = Some(md5.to_owned());
+        self.size = Some(placed.size);
+        self.etag.clone_from(&placed.etag);
+        self.sha256 = Some(placed.sha256.clone());
+        self.md5 = Some(placed.md5.clone());
+        self.crc64nvme.clone_from(&placed.crc64nvme);
         self.end();
     }
 
@@ -237,6 +252,7 @@ impl Status {
         self.progress <= 100
             && is_digest(&self.sha256, 64)
             && is_digest(&self.md5, 32)
+            && is_digest(&self.crc64nvme, 16)
             && self.etag.as_ref().is_none_or(|etag| etag.len() <= MAX_ETAG)
     }
 

@@ -184,7 +184,7 @@ mod tests {
         let options = "bucket=a=file:///a,bucket=b=s3://b/c,formats=raw:zvhd2,policy=tencent-cvm,storage_class=a=S,\
                        region=b=r,jobs=9,on_limit=fail,rate=3M,timeout=7,retries=0,shared,lease=9,cache=64M,wait,\
                        read_to_end=cp:x,stage_limit=1G,state=/s,log_size=1M,user=u,sandbox=off,\
-                       allow_other,uid=1,gid=2,umask=027,nonempty,plain_images,follow_links,sidecars";
+                       allow_other,uid=1,gid=2,umask=027,nonempty,plain_images,follow_links,sidecars,incremental=off";
         let given = options.replace("bucket=b=", "").matches('=').count();
         settings.apply_options(options).unwrap();
         assert!(given >= OPTIONS.len() - 4, "the test does not give every option");

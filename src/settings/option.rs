@@ -58,7 +58,7 @@ impl MountOption {
 }
 
 /// All mount options, in the manual's order.
-pub static OPTIONS: [MountOption; 28] = [
+pub static OPTIONS: [MountOption; 29] = [
     MountOption {
         word: "bucket",
         value: Some("NAME=URL"),
@@ -164,6 +164,24 @@ pub static OPTIONS: [MountOption; 28] = [
             Ok(())
         },
         show: |settings| Some(settings.sidecars.into()),
+    },
+    MountOption {
+        word: "incremental",
+        value: Some("auto|off"),
+        default: Some("auto"),
+        is_repeated: false,
+        summary: "Whether only what has changed is sent",
+        details: "A store that can copies what it has already: chunks of the object that is replaced, and zeros. The object is \
+                  the same, byte for byte.",
+        take: |settings, value| {
+            settings.incremental = match value {
+                "auto" => true,
+                "off" => false,
+                _ => return Err(wrong("incremental", value)),
+            };
+            Ok(())
+        },
+        show: |settings| Some(if settings.incremental { "auto" } else { "off" }.into()),
     },
     MountOption {
         word: "jobs",

@@ -6,7 +6,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use super::log::{Part, UploadLog};
 use super::memory::PartMemory;
-use super::transfer::MAX_PARTS_IN_FLIGHT;
+use super::parts::MAX_PARTS_IN_FLIGHT;
 use super::uploads::{Uploads, abort};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags};
 use crate::error::{Error, Result};
@@ -55,7 +55,7 @@ async fn copy_parts(
         let bytes = memory.hold(end - start, reading).await?;
         failpoint::pass(Step::PartSend)?;
         let id = bucket.put_part(to, &log.name().id, index, start, bytes).await?;
-        log.finished(index, Part { length: end - start, id });
+        log.finished(index, Part { offset: Some(start), length: end - start, id });
         Ok::<_, Error>(())
     }))
     .buffer_unordered(MAX_PARTS_IN_FLIGHT)

@@ -13,12 +13,14 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::debug;
 
-use super::digests::{Digests, joined};
+use super::digests::{Digests, Wanted, joined};
 use super::log::{Part, UploadLog};
 use super::memory::PartMemory;
+use super::reused::Reused;
 use super::uploads::{Uploads, abort};
 use crate::bucket::{Bucket, MAX_PARTS, ObjectKey, Tags};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::reuse::ChunkSizes;
 use crate::extent::{Extent, ExtentKind};
 use crate::failpoint::{self, Step};
 use crate::units::FileOffset;
@@ -81,6 +83,8 @@ pub(in crate::export) struct EarlySource {
     pub(in crate::export) file_size: u64,
     /// The name of the upload's log.
     pub(in crate::export) log_id: String,
+    /// Whether the store is to copy what it has already.
+    pub(in crate::export) incremental: bool,
 }
 
 impl EarlyUpload {
@@ -93,7 +97,7 @@ impl EarlyUpload {
         permit: OwnedSemaphorePermit,
         runtime: &Handle,
     ) -> Option<Self> {
-        let EarlySource { bucket, key, tags, file, file_size, log_id } = source;
+        let EarlySource { bucket, key, tags, file, file_size, log_id, incremental } = source;
         let part_size = bucket.part_size_for(file_size.saturating_mul(GROWTH)).ok()?;
         let state = State {
             parts: Vec::new(),
@@ -112,6 +116,7 @@ impl EarlyUpload {
             tags: tags.clone(),
             file: Arc::new(Growing(file)),
             part_size,
+            incremental,
             shared: Arc::clone(&shared),
             _permit: permit,
         };
@@ -230,6 +235,7 @@ struct Sender {
     key: ObjectKey,
     file: Arc<dyn VirtualFile>,
     part_size: u64,
+    incremental: bool,
     shared: Arc<Shared>,
     _permit: OwnedSemaphorePermit,
 }
@@ -244,6 +250,14 @@ struct Sent<'a> {
 
 impl Sender {
     async fn run(self) -> Option<Arc<UploadLog>> {
+        let reused = match self.incremental {
+            true => Reused::look_at(&self.bucket, &self.key).await,
+            false => Reused::default(),
+        };
+        if reused.has_old() {
+            // What the store has of it is known when it is whole.
+            return None;
+        }
         let begun =
             self.uploads.begin(&self.bucket, &self.key, &self.tags, self.part_size, &self.log_id).await;
         let log = match begun {
@@ -254,7 +268,7 @@ impl Sender {
                 return None;
             }
         };
-        match self.send(&log).await {
+        match self.send(&log, reused.sizes_of_any()).await {
             Ok(Ending::HandOver) => Some(log),
             Ok(Ending::GiveUp) => {
                 abort(&self.bucket, &log).await;
@@ -268,8 +282,9 @@ impl Sender {
         }
     }
 
-    async fn send(&self, log: &Arc<UploadLog>) -> Result<Ending> {
-        let mut sent = Sent { log, digests: Some(Digests::start(Some(log))), hashed: 0 };
+    async fn send(&self, log: &Arc<UploadLog>, chunks: Option<ChunkSizes>) -> Result<Ending> {
+        let wanted = Wanted { crc64: self.bucket.checks_objects(), chunks };
+        let mut sent = Sent { log, digests: Some(Digests::start(Some(log), wanted)), hashed: 0 };
         let mut in_flight = JoinSet::new();
         let ending = loop {
             let (ending, stale, next) = {
@@ -284,7 +299,12 @@ impl Sender {
                 (None, Some(index)) => {
                     let part = self.read(index).await?;
                     sent.hash(index, index as u64 * self.part_size, &part).await?;
-                    in_flight.spawn(put(self.bucket.clone(), Arc::clone(log), index, part));
+                    in_flight.spawn(put(
+                        self.bucket.clone(),
+                        Arc::clone(log),
+                        (index, index as u64 * self.part_size),
+                        part,
+                    ));
                 }
                 (None, None) => tokio::select! {
                     Some(result) = in_flight.join_next() => sent.finished(&self.shared, joined(result)??),
@@ -338,11 +358,16 @@ impl VirtualFile for Growing {
     }
 }
 
-async fn put(bucket: Bucket, log: Arc<UploadLog>, index: usize, part: Bytes) -> Result<(usize, Part)> {
-    let (length, at) = (part.len() as u64, index as u64 * log.name().part_size);
+async fn put(
+    bucket: Bucket,
+    log: Arc<UploadLog>,
+    (index, offset): (usize, u64),
+    part: Bytes,
+) -> Result<(usize, Part)> {
+    let length = part.len() as u64;
     failpoint::pass(Step::PartSend)?;
-    let id = bucket.put_part(&log.name().key, &log.name().id, index, at, part).await?;
-    Ok((index, Part { length, id }))
+    let id = bucket.put_part(&log.name().key, &log.name().id, index, offset, part).await?;
+    Ok((index, Part { offset: Some(offset), length, id }))
 }
 
 impl Sent<'_> {

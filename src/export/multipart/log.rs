@@ -4,123 +4,35 @@
 //! only the lines without which an upload would be lost, or an object be made twice, are synced. A damaged line may have
 //! been one that takes parts back, so it costs all parts and hashes before it; what follows it counts.
 
+mod line;
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
 use crate::bucket::{MAX_PARTS, ObjectKey, random};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::reuse::{ChunkList, Cut};
 use crate::export::sealed::{opened, sealed};
 use crate::failpoint::{self, Step};
-use crate::units::{GIB, MIB};
+use crate::units::MIB;
 use crate::whole_file;
+use line::Line;
+pub(in crate::export) use line::{
+    Copied, DigestName, DigestState, Making, Part, PartPlan, Placed, UploadName,
+};
 
-/// Largest part that a store takes (S3 User Guide, "Amazon S3 multipart upload limits").
-const MAX_PART_SIZE: u64 = 5 * GIB;
+/// Largest log that is read: 10 000 parts, two states of hashes for each, and the chunks of the largest index take two
+/// thirds of it.
+const MAX_LOG: u64 = 96 * MIB;
 
-/// Largest log that is read: 10 000 parts and two states of hashes for each take a sixth of it.
-const MAX_LOG: u64 = 64 * MIB;
-
-/// Which upload it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::export) struct UploadName {
-    /// The bucket's name in the mount.
-    pub(in crate::export) bucket: String,
-    #[serde(deserialize_with = "ObjectKey::deserialize_any")]
-    pub(in crate::export) key: ObjectKey,
-    /// The store's id of it.
-    pub(in crate::export) id: String,
-    /// Bytes of each part but the last.
-    pub(in crate::export) part_size: u64,
-}
-
-impl UploadName {
-    /// Whether there can be parts of this size.
-    fn is_possible(&self) -> bool {
-        let size = self.part_size;
-        size > 0 && size <= MAX_PART_SIZE && size.is_multiple_of(MIB)
-    }
-}
-
-/// A part that the store has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::export) struct Part {
-    pub(in crate::export) length: u64,
-    /// The id by which the object is put together.
-    pub(in crate::export) id: String,
-}
-
-/// A hash over the first `bytes` of the object.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::export) struct DigestState {
-    pub(in crate::export) bytes: u64,
-    /// The hash's own state, hexadecimal; empty at the beginning.
-    pub(in crate::export) state: String,
-}
-
-/// The hashes that are made of every object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(in crate::export) enum DigestName {
-    Sha256,
-    Md5,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Line {
-    Upload(UploadName),
-    Part {
-        index: usize,
-        #[serde(flatten)]
-        part: Part,
-    },
-    /// The part was written again after it had been sent.
-    Stale {
-        index: usize,
-    },
-    Digest {
-        name: DigestName,
-        #[serde(flatten)]
-        state: DigestState,
-    },
-    /// From here on the object may be in place, with an entity tag that begins like this.
-    Completing {
-        mark: String,
-    },
-    /// The object is in place.
-    Placed(Placed),
-}
-
-/// An object that is in place.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::export) struct Placed {
-    /// Its bytes.
-    pub(in crate::export) size: u64,
-    /// Its entity tag.
-    pub(in crate::export) etag: Option<String>,
-    /// Of the whole object, hexadecimal.
-    pub(in crate::export) sha256: String,
-    /// Of the whole object, hexadecimal.
-    pub(in crate::export) md5: String,
-}
-
-impl Line {
-    /// The durable step that this line is.
-    fn step(&self) -> Option<Step> {
-        match self {
-            Self::Upload(_) => Some(Step::LogCreate),
-            Self::Part { .. } => Some(Step::PartLog),
-            Self::Stale { .. } => Some(Step::StaleMark),
-            Self::Completing { .. } => Some(Step::PublishRecord),
-            Self::Digest { .. } | Self::Placed(_) => None,
-        }
-    }
-}
+/// How a line of chunks begins.
+const CHUNKS: &str = "{\"chunks\":";
 
 /// How the name of a log ends that is no job's any more, each differently.
 pub(super) fn given_up() -> String {
@@ -141,11 +53,20 @@ struct Inner {
     file: Option<File>,
     /// Bytes of whole lines.
     length: u64,
-    parts: Vec<Option<Part>>,
+    parts: Vec<Slot>,
     sha256: DigestState,
     md5: DigestState,
+    crc64: DigestState,
+    chunks: ChunkList,
     completing: Option<String>,
     placed: Option<Placed>,
+}
+
+/// What is known of a part.
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    plan: Option<PartPlan>,
+    part: Option<Part>,
 }
 
 impl UploadLog {
@@ -199,7 +120,53 @@ impl UploadLog {
 
     /// The part, when the store has it.
     pub(in crate::export) fn part(&self, index: usize) -> Option<Part> {
-        self.inner.lock().parts.get(index).cloned().flatten()
+        self.inner.lock().parts.get(index)?.part.clone()
+    }
+
+    /// What a part is to be, if an earlier process or this one has planned it, and the part when the store has it. Parts of
+    /// one size need no plan: one that is missing before others is theirs.
+    pub(in crate::export) fn planned(&self, index: usize) -> Option<(PartPlan, Option<Part>)> {
+        let slot = self.inner.lock().parts.get(index)?.clone();
+        let regular = (index as u64).saturating_mul(self.name.part_size);
+        let plan = slot.plan.unwrap_or_else(|| {
+            let length = slot.part.as_ref().map_or(self.name.part_size, |part| part.length);
+            PartPlan::sent(regular, length)
+        });
+        let is_planned =
+            |part: &Part| (part.offset.unwrap_or(regular), part.length) == (plan.offset, plan.length);
+        let part = slot.part.filter(is_planned);
+        Some((plan, part))
+    }
+
+    /// What all parts that were planned are to be.
+    pub(in crate::export) fn plans(&self) -> Vec<PartPlan> {
+        let count = self.inner.lock().parts.len();
+        (0..count).filter_map(|index| self.planned(index)).map(|(plan, _)| plan).collect()
+    }
+
+    /// A part is about to be made.
+    pub(in crate::export) fn plan(&self, index: usize, plan: PartPlan) {
+        self.note(Line::Plan { index, plan });
+    }
+
+    /// The chunks from `at` on, where those before end.
+    pub(in crate::export) fn chunked(&self, at: u64, cuts: &[Cut]) {
+        self.note(Line::Chunks { at, chunks: BASE64_STANDARD.encode(ChunkList::entries_of(cuts)) });
+    }
+
+    /// The chunks of the object, as far as they are known from its start on.
+    pub(in crate::export) fn chunks(&self) -> ChunkList {
+        self.inner.lock().chunks.clone()
+    }
+
+    /// Up to where the chunks are known, of those that end at `limit` or before; later ones are void.
+    pub(in crate::export) fn cut_chunks(&self, limit: u64) -> u64 {
+        self.inner.lock().chunks.truncate(limit)
+    }
+
+    /// Up to where the chunks are known.
+    pub(in crate::export) fn chunks_end(&self) -> u64 {
+        self.inner.lock().chunks.end()
     }
 
     /// The ids of the first `count` parts, which the store all has.
@@ -221,7 +188,7 @@ impl UploadLog {
     /// How many bytes the parts have together, if none before the last one is missing.
     pub(in crate::export) fn sent_bytes(&self) -> Option<u64> {
         let inner = self.inner.lock();
-        inner.parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.as_ref()?.length))
+        inner.parts.iter().try_fold(0u64, |sum, slot| sum.checked_add(slot.part.as_ref()?.length))
     }
 
     /// The object that is in place, if a process recorded that it is.
@@ -245,6 +212,7 @@ impl UploadLog {
         match name {
             DigestName::Sha256 => inner.sha256.clone(),
             DigestName::Md5 => inner.md5.clone(),
+            DigestName::Crc64nvme => inner.crc64.clone(),
         }
     }
 
@@ -267,10 +235,11 @@ impl UploadLog {
         Ok(())
     }
 
-    /// All that was recorded, for another host.
+    /// All that was recorded, for another host, but for the chunks: they are many, and it makes them again.
     pub(in crate::export) fn text(&self) -> Option<String> {
         let path = self.inner.lock().path.clone();
-        whole_file::read_text(&path, MAX_LOG).ok()
+        let text = whole_file::read_text(&path, MAX_LOG).ok()?;
+        Some(text.split_inclusive('\n').filter(|line| !line.starts_with(CHUNKS)).collect())
     }
 
     /// The log that another host wrote of an upload of this key, as one of this host's, where the bucket may have another
@@ -344,6 +313,8 @@ impl Inner {
             parts: Vec::new(),
             sha256: DigestState::default(),
             md5: DigestState::default(),
+            crc64: DigestState::default(),
+            chunks: ChunkList::default(),
             completing: None,
             placed: None,
         }
@@ -376,28 +347,43 @@ impl Inner {
     /// No part that was recorded so far is trusted any more.
     fn forget_parts(&mut self) {
         self.parts.clear();
+        self.forget_digests();
+    }
+
+    /// The hashes, and the chunks, are to be made again from the start.
+    fn forget_digests(&mut self) {
         (self.sha256, self.md5) = (DigestState::default(), DigestState::default());
+        self.crc64 = DigestState::default();
+        self.chunks.truncate(0);
+    }
+
+    fn slot(&mut self, index: usize) -> &mut Slot {
+        if self.parts.len() <= index {
+            self.parts.resize(index + 1, Slot::default());
+        }
+        &mut self.parts[index]
     }
 
     fn apply(&mut self, line: Line) {
         match line {
             Line::Upload(_) => {}
             // More than any store takes: not one of ours.
-            Line::Part { index, .. } | Line::Stale { index } if index >= MAX_PARTS => {}
-            Line::Part { index, part } => {
-                if self.parts.len() <= index {
-                    self.parts.resize(index + 1, None);
-                }
-                self.parts[index] = Some(part);
-            }
+            Line::Plan { index, .. } | Line::Part { index, .. } | Line::Stale { index }
+                if index >= MAX_PARTS => {}
+            Line::Plan { index, plan } => *self.slot(index) = Slot { plan: Some(plan), part: None },
+            Line::Part { index, part } => self.slot(index).part = Some(part),
             Line::Stale { index } => {
-                if let Some(part) = self.parts.get_mut(index) {
-                    *part = None;
+                if let Some(slot) = self.parts.get_mut(index) {
+                    slot.part = None;
                 }
-                (self.sha256, self.md5) = (DigestState::default(), DigestState::default());
+                self.forget_digests();
             }
             Line::Digest { name: DigestName::Sha256, state } => self.sha256 = state,
             Line::Digest { name: DigestName::Md5, state } => self.md5 = state,
+            Line::Digest { name: DigestName::Crc64nvme, state } => self.crc64 = state,
+            Line::Chunks { at, chunks } => {
+                self.chunks.extend(at, &BASE64_STANDARD.decode(chunks).unwrap_or_default());
+            }
             // Every tag begins with nothing.
             Line::Completing { mark } if mark.is_empty() => {}
             Line::Completing { mark } => self.completing = Some(mark),
@@ -412,8 +398,8 @@ pub fn fuzz_log(bytes: &[u8]) -> bool {
     let log = UploadLog::parse(Path::new("fuzz.parts"), bytes);
     if let Some(log) = &log {
         let parts = log.inner.lock().parts.clone();
-        assert_eq!(log.ids(parts.len()).is_ok(), parts.iter().all(Option::is_some));
-        let _ = (log.sent_bytes(), log.name.is_possible(), log.placed(), log.completing());
+        assert_eq!(log.ids(parts.len()).is_ok(), parts.iter().all(|slot| slot.part.is_some()));
+        let _ = (log.sent_bytes(), log.name.is_possible(), log.placed(), log.completing(), log.plans());
     }
     for line in bytes.split(|&byte| byte == b'\n').filter_map(opened::<Line>) {
         let text = sealed(&line).unwrap_or_default();
@@ -427,6 +413,7 @@ pub fn fuzz_log(bytes: &[u8]) -> bool {
 mod tests {
     use super::*;
     use crate::export::sealed::SUM;
+    use crate::units::GIB;
 
     fn name() -> UploadName {
         let key = ObjectKey::parse("k").unwrap();
@@ -439,7 +426,7 @@ mod tests {
         let path = directory.path().join("x.parts");
         let log = UploadLog::create(path.clone(), name()).unwrap();
         for index in [0, 2, 1] {
-            log.finished(index, Part { length: 8, id: format!("\"{index}\"") });
+            log.finished(index, Part { offset: None, length: 8, id: format!("\"{index}\"") });
         }
         log.hashed(DigestName::Md5, DigestState { bytes: 16, state: "ab".into() });
         log.stale(2);
@@ -457,7 +444,7 @@ mod tests {
         for length in 0..text.len() {
             fs::write(&path, &text[..length]).unwrap();
             let Some(cut) = UploadLog::open(&path).unwrap() else { continue };
-            cut.finished(7, Part { length: 1, id: "x".into() });
+            cut.finished(7, Part { offset: None, length: 1, id: "x".into() });
             let again = UploadLog::open(&path).unwrap().unwrap();
             assert_eq!(again.part(7).unwrap().id, "x", "cut off at {length}");
         }
@@ -472,8 +459,8 @@ mod tests {
         let adopt = |change: &dyn Fn(&mut UploadName)| {
             let mut name = name();
             change(&mut name);
-            let parts =
-                (0..2).map(|index| Line::Part { index, part: Part { length: u64::MAX, id: "x".into() } });
+            let part = || Part { offset: None, length: u64::MAX, id: "x".into() };
+            let parts = (0..2).map(|index| Line::Part { index, part: part() });
             let lines = std::iter::once(Line::Upload(name)).chain(parts);
             let text = lines.map(|line| sealed(&line).unwrap()).collect::<String>();
             UploadLog::adopt(&path("own"), &text, "mine", &key).unwrap()
@@ -501,7 +488,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x.parts");
         let log = UploadLog::create(path.clone(), name()).unwrap();
-        let part = |id: &str| Part { length: 8, id: id.to_owned() };
+        let part = |id: &str| Part { offset: None, length: 8, id: id.to_owned() };
         log.finished(0, part("old"));
         log.stale(0);
         log.finished(1, part("new"));

@@ -31,7 +31,7 @@ pub(in crate::export) struct PartMemory {
 /// Bytes with their part of the bound, which ends when the last clone of them is dropped.
 struct Held<B> {
     bytes: B,
-    _units: OwnedSemaphorePermit,
+    _units: Option<OwnedSemaphorePermit>,
 }
 
 impl<B: AsRef<[u8]>> AsRef<[u8]> for Held<B> {
@@ -56,12 +56,25 @@ impl PartMemory {
         at: u64,
         length: u64,
     ) -> JoinHandle<Result<Bytes>> {
+        self.read_when(file, at, length, true)
+    }
+
+    /// The same; without `may_wait` beyond the bound when that does not allow it, for one whose bytes are not released before
+    /// it has more of them.
+    pub(super) fn read_when(
+        &self,
+        file: &Arc<dyn VirtualFile>,
+        at: u64,
+        length: u64,
+        may_wait: bool,
+    ) -> JoinHandle<Result<Bytes>> {
         let (memory, file) = (self.clone(), Arc::clone(file));
         tokio::spawn(async move {
             let length = file.known_size().map_or(length, |size| length.min(size.saturating_sub(at)));
             let reading =
                 async { joined(tokio::task::spawn_blocking(move || read_full(&*file, at, length)).await)? };
-            memory.hold(length, reading).await
+            let units = memory.units(length, may_wait).await?;
+            Ok(Bytes::from_owner(Held { bytes: reading.await?, _units: units }))
         })
     }
 
@@ -71,10 +84,19 @@ impl PartMemory {
         length: u64,
         reading: impl Future<Output = Result<B>>,
     ) -> Result<Bytes> {
-        let wanted = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.total);
-        let units = Arc::clone(&self.units).acquire_many_owned(wanted).await;
-        let units = units.map_err(|e| Error::new(ErrorKind::Internal, "the mount ends").because(e))?;
+        let units = self.units(length, true).await?;
         Ok(Bytes::from_owner(Held { bytes: reading.await?, _units: units }))
+    }
+
+    /// The right to hold so many bytes; `None` when there is none now and it may not wait.
+    async fn units(&self, length: u64, may_wait: bool) -> Result<Option<OwnedSemaphorePermit>> {
+        let wanted = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.total);
+        let units = Arc::clone(&self.units);
+        if !may_wait {
+            return Ok(units.try_acquire_many_owned(wanted).ok());
+        }
+        let units = units.acquire_many_owned(wanted).await;
+        units.map(Some).map_err(|e| Error::new(ErrorKind::Internal, "the mount ends").because(e))
     }
 }
 

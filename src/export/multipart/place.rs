@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
-use super::digests::Digests;
-use super::log::{Placed, UploadLog};
+use super::digests::{Digests, Hashes, Wanted};
+use super::log::{DigestName, Placed, UploadLog};
 use super::uploads::{Uploads, abort, blocking};
 use crate::bucket::{Bucket, ObjectKey, ObjectMeta, Replaces, Tags, random};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,8 +23,7 @@ const PIECE: u64 = 8 * MIB;
 /// All bytes of an object, hashed, and at the store or in memory.
 pub(in crate::export) struct Sent {
     pub(in crate::export) size: u64,
-    pub(in crate::export) sha256: String,
-    pub(in crate::export) md5: String,
+    pub(in crate::export) hashes: Hashes,
     pub(in crate::export) body: Body,
 }
 
@@ -49,7 +48,7 @@ pub(in crate::export) struct Target<'a> {
 
 impl Sent {
     fn placed(&self, meta: ObjectMeta) -> Placed {
-        Placed { size: self.size, etag: meta.etag, sha256: self.sha256.clone(), md5: self.md5.clone() }
+        self.hashes.clone().placed(self.size, meta.etag)
     }
 }
 
@@ -153,7 +152,11 @@ impl Target<'_> {
         failpoint::pass(Step::ObjectPlace)?;
         self.is_tried.store(true, Ordering::SeqCst);
         let upload = &log.name().id;
-        match self.bucket.complete_upload(self.key, upload, ids, sent.size, self.replaces, None).await {
+        match self
+            .bucket
+            .complete_upload(self.key, upload, ids, sent.size, self.replaces, sent.hashes.crc64())
+            .await
+        {
             Ok(meta) => Ok(sent.placed(meta)),
             // The store may have done it, and its answer been lost: asked again, it knows no such upload, or finds
             // another object than the one to replace.
@@ -180,7 +183,7 @@ impl Target<'_> {
     /// tags tell that before.
     async fn has_content(&self, sent: &Sent) -> Result<Option<ObjectMeta>> {
         let before = |meta: &ObjectMeta| matches!(self.replaces, Replaces::Tag(tag) if meta.etag.as_ref() == Some(tag));
-        let found = with_content(self.bucket, self.key, sent.size, &sent.sha256).await?;
+        let found = with_content(self.bucket, self.key, sent.size, &sent.hashes.sha256).await?;
         Ok(found.filter(|meta| !before(meta)))
     }
 }
@@ -210,13 +213,13 @@ pub(in crate::export) async fn find(bucket: &Bucket, log: &Arc<UploadLog>) -> Re
         return Ok(Some(placed));
     }
     let Some(size) = log.sent_bytes().filter(|_| log.completing().is_some()) else { return Ok(None) };
-    let digests = Digests::start(Some(log));
+    let wanted = Wanted { crc64: log.digest(DigestName::Crc64nvme).bytes == size, chunks: None };
+    let digests = Digests::start(Some(log), wanted);
     if !digests.cover(size) {
         return Ok(None);
     }
     let Some(meta) = in_place(bucket, log, size).await? else { return Ok(None) };
-    let (sha256, md5) = digests.finish().await?;
-    Ok(Some(Placed { size, etag: meta.etag, sha256, md5 }))
+    Ok(Some(digests.finish().await?.placed(size, meta.etag)))
 }
 
 /// The object, if it is the one that this upload was about to make.

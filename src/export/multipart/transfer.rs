@@ -1,46 +1,55 @@
 //! One transfer of a file to the store: part by part, hashed on the way, in bounded memory.
 //!
-//! Parts are read in order, each hashed by two threads (SHA-256 and MD5) while it is sent. At most
-//! [`MAX_PARTS_IN_FLIGHT`] of a transfer are in flight; what it holds of parts altogether, the mount's bound on memory
-//! limits. What an earlier process sent or hashed is neither sent nor read again.
+//! The file is read in order, each piece hashed by a thread for each hash while parts of it are sent. Which parts there
+//! are follows from what the store has already, and is recorded before a part is made; where it has nothing, they are of one
+//! size. At most [`MAX_PARTS_IN_FLIGHT`](super::parts::MAX_PARTS_IN_FLIGHT) of a transfer are in flight; what it holds of
+//! parts altogether, the mount's bound on memory limits, but for the bytes whose part is not decided yet: less than two parts
+//! and twice the smallest one. What an earlier process sent or hashed is neither sent nor read again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
 
-use super::digests::{Digests, joined};
-use super::log::{Part, UploadLog};
+use super::digests::{Digests, Wanted, joined};
+use super::held::Held;
+use super::log::{Making, Part, PartPlan, UploadLog};
 use super::memory::PartMemory;
+use super::parts::{Destination, Observer, Parts, unknown};
 use super::place::{Body, Sent};
+use super::reused::Reused;
+use super::splices;
+use super::uploads::Uploads;
 use crate::bucket::Bucket;
 use crate::error::{Error, ErrorKind, Result};
-use crate::failpoint::{self, Step};
+use crate::export::reuse::Cut;
 use crate::vfile::VirtualFile;
-
-/// Parts of one transfer that are in flight at once.
-pub(super) const MAX_PARTS_IN_FLIGHT: usize = 4;
-
-/// What is reported of a transfer while it runs.
-pub(in crate::export) trait Observer: Send + Sync {
-    /// The file has been read up to here.
-    fn read(&self, up_to: u64);
-    /// The file's size is known.
-    fn sized(&self, size: u64);
-    /// The store has so many more bytes.
-    fn sent(&self, bytes: u64, is_new: bool);
-}
 
 /// One attempt to bring `file` to the store.
 pub(in crate::export) struct Transfer<'a> {
     pub(in crate::export) bucket: &'a Bucket,
+    pub(in crate::export) uploads: &'a Uploads,
     pub(in crate::export) file: Arc<dyn VirtualFile>,
     pub(in crate::export) memory: &'a PartMemory,
     pub(in crate::export) observer: &'a dyn Observer,
+    /// What the store has already.
+    pub(in crate::export) reused: &'a Reused,
+    /// Set when the store has not copied what it was asked to, and will not.
+    pub(in crate::export) copy_failed: Arc<AtomicBool>,
 }
 
-/// A part that is being read ahead: where, and its bytes.
+/// A piece that is being read ahead: where, and its bytes.
 type ReadAhead = Option<(u64, JoinHandle<Result<Bytes>>)>;
+
+/// A transfer in parts, under way.
+struct InParts<'a> {
+    transfer: &'a Transfer<'a>,
+    log: Arc<UploadLog>,
+    digests: Digests,
+    parts: Parts<'a>,
+    ahead: ReadAhead,
+}
 
 impl Transfer<'_> {
     /// Sends and hashes everything but what `log` has. Without a log, `begin` starts an upload with parts of a size, unless
@@ -57,7 +66,11 @@ impl Transfer<'_> {
     {
         let mut ahead = None;
         let log = match log {
-            Some(log) => log,
+            Some(log) => {
+                // An earlier process may have been killed before it did so.
+                splices::remove_all(self.bucket, &log).await;
+                log
+            }
             None => {
                 // The size of a compressed file is known when its last part has been read.
                 let part_size = self.bucket.part_size_for(self.file.file_size())?;
@@ -69,11 +82,24 @@ impl Transfer<'_> {
                 begin(part_size).await?
             }
         };
-        let mut digests = Digests::start(Some(&log));
-        let (parts, size) = self.send_parts(&log, &mut digests, ahead).await?;
+        let wanted = Wanted { crc64: self.bucket.checks_objects(), chunks: self.reused.sizes(&*self.file) };
+        let destination = Destination {
+            bucket: self.bucket.clone(),
+            uploads: self.uploads.clone(),
+            log: Arc::clone(&log),
+            copy_failed: Arc::clone(&self.copy_failed),
+        };
+        let mut sending = InParts {
+            transfer: self,
+            digests: Digests::start(Some(&log), wanted),
+            log: Arc::clone(&log),
+            parts: Parts::new(destination, self.observer),
+            ahead,
+        };
+        let (parts, size) = sending.send().await?;
         self.check_size(size)?;
-        let (sha256, md5) = digests.finish().await?;
-        Ok(Sent { size, sha256, md5, body: Body::Parts(log, parts) })
+        let hashes = sending.digests.finish().await?;
+        Ok(Sent { size, hashes, body: Body::Parts(log, parts) })
     }
 
     /// What fits into one part needs no upload in parts, and is sent when it is put in place.
@@ -81,67 +107,9 @@ impl Transfer<'_> {
         let size = bytes.len() as u64;
         self.check_size(size)?;
         self.observer.read(size);
-        let mut digests = Digests::start(None);
+        let mut digests = Digests::start(None, Wanted::default());
         digests.add(0, &bytes).await?;
-        let (sha256, md5) = digests.finish().await?;
-        Ok(Sent { size, sha256, md5, body: Body::Whole(bytes) })
-    }
-
-    /// Sends and hashes what is missing; returns the number of parts and of bytes.
-    async fn send_parts(
-        &self,
-        log: &Arc<UploadLog>,
-        digests: &mut Digests,
-        mut ahead: ReadAhead,
-    ) -> Result<(usize, u64)> {
-        let part_size = log.name().part_size;
-        let mut in_flight = JoinSet::new();
-        let (mut index, mut at) = (0, 0);
-        loop {
-            let sent = log.part(index).filter(|part| self.is_whole(part, at, part_size));
-            if let Some(part) = sent.as_ref().filter(|part| digests.cover(at + part.length)) {
-                self.observer.read(at + part.length);
-                self.observer.sent(part.length, false);
-                (index, at) = (index + 1, at + part.length);
-                continue;
-            }
-            let part = match ahead.take().filter(|(place, _)| *place == at) {
-                Some((_, reading)) => joined(reading.await)??,
-                None => joined(self.memory.read(&self.file, at, part_size).await)??,
-            };
-            if part.is_empty() {
-                break;
-            }
-            let (length, end) = (part.len() as u64, at + part.len() as u64);
-            // The next part is read while this one is hashed and sent.
-            if !digests.cover(end + 1) || log.part(index + 1).is_none() {
-                ahead = Some((end, self.memory.read(&self.file, end, part_size)));
-            }
-            self.observer.read(end);
-            digests.add(at, &part).await?;
-            if sent.is_some_and(|sent| sent.length == length) {
-                self.observer.sent(length, false);
-            } else {
-                while in_flight.len() >= MAX_PARTS_IN_FLIGHT {
-                    self.finish_one(&mut in_flight).await?;
-                }
-                in_flight.spawn(put_part(self.bucket.clone(), Arc::clone(log), (index, at), part));
-            }
-            (index, at) = (index + 1, end);
-        }
-        while !in_flight.is_empty() {
-            self.finish_one(&mut in_flight).await?;
-        }
-        Ok((index, at))
-    }
-
-    /// Whether a recorded part is what stands at `at`: only the last one is shorter than the others.
-    fn is_whole(&self, part: &Part, at: u64, part_size: u64) -> bool {
-        let end = at.saturating_add(part.length);
-        match self.file.known_size() {
-            Some(file_size) => part.length > 0 && end == file_size.min(at.saturating_add(part_size)),
-            None => part.length == part_size,
-        }
+        Ok(Sent { size, hashes: digests.finish().await?, body: Body::Whole(bytes) })
     }
 
     /// All bytes have been read; the file must agree.
@@ -152,25 +120,172 @@ impl Transfer<'_> {
         }
         Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(read))
     }
+}
 
-    async fn finish_one(&self, in_flight: &mut JoinSet<Result<u64>>) -> Result<()> {
-        if let Some(finished) = in_flight.join_next().await {
-            self.observer.sent(joined(finished)??, true);
+impl InParts<'_> {
+    /// Sends and hashes what is missing; returns the number of parts and of bytes.
+    async fn send(&mut self) -> Result<(usize, u64)> {
+        let (index, at) = self.send_planned().await?;
+        let sent = match self.digests.cut() {
+            true => self.send_cut(index, at).await?,
+            false => self.send_regular(index, at).await?,
+        };
+        self.parts.finish().await?;
+        Ok(sent)
+    }
+
+    /// What was planned before, as far as it is of this file; returns the next part, and where it begins.
+    async fn send_planned(&mut self) -> Result<(usize, u64)> {
+        let (mut index, mut at) = (0, 0);
+        while let Some((plan, part)) = self.log.planned(index).filter(|(plan, _)| self.fits(plan, index, at))
+        {
+            let end = plan.end();
+            if part.is_some() && self.digests.cover(end) {
+                self.transfer.observer.read(end);
+                self.parts.known(&plan);
+            } else {
+                self.send_again(index, plan, part).await?;
+            }
+            (index, at) = (index + 1, end);
         }
-        Ok(())
+        Ok((index, at))
+    }
+
+    /// Whether a part that was planned is what stands at `at`. Of a file whose size is not known, the last one may be a part
+    /// that was cut off.
+    fn fits(&self, plan: &PartPlan, index: usize, at: u64) -> bool {
+        let is_within = match self.transfer.file.known_size() {
+            Some(size) => plan.end() <= size,
+            None => self.log.planned(index + 1).is_some(),
+        };
+        plan.offset == at && plan.length > 0 && is_within
+    }
+
+    /// Reads a part again that was planned before, to hash it, and to make it unless the store has it.
+    async fn send_again(&mut self, index: usize, plan: PartPlan, part: Option<Part>) -> Result<()> {
+        let (end, mut at) = (plan.end(), plan.offset);
+        let sent_from = match &plan.making {
+            Making::Send => at,
+            Making::Copy(_) => end,
+            Making::Splice(kept) => at.saturating_add(kept.length).min(end),
+        };
+        let mut held = Held::at(sent_from);
+        let is_missing = part.is_none();
+        while at < end {
+            let piece = self.read(at, end - at, true).await?;
+            if piece.is_empty() {
+                return Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(at));
+            }
+            self.digests.add(at, &piece).await?;
+            if is_missing {
+                held.push(at, &piece);
+            }
+            at += piece.len() as u64;
+            self.transfer.observer.read(at);
+        }
+        if !is_missing {
+            self.parts.known(&plan);
+            return Ok(());
+        }
+        let sent = held.range(sent_from, end - sent_from).ok_or_else(unknown)?;
+        self.parts.make(index, plan, sent).await
+    }
+
+    /// Parts of one size from a place on.
+    async fn send_regular(&mut self, mut index: usize, mut at: u64) -> Result<(usize, u64)> {
+        let part_size = self.log.name().part_size;
+        loop {
+            let part = self.read(at, part_size, true).await?;
+            if part.is_empty() {
+                return Ok((index, at));
+            }
+            let plan = PartPlan::sent(at, part.len() as u64);
+            at = plan.end();
+            self.transfer.observer.read(at);
+            self.digests.add(plan.offset, &part).await?;
+            self.log.plan(index, plan.clone());
+            self.parts.make(index, plan, part).await?;
+            index += 1;
+        }
+    }
+
+    /// Parts that follow from the chunks, and from what the store has of them, from a place on.
+    async fn send_cut(&mut self, index: usize, start: u64) -> Result<(usize, u64)> {
+        // The chunk in which the place is has to be made again from its start.
+        let mut at = self.digests.cut_again(start).await?;
+        let mut chunk = at;
+        let part_size = self.log.name().part_size;
+        let size = self.transfer.file.file_size();
+        let mut planner = self.transfer.reused.planner(self.transfer.bucket, part_size, size, (index, start));
+        let (mut held, mut count, mut end) = (Held::at(start), index, start);
+        loop {
+            let piece = self.read(at, part_size, held.is_empty()).await?;
+            let is_last = piece.is_empty();
+            let cuts = if is_last {
+                self.digests.last_cuts().await?
+            } else {
+                self.digests.add(at, &piece).await?;
+                held.push(at, &piece);
+                at += piece.len() as u64;
+                self.transfer.observer.read(at);
+                self.digests.cuts().await?
+            };
+            let mut planned = Vec::new();
+            for cut in cuts {
+                chunk += u64::from(cut.length);
+                if let Some(cut) = cut_from(cut, chunk, start) {
+                    planner.add(&cut, &mut planned);
+                }
+            }
+            if is_last {
+                planner.finish(&mut planned);
+            }
+            for part in planned {
+                let store = (self.transfer.bucket, self.transfer.uploads);
+                let plan = self.transfer.reused.plan(store, &part).await.inspect_err(|error| {
+                    self.transfer.copy_failed.fetch_or(!error.is_transient(), Ordering::SeqCst);
+                })?;
+                let sent_from = match &plan.making {
+                    Making::Send => plan.offset,
+                    Making::Copy(_) => plan.end(),
+                    Making::Splice(kept) => plan.offset + kept.length,
+                };
+                let sent = held.range(sent_from, plan.end() - sent_from).ok_or_else(unknown)?;
+                (count, end) = (part.index + 1, plan.end());
+                self.log.plan(part.index, plan.clone());
+                self.parts.make(part.index, plan, sent).await?;
+            }
+            held.drop_before(planner.held_from());
+            if is_last {
+                return Ok((count, end));
+            }
+        }
+    }
+
+    /// Up to so many bytes at a place, and none at the end; the next ones are read meanwhile. Who holds bytes whose part
+    /// waits for more of them must not wait for others who do the same.
+    async fn read(&mut self, at: u64, length: u64, may_wait: bool) -> Result<Bytes> {
+        let part_size = self.log.name().part_size;
+        let read = |at, length| self.transfer.memory.read_when(&self.transfer.file, at, length, may_wait);
+        let piece = match self.ahead.take().filter(|(place, _)| *place == at) {
+            Some((_, reading)) => joined(reading.await)??,
+            None => joined(read(at, length.min(part_size)).await)??,
+        };
+        let piece = piece.slice(..piece.len().min(usize::try_from(length).unwrap_or(usize::MAX)));
+        let end = at + piece.len() as u64;
+        if !piece.is_empty() && !self.digests.cover(end + part_size) {
+            self.ahead = Some((end, read(end, part_size)));
+        }
+        Ok(piece)
     }
 }
 
-/// Sends a part and records it; returns its bytes.
-async fn put_part(
-    bucket: Bucket,
-    log: Arc<UploadLog>,
-    (index, at): (usize, u64),
-    part: Bytes,
-) -> Result<u64> {
-    let length = part.len() as u64;
-    failpoint::pass(Step::PartSend)?;
-    let id = bucket.put_part(&log.name().key, &log.name().id, index, at, part).await?;
-    log.finished(index, Part { length, id });
-    Ok(length)
+/// What of a chunk that ends at `end` comes after `start`: a chunk of its own, which nothing is known of.
+fn cut_from(cut: Cut, end: u64, start: u64) -> Option<Cut> {
+    let length = end.saturating_sub(start).min(u64::from(cut.length)) as u32;
+    match length {
+        0 => None,
+        length if length == cut.length => Some(cut),
+        length => Some(Cut { length, digest: [0; 32], crc64: 0, is_zero: false }),
+    }
 }

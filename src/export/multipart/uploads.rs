@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::digests::joined;
 use super::intents::{self, Intent, RecordedIntent};
 use super::log::{UploadLog, UploadName, given_up};
+use super::splices;
 use crate::bucket::{Bucket, ObjectKey, START_LIMIT, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::{self, Step};
@@ -201,7 +202,10 @@ pub(in crate::export) async fn abort(bucket: &Bucket, log: &UploadLog) {
         bucket.abort_upload(&name.key, &name.id).await
     };
     match aborted.await {
-        Ok(()) => log.remove(),
+        Ok(()) => {
+            splices::remove_all(bucket, log).await;
+            log.remove();
+        }
         Err(error) => {
             warn!(key = %name.key, "an unfinished upload could not be aborted: {}", error.report());
         }

@@ -156,54 +156,81 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Makes the index of an object from its chunks, in order from its first byte on.
-#[derive(Debug)]
-pub(in crate::export) struct IndexBuilder {
-    average: u32,
+/// The chunks of an object, in order from its first byte on, of which its index is made.
+#[derive(Clone, Debug, Default)]
+pub(in crate::export) struct ChunkList {
     size: u64,
-    /// `None` when there were too many.
-    entries: Option<Vec<u8>>,
+    /// As the index has them.
+    entries: Vec<u8>,
+    /// Whether there were too many.
+    is_full: bool,
 }
 
-impl IndexBuilder {
-    /// An index without chunks of a file that is cut into `sizes`.
-    pub(in crate::export) fn new(sizes: ChunkSizes) -> Self {
-        Self { average: sizes.average, size: 0, entries: Some(Vec::new()) }
+impl ChunkList {
+    /// Chunks as the index has them.
+    pub(in crate::export) fn entries_of(cuts: &[Cut]) -> Vec<u8> {
+        cuts.iter().flat_map(|cut| cut.length.to_le_bytes().into_iter().chain(cut.digest)).collect()
     }
 
-    /// Adds the file's next chunk.
-    pub(in crate::export) fn add(&mut self, cut: &Cut) {
-        self.size += u64::from(cut.length);
-        let Some(entries) = &mut self.entries else { return };
-        if HEAD + MAX_ETAG + entries.len() + ENTRY + DIGEST > MAX_INDEX {
-            self.entries = None;
+    /// Adds chunks as the index has them, which begin at `at`: what is there of chunks that end after that is void.
+    pub(in crate::export) fn extend(&mut self, at: u64, entries: &[u8]) {
+        if self.truncate(at) != at {
+            // Some are missing before these.
             return;
         }
-        entries.extend_from_slice(&cut.length.to_le_bytes());
-        entries.extend_from_slice(&cut.digest);
+        let (entries, _) = entries.as_chunks::<ENTRY>();
+        for entry in entries {
+            self.size = self.size.saturating_add(length_of(entry));
+            self.is_full |= HEAD + MAX_ETAG + self.entries.len() + ENTRY + DIGEST > MAX_INDEX;
+            if self.is_full {
+                self.entries = Vec::new();
+            } else {
+                self.entries.extend_from_slice(entry);
+            }
+        }
     }
 
-    /// The bytes that all chunks have together.
-    pub(in crate::export) fn size(&self) -> u64 {
+    /// Forgets the chunks that end after `limit`; returns where the others end.
+    pub(in crate::export) fn truncate(&mut self, limit: u64) -> u64 {
+        while self.size > limit {
+            let Some(kept) = self.entries.len().checked_sub(ENTRY) else {
+                *self = Self::default();
+                break;
+            };
+            let entry = self.entries.split_off(kept);
+            self.size = self.size.saturating_sub(entry.first_chunk::<ENTRY>().map_or(0, length_of));
+        }
         self.size
     }
 
-    /// The index of the object that has this entity tag. `None` when it would be too large.
-    pub(in crate::export) fn encode(&self, etag: &str) -> Option<Bytes> {
-        let entries = self.entries.as_ref().filter(|_| etag.len() <= MAX_ETAG)?;
-        let mut bytes = Vec::with_capacity(HEAD + etag.len() + entries.len() + DIGEST);
+    /// The bytes that all chunks have together.
+    pub(in crate::export) fn end(&self) -> u64 {
+        self.size
+    }
+
+    /// The index of the object that has this entity tag and was cut into `sizes`. `None` when it would be too large.
+    pub(in crate::export) fn encode(&self, sizes: ChunkSizes, etag: &str) -> Option<Bytes> {
+        if self.is_full || etag.len() > MAX_ETAG {
+            return None;
+        }
+        let mut bytes = Vec::with_capacity(HEAD + etag.len() + self.entries.len() + DIGEST);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&self.average.to_le_bytes());
+        bytes.extend_from_slice(&sizes.average.to_le_bytes());
         bytes.extend_from_slice(&self.size.to_le_bytes());
-        bytes.extend_from_slice(&((entries.len() / ENTRY) as u32).to_le_bytes());
+        bytes.extend_from_slice(&((self.entries.len() / ENTRY) as u32).to_le_bytes());
         bytes.extend_from_slice(&(etag.len() as u16).to_le_bytes());
         bytes.extend_from_slice(etag.as_bytes());
-        bytes.extend_from_slice(entries);
+        bytes.extend_from_slice(&self.entries);
         let sum = blake3::hash(&bytes);
         bytes.extend_from_slice(sum.as_bytes());
         Some(bytes.into())
     }
+}
+
+fn length_of(entry: &[u8; ENTRY]) -> u64 {
+    let [a, b, c, d, ..] = *entry;
+    u32::from_le_bytes([a, b, c, d]).into()
 }
 
 #[cfg(test)]
@@ -218,10 +245,16 @@ mod tests {
         Cut { length, digest: [number; 32], crc64: 0, is_zero: false }
     }
 
+    const SIZES: ChunkSizes = ChunkSizes { min: AVERAGE / 4, average: AVERAGE, max: AVERAGE * 4 };
+
+    fn add(list: &mut ChunkList, cut: Cut) {
+        list.extend(list.end(), &ChunkList::entries_of(&[cut]));
+    }
+
     fn built(chunks: &[(u8, u32)]) -> (Bytes, u64) {
-        let mut builder = IndexBuilder::new(ChunkSizes::with_average(AVERAGE));
-        chunks.iter().for_each(|chunk| builder.add(&cut(*chunk)));
-        (builder.encode("\"tag\"").unwrap(), builder.size())
+        let mut list = ChunkList::default();
+        chunks.iter().for_each(|chunk| add(&mut list, cut(*chunk)));
+        (list.encode(SIZES, "\"tag\"").unwrap(), list.end())
     }
 
     /// The same bytes with a checksum of what they are now.
@@ -322,15 +355,33 @@ mod tests {
 
     #[test]
     fn too_many_chunks_have_no_index() {
-        let mut builder = IndexBuilder::new(ChunkSizes::with_average(AVERAGE));
+        let mut list = ChunkList::default();
         for _ in 0..MAX_INDEX / ENTRY - 40 {
-            builder.add(&cut((1, 1)));
+            add(&mut list, cut((1, 1)));
         }
         let etag = "e".repeat(MAX_ETAG);
-        let bytes = builder.encode(&etag).unwrap();
+        let bytes = list.encode(SIZES, &etag).unwrap();
         assert!(bytes.len() <= MAX_INDEX);
-        assert_eq!(builder.encode(&(etag + "e")), None);
-        (0..40).for_each(|_| builder.add(&cut((1, 1))));
-        assert_eq!(builder.encode("e"), None);
+        assert_eq!(list.encode(SIZES, &(etag + "e")), None);
+        (0..40).for_each(|_| add(&mut list, cut((1, 1))));
+        assert_eq!(list.encode(SIZES, "e"), None);
+    }
+
+    #[test]
+    fn chunks_that_are_made_again_take_the_place_of_those_before() {
+        let cuts: Vec<_> = [(1, 10), (2, 20), (3, 30)].into_iter().map(cut).collect();
+        let mut list = ChunkList::default();
+        list.extend(0, &ChunkList::entries_of(&cuts));
+        let whole = list.encode(SIZES, "e");
+        for (at, kept) in [(60, 60), (59, 30), (30, 30), (29, 10), (9, 0)] {
+            let mut cut = list.clone();
+            assert_eq!((cut.truncate(at), cut.end()), (kept, kept), "cut off at {at}");
+        }
+        list.extend(10, &ChunkList::entries_of(&cuts[1..]));
+        assert_eq!(list.encode(SIZES, "e"), whole);
+        // Chunks before these are missing.
+        list.extend(61, &ChunkList::entries_of(&cuts[..1]));
+        list.extend(45, &ChunkList::entries_of(&cuts[..1]));
+        assert_eq!(list.end(), 30);
     }
 }

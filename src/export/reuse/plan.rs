@@ -424,7 +424,7 @@ mod tests {
     use crc_fast::CrcAlgorithm;
     use proptest::prelude::*;
 
-    use super::super::index::IndexBuilder;
+    use super::super::index::ChunkList;
     use super::*;
 
     /// Longest chunk in these tests.
@@ -449,9 +449,14 @@ mod tests {
     }
 
     fn index(chunks: &[Name]) -> Arc<ChunkIndex> {
-        let mut builder = IndexBuilder::new(ChunkSizes::with_average(CHUNK as u32 / 4));
-        chunks.iter().for_each(|chunk| builder.add(&cut(*chunk)));
-        Arc::new(ChunkIndex::decode(&builder.encode("e").unwrap(), builder.size(), "e").unwrap())
+        let cuts: Vec<_> = chunks.iter().map(|chunk| cut(*chunk)).collect();
+        index_of(&cuts, ChunkSizes::with_average(CHUNK as u32 / 4))
+    }
+
+    fn index_of(cuts: &[Cut], sizes: ChunkSizes) -> Arc<ChunkIndex> {
+        let mut list = ChunkList::default();
+        list.extend(0, &ChunkList::entries_of(cuts));
+        Arc::new(ChunkIndex::decode(&list.encode(sizes, "e").unwrap(), list.end(), "e").unwrap())
     }
 
     fn limits() -> PlanLimits {
@@ -700,11 +705,10 @@ mod tests {
         // Files of which nothing can be copied within the limits, and of which all but each fortieth chunk is.
         for (size, length, max_parts) in [(48u64 << 40, 1 << 30, 10_000), (2 << 40, 64 << 20, 1000)] {
             let old = Cut { length, is_zero: false, ..cut(name(1)) };
-            let mut builder = IndexBuilder::new(ChunkSizes::for_file(size));
-            (0..1000).for_each(|_| builder.add(&Cut { length: 64 << 20, ..old.clone() }));
-            let old_index = ChunkIndex::decode(&builder.encode("e").unwrap(), builder.size(), "e").unwrap();
+            let cuts = vec![Cut { length: 64 << 20, ..old.clone() }; 1000];
+            let old_index = index_of(&cuts, ChunkSizes::for_file(size));
             let limits = PlanLimits { max_parts, ..limits.clone() };
-            let mut planner = Planner::new(limits, size, (0, 0), Some(Arc::new(old_index)));
+            let mut planner = Planner::new(limits, size, (0, 0), Some(old_index));
             let (mut parts, new) = (Vec::new(), Cut { length, ..cut(name(2)) });
             for number in 0..size / u64::from(length) {
                 planner.add(if number % 40 == 0 { &new } else { &old }, &mut parts);

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::export::job::Holds;
 use crate::export::lease;
 use crate::export::multipart::log::{Placed, UploadLog};
+use crate::export::multipart::reused;
 use crate::export::multipart::uploads::abort;
 use crate::export::request::JobSource;
 use crate::export::sidecars::{self, Beside, Sidecar, Written, checksum_line};
@@ -85,8 +86,7 @@ impl Run {
         let mut last = self.job.status();
         match result {
             Ok(placed) => {
-                last.size = Some(placed.size);
-                last.succeed(placed.etag.clone(), &placed.sha256, &placed.md5);
+                last.succeed(placed);
                 metrics.jobs_succeeded.add(1);
                 info!(job = %last.job_id, url = last.url, "export succeeded");
             }
@@ -315,6 +315,21 @@ impl Run {
                     }
                 }
             }
+        }
+    }
+
+    /// What the next export of the key finds of this one.
+    pub(super) async fn put_index(&self, bucket: &Bucket, placed: &Placed) {
+        let (Some(log), Some(etag)) = (self.upload(), &placed.etag) else { return };
+        if !self.context.settings.incremental {
+            return;
+        }
+        let put = async {
+            failpoint::pass(Step::IndexPut)?;
+            reused::put_index(bucket, &log, placed.size, etag).await
+        };
+        if let Err(error) = put.await {
+            info!(job = self.job.id(), "the next export of this key sends everything: {}", error.report());
         }
     }
 

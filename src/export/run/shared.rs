@@ -110,6 +110,6 @@ impl Run {
             (s.bytes_done, s.repeated) = (status.bytes_done, s.repeated.saturating_add(1));
         });
         let (sha256, md5) = (status.sha256.unwrap_or_default(), status.md5.unwrap_or_default());
-        Ok(Placed { size: meta.object_size, etag: meta.etag, sha256, md5 })
+        Ok(Placed { size: meta.object_size, etag: meta.etag, sha256, md5, crc64nvme: status.crc64nvme })
     }
 }
