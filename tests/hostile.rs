@@ -223,11 +223,12 @@ fn sectors(values: impl Iterator<Item = u64>) -> Vec<u8> {
 
 #[test]
 fn a_grain_directory_costs_what_it_has() {
-    // A directory of 2 Mi entries, 8 MiB, that is a hole: one step for each entry, none for each grain.
-    let tables = 64 * TIB / (32 * MIB);
-    let file = sparse_vmdk("hole.vmdk", 64 * TIB, 128, 1, 0, MIB + 4 * tables).done();
+    // A directory of 4 Mi entries, 16 MiB, that is a hole: a few steps, and none of its entries is read but the first.
+    let tables = 64 * TIB / (16 * MIB);
+    let file = sparse_vmdk("hole.vmdk", 64 * TIB, 64, 1, 0, MIB + 4 * tables).done();
     let cost = cost(ImageFormat::Vmdk, Arc::clone(&file) as _).unwrap();
-    assert!(cost.steps <= 2 * tables + 100 && file.bytes_read() <= 2 * 4 * tables + 64 * KIB);
+    let read = file.bytes_read();
+    assert!(cost.steps < 100 && read < 512 * KIB, "{} steps, {read} bytes", cost.steps);
     // Tables that are different places of a hole.
     let tables = 100_000;
     let named = sectors((0..tables).map(|index| 32 * MIB / SECTOR + index * 4));

@@ -17,8 +17,8 @@ use freightfs::storage::{Generation, Storage};
 use freightfs::units::{FileOffset, VirtualOffset};
 use freightfs::vfile::VirtualFile;
 use proptest::prelude::*;
-use support::hostile;
 use support::images::Random;
+use support::{command, hostile, succeed};
 
 /// A disk that exists only as a list of runs of data.
 struct SparseDisk {
@@ -300,6 +300,62 @@ proptest! {
                 let reason = virtual_size == 0 || virtual_size > 2040 << 30 || qcow2;
                 prop_assert!(refused && reason, "{}", error.report());
             }
+        }
+    }
+}
+
+/// Random disks of a format that one run of qemu-img reads, one behind the other.
+const IMAGES: u64 = 24;
+
+/// A random disk of at most 3 MiB with some runs of data, the same for the same number.
+fn small_disk(number: u64) -> Arc<SparseDisk> {
+    let mut random = Random(number);
+    let virtual_size = 1 + random.below(if number.is_multiple_of(3) { 100_000 } else { 3 << 20 });
+    let places: Vec<_> = (0..random.below(6))
+        .map(|_| (random.below(3 << 20), 1 + random.below(100_000), random.below(100)))
+        .collect();
+    Arc::new(SparseDisk::new(virtual_size, &places))
+}
+
+/// Writes a disk as a file of a format.
+fn write_as(format: OutputFormat, number: u64, disk: &Arc<SparseDisk>, path: &std::path::Path) {
+    let options = LayoutOptions {
+        cluster_size: (format.qemu_name() == Some("qcow2")).then_some(1 << (9 + number % 13)),
+        level: format.is_compressed().then_some(1),
+        large_window: false,
+    };
+    let file = file(format, disk, options).unwrap();
+    let mut bytes = vec![0; file.exact_size().unwrap() as usize];
+    assert_eq!(file.read_at(FileOffset(0), &mut bytes).unwrap(), bytes.len());
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn random_disks_in_every_format_are_the_same_disks_to_qemu() {
+    let directory = tempfile::tempdir().unwrap();
+    let all = directory.path().join("all.raw");
+    for (format, driver) in OutputFormat::ALL.iter().filter_map(|f| Some((*f, f.qemu_name()?))) {
+        let (mut convert, mut expected) = (command("qemu-img"), Vec::new());
+        convert.args(["convert", "-f", driver, "-O", "raw"]);
+        for number in 0..IMAGES {
+            let disk = small_disk(number);
+            let path = directory.path().join(format!("{number}.{}", format.suffix()));
+            write_as(format, number, &disk, &path);
+            let storage = freightfs::storage::FileStorage::open(&path).unwrap();
+            let size = hostile::open(format.image_format(), Arc::new(storage)).unwrap().virtual_size();
+            let start = expected.len();
+            // Sectors are what qemu-img counts in.
+            expected.resize(start + size.next_multiple_of(512) as usize, 0);
+            let end = start + disk.virtual_size as usize;
+            disk.read_at(VirtualOffset(0), &mut expected[start..end]).unwrap();
+            convert.arg(path);
+        }
+        succeed(convert.arg(&all));
+        let found = std::fs::read(&all).unwrap();
+        assert_eq!(found.len(), expected.len(), "{format:?}: sizes differ");
+        if found != expected {
+            let differs = found.iter().zip(&expected).position(|(found, expected)| found != expected);
+            panic!("{format:?}: qemu-img reads something else at {differs:?} of all disks together");
         }
     }
 }

@@ -12,7 +12,7 @@ use freightfs::extent::Extent;
 use freightfs::format::{ImageFormat, OutputFormat};
 use freightfs::image::check_complete;
 use freightfs::storage::{Generation, MemoryStorage, Storage};
-use freightfs::units::FileOffset;
+use freightfs::units::{FileOffset, VirtualOffset};
 use support::hostile;
 use support::images::{self, Random};
 use support::mount::World;
@@ -378,6 +378,43 @@ fn a_vhd_whose_footer_and_copy_say_different_disks_is_refused() {
     let cut = fixed.len() - 512;
     fixed.truncate(cut);
     assert!(hostile::read_all(ImageFormat::Vhd, fixed).is_err());
+}
+
+#[test]
+fn a_vhd_whose_footers_differ_in_a_bit_is_refused_or_the_disk_that_qemu_reads() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = directory.path().join("r.raw");
+    std::fs::write(&raw, Random(9).bytes(1 << 20)).unwrap();
+    let bytes = std::fs::read(make(&raw, "d.vhd", "vpc", &["-o", "force_size=on"])).unwrap();
+    let last = bytes.len() - 512;
+    let (mut random, mut refused) = (Random(10), 0);
+    let (mut convert, mut expected) = (command("qemu-img"), Vec::new());
+    convert.args(["convert", "-f", "vpc", "-O", "raw"]);
+    for number in 0..90 {
+        let mut changed = bytes.clone();
+        let (at, bit) = (8 + random.below(78) as usize, 1 << random.below(8));
+        let footers = [vec![0], vec![last], vec![0, last]];
+        for start in footers[number % 3].clone() {
+            let footer = &mut changed[start..start + 512];
+            footer[at] ^= bit;
+            seal(footer, 64);
+        }
+        let Ok(image) = hostile::open(ImageFormat::Vhd, Arc::new(MemoryStorage::new("v", changed.clone())))
+        else {
+            refused += 1;
+            continue;
+        };
+        let mut disk = vec![0; image.virtual_size() as usize];
+        image.read_at(VirtualOffset(0), &mut disk).unwrap();
+        expected.extend(disk);
+        let path = directory.path().join(format!("{number}.vhd"));
+        std::fs::write(&path, changed).unwrap();
+        convert.arg(path);
+    }
+    assert!((20..70).contains(&refused), "{refused} of 90 are refused");
+    let all = directory.path().join("all.raw");
+    succeed(convert.arg(&all));
+    assert!(std::fs::read(all).unwrap() == expected, "qemu-img reads other disks");
 }
 
 #[test]
