@@ -171,6 +171,11 @@ impl Policy {
         self.formats.is_some() || !self.rules.is_empty()
     }
 
+    /// Whether a rule asks for the size of the exported disk, which takes opening it, or with `data` of the data disks.
+    pub fn judges_size(&self, data: bool) -> bool {
+        self.rules.iter().any(|rule| rule.judges_size(data))
+    }
+
     /// Decides about a disk image that a program writes: of the image that its bytes come from nothing is known.
     ///
     /// # Errors
@@ -265,6 +270,17 @@ mod tests {
         let names =
             "[[rule]]\nwhen = { name_above = 9, format = ['raw'] }\nrefuse = 'malformed'\nmessage = 'x'";
         load(names).unwrap().check_unknown_image().unwrap();
+        let refuse = "refuse = 'too_large'\nmessage = 'x'";
+        for (condition, asked) in [
+            ("name_above = 9", [false, false]),
+            ("data_disks_above = 1", [false, false]),
+            ("size_above = '1T'", [true, false]),
+            ("size_from = '1T'", [true, false]),
+            ("data_disk_above = '1T'", [false, true]),
+        ] {
+            let policy = load(&format!("[[rule]]\nwhen = {{ {condition} }}\n{refuse}")).unwrap();
+            assert_eq!([false, true].map(|data| policy.judges_size(data)), asked, "{condition}");
+        }
         for (text, part) in [
             ("formats = ['zip']", "zip"),
             ("\nformat = []", "line 2"),

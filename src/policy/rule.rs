@@ -179,6 +179,12 @@ impl Rule {
         words || has || other_region.is_some()
     }
 
+    /// Whether the rule asks for the size of the exported disk, or with `data` of the data disks.
+    pub(super) fn judges_size(&self, data: bool) -> bool {
+        let exported = self.when.size_from.is_some() || self.when.size_above.is_some();
+        if data { self.when.data_disk_above.is_some() } else { exported }
+    }
+
     pub(super) fn applies(&self, request: &PolicyRequest<'_>) -> bool {
         self.when.are_met_by_image(request) && self.when.are_met_by_target(request)
     }

@@ -64,6 +64,11 @@ impl Permits {
         self.policy.judges_content()
     }
 
+    /// Whether the policy asks for the size of the exported disk, or with `data` of the data disks.
+    pub(super) fn judges_size(&self, data: bool) -> bool {
+        self.policy.judges_size(data)
+    }
+
     /// Whether the policy lets a program's bytes be published at a key: `size` bytes, in which an image was recognized.
     pub(super) fn written(
         &self,
@@ -164,14 +169,15 @@ impl Vfs {
 
     /// What the policy is told of an image whose disk `disk` is exported. Disks that cannot be opened have no size.
     pub(super) fn image_facts(&self, image: &CatalogImage, disk: &str) -> ImageFacts {
-        // A policy that asks for nothing opens no disks.
-        let is_asked = self.permits.judges_content();
-        let size = |disk| match is_asked {
-            true => Some(self.catalog.open_disk(disk).ok()?.image().virtual_size()),
-            false => None,
+        let exported = image.disks.iter().position(|known| known.name == disk).unwrap_or(0);
+        // Only disks whose size a rule asks for are opened.
+        let size = |(number, disk)| {
+            let is_asked = number == exported && self.permits.judges_size(false)
+                || number > 0 && self.permits.judges_size(true);
+            let open = is_asked.then(|| self.catalog.open_disk(disk).ok()).flatten()?;
+            Some(open.image().virtual_size())
         };
-        let disks = image.disks.iter().map(size).collect();
-        facts_of(image, disks, image.disks.iter().position(|known| known.name == disk).unwrap_or(0))
+        facts_of(image, image.disks.iter().enumerate().map(size).collect(), exported)
     }
 }
 

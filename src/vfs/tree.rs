@@ -255,7 +255,7 @@ impl Vfs {
         let image = self.catalog.image(id)?;
         let facts = self.image_facts(&image, disk);
         self.permits.image(&facts, format, (id, disk))?;
-        let (file, status) = self.image_file(id, disk, format)?;
+        let (file, status) = self.file_of(&image, disk, format)?;
         Ok((file, status, facts))
     }
 
@@ -266,7 +266,16 @@ impl Vfs {
         disk: &str,
         format: OutputFormat,
     ) -> Result<(Arc<dyn VirtualFile>, StatusImage)> {
-        let image = self.catalog.image(id)?;
+        self.file_of(&*self.catalog.image(id)?, disk, format)
+    }
+
+    /// The same of an image that was looked up: what was judged of it and its file are of one listing.
+    fn file_of(
+        &self,
+        image: &CatalogImage,
+        disk: &str,
+        format: OutputFormat,
+    ) -> Result<(Arc<dyn VirtualFile>, StatusImage)> {
         if let Some(error) = &image.error {
             return Err(error.clone());
         }
