@@ -375,3 +375,26 @@ fn a_mount_refuses_or_serves_each_image_in_bounded_memory_and_others_meanwhile()
     }
     mount.unmount();
 }
+
+/// The smallest part that the environment asks for is larger than any store takes, which builds with debug assertions
+/// find out by panicking.
+#[test]
+fn a_job_that_panics_fails_says_so_in_the_log_and_leaves_the_mount_alone() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::in_memory();
+    world.environment.push(("FREIGHTFS_PART_SIZE".into(), (1 << 20).to_string()));
+    std::fs::write(world.catalog().join("good.raw"), [7; 4096]).unwrap();
+    let mount = world.mount(&["--formats", "raw:qcow2"]);
+    mount.cp(&mount.path("images/good/good.qcow2"), "good.qcow2");
+    let status = mount.wait("good.qcow2");
+    assert_eq!(
+        (&status["status"], &status["error"]["code"]),
+        (&"FAIL".into(), &"internal".into()),
+        "{status}"
+    );
+    assert!(mount.log().contains("a broken invariant: panicked at"), "{}", mount.log());
+    assert_eq!(std::fs::read(mount.path("images/good/good.raw")).unwrap(), [7; 4096]);
+    mount.unmount();
+}

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::User;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::log::Log;
 use super::terminal::{plain, say_error};
@@ -79,7 +79,10 @@ pub(super) fn report(mounted: std::result::Result<&[String], &Error>) -> Result<
 pub(super) fn begin(detached: bool, state: &Path, log_size: u64) -> Result<Log> {
     let log = if detached {
         nix::unistd::setsid().map_err(|e| Error::from_io("cannot detach", e.into()))?;
-        Log::to_file(state, log_size)?
+        let log = Log::to_file(state, log_size)?;
+        // Its standard error leads nowhere.
+        std::panic::set_hook(Box::new(|panic| error!("a broken invariant: {panic}")));
+        log
     } else {
         Log::to_terminal()
     };

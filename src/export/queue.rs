@@ -282,7 +282,18 @@ impl JobQueue {
     }
 
     fn spawn(&self, run: Arc<Run>, recovery: Recovery) {
-        self.spawn_counted(run.run(recovery));
+        let work = self.context.runtime.spawn(Arc::clone(&run).run(recovery));
+        self.spawn_counted(async move {
+            // A broken invariant costs its job: nobody else would end it.
+            match work.await {
+                Err(error) if error.is_panic() => {
+                    let error =
+                        Error::new(ErrorKind::Internal, "a worker of the job panicked").because(error);
+                    run.end(Err(error)).await;
+                }
+                _ => {}
+            }
+        });
     }
 
     /// Spawns what the end of the mount waits for.
