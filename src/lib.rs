@@ -97,8 +97,10 @@
 //! bucket is created, when a copy brings both together, and by name and content when anything is published or renamed.
 //!
 //! The job is a value to display and to wait for; its run owns the work. It waits for a place among those of its bucket,
-//! opens a multipart upload, begins its log, and then reads the converted file part by part to its end, which of a
-//! compressed file is known only then; each part is uploaded while two threads hash it and the next one is read. What all
+//! opens a multipart upload, begins its log, and then reads the converted file piece by piece to its end, which of a
+//! compressed file is known only then; threads hash each piece, and cut it into chunks, while parts are made and the next one is
+//! read. Which parts there are follows from the chunks that the object which is replaced has (`export/reuse`): they are sent, or
+//! copied by the store, from that object or from zeros, and each copy is compared with the file. What all
 //! parts of a mount take in memory, read ahead, in flight and waiting for their hashes, has one bound, of which each
 //! bucket has a share. The store checks each part when it arrives, so that an object is whole before it is completed; it
 //! is put in place over what it replaces and nothing else. Then `KEY.sha256`, `KEY.md5` and at last `KEY.status` are
@@ -112,9 +114,9 @@
 //! | state | what is durable | next step | the next mount |
 //! |---|---|---|---|
 //! | Recorded | the record: request, source, what the object replaces; staged bytes | start an upload, create its log | begins; waits while its bucket or image is not in this mount |
-//! | Sending | the log: the upload's id, parts that the store has, states of the hashes | send and hash the other parts; record what is about to be put in place | sends what the log does not have |
+//! | Sending | the log: the upload's id, parts that are planned and that the store has, states of the hashes, chunks | send or copy, and hash, the other parts; record what is about to be put in place | sends what the log does not have |
 //! | Publishing | the intent: the entity tag to come, or size and digests | put the object in place, over what it replaces only | asks the bucket: in place, or resumes; another object there stays |
-//! | Placed | the object; the log: its size, digests and entity tag | put the checksums, record the end | SUCCESS, whatever the source is by now; what stands beside another object stays |
+//! | Placed | the object; the log: its size, digests and entity tag | put the index of its chunks and the checksums, record the end | SUCCESS, whatever the source is by now; what stands beside another object stays |
 //! | Ended | the record: the final status, and that the bucket lacks it | put the final status; end the lease; wake who waits | puts the final status, unless that of a newer job is there; tries again while mounted |
 //! | Told | the final status in the bucket; the record says so | none; the oldest records are removed | shown in jobs/ |
 //!

@@ -190,6 +190,16 @@ fn mount_points() -> Result<Vec<PathBuf>> {
     Ok(ours.map(|mount| mount.path).collect())
 }
 
+/// What did not have to be sent, in words.
+pub(super) fn saved(status: &Status) -> Option<String> {
+    let Status { bytes_sent, bytes_reused, bytes_zero, .. } = *status;
+    if status.status != JobState::Success || (bytes_reused, bytes_zero) == (0, 0) {
+        return None;
+    }
+    let (sent, reused, zero) = (human_bytes(bytes_sent), human_bytes(bytes_reused), human_bytes(bytes_zero));
+    Some(format!("sent {sent}; the store copied {reused} of the object before, and {zero} of zeros"))
+}
+
 fn word(state: JobState) -> &'static str {
     match state {
         JobState::Init => "INIT",
@@ -217,6 +227,7 @@ fn show(found: &[Status], json: bool) {
         if let Some(since) = silent_since(status) {
             say(format_args!("  {}", silence::sentence(status, since)));
         }
+        saved(status).iter().for_each(|saved| say(format_args!("  {saved}")));
         status.waiting.iter().for_each(|waiting| say(format_args!("  waits: {waiting}")));
         status.notes.iter().for_each(|note| say(format_args!("  {note}")));
         if let Some(error) = &status.error {

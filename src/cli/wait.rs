@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::jobs::read_status;
+use super::jobs::{read_status, saved};
 use super::progress::{Board, Progress};
 use super::silence::{self, Watch};
 use super::terminal::say;
@@ -85,10 +85,10 @@ fn sentence(file: &Path, status: &Status) -> Vec<String> {
     match (status.status, &status.error) {
         (JobState::Success, _) => {
             let (size, sha256) = (status.size.unwrap_or(0), status.sha256.as_deref().unwrap_or("-"));
-            vec![
-                format!("{file}: SUCCESS, {} ({size} bytes)", human_bytes(size)),
-                format!("  sha256 {sha256}"),
-            ]
+            [format!("{file}: SUCCESS, {} ({size} bytes)", human_bytes(size)), format!("  sha256 {sha256}")]
+                .into_iter()
+                .chain(saved(status).map(|saved| format!("  {saved}")))
+                .collect()
         }
         (state, Some(error)) => {
             let cause = error.cause.as_ref().map(|c| format!(": {c}")).unwrap_or_default();

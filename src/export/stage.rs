@@ -77,8 +77,8 @@ pub const TABLE: [Row; 6] = [
     },
     Row {
         stage: Stage::Sending,
-        durable: "the log: the upload's id, parts that the store has, states of the hashes",
-        next: "send and hash the other parts; record what is about to be put in place",
+        durable: "the log: the upload's id, parts that are planned and that the store has, states of the hashes, chunks",
+        next: "send or copy, and hash, the other parts; record what is about to be put in place",
         recovery: Recovery::Resume,
         found: "sends what the log does not have",
     },
@@ -92,7 +92,7 @@ pub const TABLE: [Row; 6] = [
     Row {
         stage: Stage::Placed,
         durable: "the object; the log: its size, digests and entity tag",
-        next: "put the checksums, record the end",
+        next: "put the index of its chunks and the checksums, record the end",
         recovery: Recovery::Conclude,
         found: "SUCCESS, whatever the source is by now; what stands beside another object stays",
     },
