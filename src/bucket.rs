@@ -6,7 +6,7 @@
 //!
 //! | file | what it owns |
 //! |---|---|
-//! | `object.rs`, `upload.rs`, `own_files.rs` | what can be done in a [`Bucket`]: with objects, with uploads, with our own files |
+//! | `object.rs`, `upload.rs`, `copies.rs`, `own_files.rs` | what can be done in a [`Bucket`]: with objects, with uploads, with parts that the store copies, with our own files |
 //! | `zeros.rs` | the object out of which zeros are copied |
 //! | `probe.rs` | what a store can do, found out at mount |
 //! | `store.rs` | the trait of all stores |
@@ -19,6 +19,7 @@ mod block_cache;
 mod checksum;
 mod client;
 mod connect;
+mod copies;
 mod credentials;
 mod key;
 mod limits;
@@ -170,17 +171,11 @@ impl Bucket {
         Self::new(name, url, store, &RequestLimits::default())
     }
 
-    /// As [`with_stores`](Self::with_stores), over a store that copies no object larger than this with one request.
-    pub fn with_copy_limit(
-        name: &str,
-        url: &str,
-        store: Arc<dyn ObjectStore>,
-        uploads: Arc<dyn MultipartStore>,
-        largest_copy: u64,
-    ) -> Self {
-        let bucket = Self::with_stores(name, url, store, uploads);
-        bucket.inner.abilities.lock().largest_copy = largest_copy;
-        bucket
+    /// The same bucket as one whose store copies no object larger than this with one request, for tests.
+    #[must_use]
+    pub fn with_largest_copy(self, largest_copy: u64) -> Self {
+        self.inner.abilities.lock().largest_copy = largest_copy;
+        self
     }
 
     fn new(name: &str, url: &str, store: Box<dyn Store>, limits: &RequestLimits) -> Self {

@@ -4,12 +4,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use freightfs::bucket::{Bucket, ObjectKey, Replaces, Tags};
+use freightfs::bucket::{Bucket, ObjectKey, Replaces, RequestLimits, Tags};
 use freightfs::error::ErrorKind;
 use freightfs::export::{
     Job, JobQueue, JobRequest, JobSource, JobState, Loaded, QueueSettings, RecordedFile, Retries, StateDir,
@@ -23,6 +23,7 @@ use sha2::digest::common::hazmat::SerializableState;
 use sha2::{Digest, Sha256};
 use support::faulty::FaultyStore;
 use support::images::Random;
+use support::proxy::{Fate, Proxy};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -272,7 +273,7 @@ fn objects_that_a_store_does_not_copy_are_renamed_in_parts() {
     for failing in 0..=7 {
         let store = FaultyStore::new(failing);
         let (objects, uploads) = (Arc::<FaultyStore>::clone(&store), Arc::<FaultyStore>::clone(&store));
-        let bucket = Bucket::with_copy_limit("b", "memory://b", objects, uploads, 10 << 20);
+        let bucket = Bucket::with_stores("b", "memory://b", objects, uploads).with_largest_copy(10 << 20);
         let state = setup.state();
         let queue = setup.queue(&bucket, &state);
         let (from, to) = (ObjectKey::parse("from").unwrap(), ObjectKey::parse("to").unwrap());
@@ -292,6 +293,52 @@ fn objects_that_a_store_does_not_copy_are_renamed_in_parts() {
         let logs = std::fs::read_dir(setup.directory.path().join("state/uploads")).unwrap().count();
         assert_eq!(logs, 0, "request {failing}");
     }
+}
+
+/// First as it is; then a part is not what the store was asked for, and a part cannot be copied.
+#[test]
+fn large_objects_are_renamed_by_copies_of_their_parts_and_read_only_when_those_are_wrong() {
+    let Some(endpoint) = support::s3::endpoint() else { return };
+    let setup = Setup::new(11 << 20);
+    let name = format!("large-renames-{}", std::process::id());
+    let make = ["s3api", "create-bucket", "--bucket", &name];
+    support::succeed(&mut support::s3::aws(&endpoint, &make));
+    let wrong = "<CopyPartResult><ETag>\"0\"</ETag><ChecksumCRC64NVME>AAAAAAAAAAA=</ChecksumCRC64NVME></CopyPartResult>";
+    let (reads, fate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(Fate::Forward)));
+    let (read, next) = (Arc::clone(&reads), Arc::clone(&fate));
+    let proxy = Proxy::start(&endpoint, move |request| {
+        let is_read = request.method == "GET" && request.target.ends_with("/from");
+        read.fetch_add(usize::from(is_read), Ordering::SeqCst);
+        let is_copy = request.is_part() && request.target.contains("/to?");
+        if is_copy { std::mem::replace(&mut *next.lock().unwrap(), Fate::Forward) } else { Fate::Forward }
+    });
+    let client = [("endpoint", proxy.url()), ("allow_http", "true".to_owned())];
+    let client: BTreeMap<_, _> =
+        client.into_iter().map(|(key, value)| (key.to_owned(), value.as_str().into())).collect();
+    let key = |key: &str| ObjectKey::parse(key).unwrap();
+    for (answer, expected) in [(Fate::Forward, 0), (Fate::AnswerWell(wrong), 2), (Fate::Answer(501), 2)] {
+        let url = format!("s3://{name}");
+        let bucket = Bucket::open_with("b", &url, &RequestLimits::default(), &client).unwrap();
+        let bucket = bucket.with_largest_copy(10 << 20);
+        let state = setup.state();
+        let queue = setup.queue(&bucket, &state);
+        setup.runtime.block_on(async {
+            bucket.probe().await.unwrap();
+            let upload = bucket.start_upload(&key("from"), 8 << 20, &Tags::new()).await.unwrap();
+            let content = Bytes::from(setup.content.clone());
+            bucket.put_by_upload(&key("from"), &upload, content.clone(), &Replaces::Anything).await.unwrap();
+            (reads.store(0, Ordering::SeqCst), *fate.lock().unwrap() = answer);
+            queue.rename(&bucket, &key("from"), &key("to"), false).await.unwrap();
+            assert_eq!(reads.load(Ordering::SeqCst), expected, "{answer:?}");
+            assert_eq!(bucket.copies_parts(), expected == 0);
+            assert!(bucket.read(&key("to"), 0..11 << 20, None).await.unwrap() == content);
+            assert_eq!(bucket.head(&key("from")).await.unwrap(), None);
+            bucket.delete(&key("to")).await.unwrap();
+        });
+    }
+    assert!(!support::s3::uploads(&endpoint, &name).contains("UploadId"));
+    let logs = std::fs::read_dir(setup.directory.path().join("state/uploads")).unwrap().count();
+    assert_eq!(logs, 0);
 }
 
 /// The record of the newest job in the state directory, changed.

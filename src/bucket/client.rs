@@ -16,6 +16,7 @@ use object_store::client::{
     ReqwestConnector,
 };
 
+use super::checksum::{Checksum, Crc64};
 use super::key::Unshown;
 use super::listing;
 use super::part_copy::{NOT_IMPLEMENTED, PartCopy};
@@ -63,6 +64,20 @@ pub(super) async fn with_try_limit<T>(limit: Duration, request: impl Future<Outp
 /// How many times a request was sent, counted where it is one of its extensions.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tries(pub(super) Arc<AtomicU32>);
+
+/// The CRC-64/NVME of a whole object, an extension of the answer where the store was asked for checksums.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WholeCrc64(pub(super) u64);
+
+impl WholeCrc64 {
+    /// What the store says ("HeadObject"): checksums of parts do not count.
+    fn of(answer: &HttpResponse) -> Option<Self> {
+        let header = |name: &str| answer.headers().get(name)?.to_str().ok();
+        let is_whole = header("x-amz-checksum-type") == Some("FULL_OBJECT");
+        let crc64 = header(Checksum::Crc64.header()).and_then(Crc64::from_base64);
+        crc64.filter(|_| is_whole).map(Self)
+    }
+}
 
 /// Makes the HTTP clients of one store.
 #[derive(Clone, Debug, Default)]
@@ -163,7 +178,10 @@ impl StoreClient {
             _ => {}
         }
         let is_listing = request.uri().query().is_some_and(listing::is_listing);
-        let answer = self.client.execute(request).await?;
+        let mut answer = self.client.execute(request).await?;
+        if let Some(crc64) = WholeCrc64::of(&answer) {
+            answer.extensions_mut().insert(crc64);
+        }
         if is_listing && answer.status().is_success() { self.shown(answer).await } else { Ok(answer) }
     }
 

@@ -242,6 +242,10 @@ impl<S: Store> Store for LimitedStore<S> {
         self.writing(&self.parts, limit, self.store.put_part(key, upload, part)).await
     }
 
+    async fn crc64(&self, key: &ObjectKey, etag: Option<&str>) -> Result<Option<u64>> {
+        self.promptly(self.store.crc64(key, etag)).await
+    }
+
     async fn copy_part(&self, key: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {
         let range = &part.source.range;
         let limit = self.time_for(range.end - range.start).max(self.timeout * STORE_WORK);

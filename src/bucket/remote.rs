@@ -17,7 +17,7 @@ use object_store::{
 };
 
 use super::checksum::{Checksum, Crc64, composite_etag};
-use super::client::{self, Header, Tries};
+use super::client::{self, Header, Tries, WholeCrc64};
 use super::key::{CONTROL_PREFIX, ObjectKey, Unshown};
 use super::part_copy::PartCopy;
 use super::pending::{self, Answer, Ask, PendingUploads};
@@ -413,6 +413,18 @@ impl Store for RemoteStore {
         let sent = client::with_headers(checksum_header(part.checksum), sent).await;
         let what = || format!("cannot upload part {}", part.index + 1);
         sent.map(|part| part.content_id).map_err(|e| translated(&what(), ErrorKind::UploadFailed, e))
+    }
+
+    async fn crc64(&self, key: &ObjectKey, etag: Option<&str>) -> Result<Option<u64>> {
+        if self.bucket.is_none() {
+            return Ok(None);
+        }
+        let options = GetOptions { head: true, if_match: etag.map(str::to_owned), ..GetOptions::default() };
+        let headers = vec![("x-amz-checksum-mode", "ENABLED".to_owned())];
+        let path = self.path(key)?;
+        let found = client::with_headers(headers, self.store.get_opts(&path, options)).await;
+        let found = found.map_err(|e| translated("cannot look up the object", ErrorKind::Io, e))?;
+        Ok(found.extensions.get::<WholeCrc64>().map(|crc64| crc64.0))
     }
 
     async fn copy_part(&self, key: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {

@@ -250,6 +250,11 @@ pub(super) trait Store: Send + Sync {
     /// Sends a part; returns the id by which it is put together.
     async fn put_part(&self, key: &ObjectKey, upload: &str, part: PutPart) -> Result<String>;
 
+    /// The CRC-64/NVME of an object that has this tag, where the store keeps it.
+    async fn crc64(&self, _: &ObjectKey, _: Option<&str>) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Copies a range of an object as a part of another one.
     async fn copy_part(&self, _: &ObjectKey, _: &str, _: CopyPart) -> Result<CopiedPart> {
         Err(Error::unsupported("this store copies no parts"))

@@ -10,7 +10,7 @@ use tracing::warn;
 use super::checksum::{Crc64, SentTags, composite_etag};
 use super::client::Tries;
 use super::object::SENDINGS;
-use super::store::{CopiedPart, CopyPart, CopySource, PutPart};
+use super::store::PutPart;
 use super::{Bucket, ObjectKey, ObjectMeta, PendingUploads, Replaces, Tags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{GIB, MIB, TIB};
@@ -146,91 +146,6 @@ impl Bucket {
                 return Err(self.named(error, key));
             }
             warn!("a part of {key} is sent again: {}", error.report());
-        }
-    }
-
-    /// Has the store copy a range of an object as part `index`, counted from 0, which stands at `offset` in the object that is
-    /// made, and compares the checksum of what was copied; returns the id by which it is put together. No byte of it passes
-    /// here. After any error but a transient one the part can be sent.
-    ///
-    /// # Errors
-    /// [`Conflict`](ErrorKind::Conflict) when the source is not what it was, or is shorter than that;
-    /// [`Damaged`](ErrorKind::Damaged) when something else was copied than what has that checksum;
-    /// [`Unsupported`](ErrorKind::Unsupported) when the store cannot do this, or does not say the checksum of what it has
-    /// copied, which is remembered; [`NotFound`](ErrorKind::NotFound) when there is no such upload.
-    pub async fn copy_part(
-        &self,
-        key: &ObjectKey,
-        upload: &str,
-        index: usize,
-        offset: u64,
-        source: &CopySource,
-        crc64: u64,
-    ) -> Result<String> {
-        let part = CopyPart { index, offset, source: source.clone(), is_whole: false };
-        let copied = self.copied(key, upload, part).await?;
-        let what = match copied.crc64 {
-            Some(found) if found == crc64 => return Ok(copied.id),
-            Some(_) => {
-                let what = format!(
-                    "part {}: the store has copied something else than was in {}",
-                    index + 1,
-                    source.key
-                );
-                return Err(self.named(Error::new(ErrorKind::Damaged, what), key));
-            }
-            None => "the store does not say what it has copied",
-        };
-        self.forget_copies(what);
-        Err(self.named(Error::unsupported(what), key))
-    }
-
-    /// Has the store copy a part, whatever that is then.
-    async fn copied(&self, key: &ObjectKey, upload: &str, part: CopyPart) -> Result<CopiedPart> {
-        self.check_writable()?;
-        if part.source.range.is_empty() {
-            return Err(self.named(Error::new(ErrorKind::Internal, "a part without bytes"), key));
-        }
-        let source = part.source.clone();
-        let copied = self.store().copy_part(key, upload, part).await;
-        copied.map_err(|error| {
-            match error.kind() {
-                ErrorKind::Unsupported => self.forget_copies("the store copies no ranges of objects"),
-                ErrorKind::Conflict => self.forget_zeros(&source),
-                _ => {}
-            }
-            self.named(error, key)
-        })
-    }
-
-    /// Whether the store copies parts, as [`copy_part`](Self::copy_part) does it, as far as that is known.
-    pub fn copies_parts(&self) -> bool {
-        let abilities = self.inner.abilities.lock();
-        abilities.copies_parts && abilities.copies_failed.is_none()
-    }
-
-    /// Bytes of the smallest part of an upload that is not its last one.
-    pub fn least_part(&self) -> u64 {
-        self.inner.abilities.lock().least_part
-    }
-
-    /// Whether a part can be made of bytes that the store has and of others, by way of an object of both; where parts may be
-    /// small it is not worth it.
-    pub fn splices(&self) -> bool {
-        self.inner.abilities.lock().is_remote
-    }
-
-    /// Whether the store compares the CRC-64/NVME of a whole object before it puts it together.
-    pub fn checks_objects(&self) -> bool {
-        self.inner.abilities.lock().checks_objects
-    }
-
-    /// From now on no parts are copied, because of what went wrong: in words that follow "everything is sent".
-    pub fn forget_copies(&self, why: &str) {
-        let mut abilities = self.inner.abilities.lock();
-        if abilities.copies_failed.is_none() {
-            warn!("bucket {}: everything is sent: {why}", self.name());
-            abilities.copies_failed = Some(why.to_owned());
         }
     }
 
