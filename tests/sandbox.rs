@@ -3,9 +3,12 @@
 
 mod support;
 
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 
 use support::mount::{Mount, World};
 use support::proxied::until;
@@ -123,6 +126,88 @@ fn the_daemon_reaches_no_file_that_is_not_its_own() {
         std::fs::write(mount.key("other"), "some bytes").unwrap();
         mount.unmount();
     }
+}
+
+/// A server that gives credentials which have expired already, lists nothing, and denies everything else: its address, and the tokens by
+/// which it was asked.
+fn credential_server() -> (String, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let tokens = Arc::new(Mutex::new(Vec::new()));
+    let asked = Arc::clone(&tokens);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let head = BufReader::new(&stream).lines().map_while(Result::ok);
+            let head: Vec<_> = head.take_while(|line| !line.is_empty()).collect();
+            let (status, body) = if head.iter().any(|line| line.starts_with("GET /credentials")) {
+                let token = |line: &String| {
+                    let (name, value) = line.split_once(": ")?;
+                    name.eq_ignore_ascii_case("authorization").then(|| value.to_owned())
+                };
+                asked.lock().unwrap().extend(head.iter().find_map(token));
+                let body = r#"{"AccessKeyId":"a","SecretAccessKey":"b","Token":"c","Expiration":"2020-01-01T00:00:00Z"}"#;
+                ("200 OK", body)
+            } else if head.iter().any(|line| line.contains("list-type=2")) {
+                (
+                    "200 OK",
+                    "<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated></ListBucketResult>",
+                )
+            } else {
+                ("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")
+            };
+            let length = body.len();
+            let answer =
+                format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}");
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    (url, tokens)
+}
+
+/// As Kubernetes puts a token into a pod, and a newer one in its place: by a link to another directory.
+fn put_token(directory: &Path, token: &str) {
+    std::fs::create_dir_all(directory.join(token)).unwrap();
+    std::fs::write(directory.join(token).join("token"), token).unwrap();
+    symlink(token, directory.join("new")).unwrap();
+    std::fs::rename(directory.join("new"), directory.join("..data")).unwrap();
+    let _ = symlink("..data/token", directory.join("token"));
+}
+
+#[test]
+fn a_token_that_is_replaced_after_the_mount_is_read_by_the_daemon_that_is_shut_in() {
+    if !can_mount() {
+        return;
+    }
+    let (server, tokens) = credential_server();
+    let mut world = World::new();
+    let directory = world.out("tokens");
+    put_token(&directory, "first");
+    let token = directory.join("token").display().to_string();
+    for (name, value) in [
+        ("AWS_ENDPOINT_URL", &*server),
+        ("AWS_ALLOW_HTTP", "true"),
+        ("AWS_CONTAINER_CREDENTIALS_FULL_URI", &format!("{server}/credentials")),
+        ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", &token),
+    ] {
+        world.environment.push((name.to_owned(), value.to_owned()));
+    }
+    let mut command = world.mount_command(&["--bucket", "b=s3://bucket"]);
+    command
+        .env("HOME", world.path("out"))
+        .env_remove("AWS_ACCESS_KEY_ID")
+        .env_remove("AWS_SECRET_ACCESS_KEY");
+    succeed(&mut command);
+    let mount = world.at();
+    has_layer(&mount, "Landlock");
+    let asked_by = |token: &str| {
+        let _ = std::fs::metadata(mount.key("something"));
+        tokens.lock().unwrap().iter().any(|asked| asked == token)
+    };
+    until("the first token is used", || asked_by("first"));
+    put_token(&directory, "second");
+    until("the second token is used", || asked_by("second"));
+    mount.signal("TERM");
 }
 
 #[test]
