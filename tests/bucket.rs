@@ -706,6 +706,11 @@ fn a_damaged_part_is_sent_again_and_never_completed() {
             if behind.bucket.limitation().is_none() {
                 behind.next(1, Fate::Answer(400), Request::is_part);
                 behind.upload(&k, &content, &Replaces::Anything).await.unwrap();
+                let upload = behind.bucket.start_upload(&k, 8 << 20, &Tags::new()).await.unwrap();
+                behind.next(1, Fate::Answer(400), |request| request.method == "POST");
+                let whole = Replaces::Anything;
+                behind.bucket.put_by_upload(&k, &upload, content.slice(1..), &whole).await.unwrap();
+                assert!(behind.read(&k).await == content.slice(1..));
             }
         });
     }

@@ -182,7 +182,15 @@ impl Bucket {
         let etag = composite_etag(&parts).filter(|_| abilities.has_md5_etags);
         let completed = async {
             let replaces = self.looked_for(key, replaces, abilities.conditions.completions).await?;
-            self.store().complete_upload(key, upload, parts, object_size, &replaces, crc64).await
+            let complete = async |crc64| {
+                let parts = parts.clone();
+                self.store().complete_upload(key, upload, parts, object_size, &replaces, crc64).await
+            };
+            match complete(crc64).await {
+                // The upload was begun by a version that told the store of no checksum.
+                Err(error) if crc64.is_some() && is_final(&error) => complete(None).await,
+                completed => completed,
+            }
         };
         match completed.await {
             Ok(returned) => {
@@ -281,7 +289,7 @@ impl Bucket {
     }
 }
 
-/// Whether a store refuses a part, and will again.
+/// Whether a store refuses a part or a completion, and will again.
 fn is_final(error: &Error) -> bool {
     error.kind() == ErrorKind::UploadFailed && !error.is_transient()
 }
