@@ -5,7 +5,7 @@
 //! part by part, hashes it on the way ([`digests`]), and makes the [`parts`] that the log does not have, of bytes that it
 //! sends or that the store has ([`reused`]); [`place`] puts the object in
 //! place, and finds it there when an earlier process did so. [`early`] sends a file while a program still writes it,
-//! [`copy`] copies an object of a store that does not, [`zeros`] makes the object out of which a store copies zeros.
+//! [`copy`] copies an object that is too large for one request.
 
 pub(super) mod copy;
 pub(super) mod digests;
@@ -20,4 +20,3 @@ pub(super) mod reused;
 mod splices;
 pub(super) mod transfer;
 pub(super) mod uploads;
-pub(super) mod zeros;
