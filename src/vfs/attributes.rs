@@ -117,13 +117,18 @@ impl Attributes {
     }
 
     /// A job puts the content in place that was written, or has done so before: what is set on it is the object's when
-    /// it succeeds.
-    pub(super) fn published_by(&self, object: &ObjectName, job: &str) {
-        self.change_pending(object, |pending| {
-            let set = pending.next.take().unwrap_or_else(|| std::mem::take(&mut pending.set));
-            *pending = Pending { job: Some(job.to_owned()), ..Pending::of_written(set) };
-            !pending.set.is_empty()
-        });
+    /// it succeeds. `publish` makes the content one that is not written any more, so that nobody finds one without the other.
+    pub(super) fn published_by(&self, object: &ObjectName, job: &str, publish: impl FnOnce()) {
+        let (directory, name) = place(object, false);
+        let mut directories = self.directories.lock();
+        publish();
+        let Some(directory) = directories.get_mut(&directory) else { return };
+        let Some(pending) = directory.pending.get_mut(&name) else { return };
+        let set = pending.next.take().unwrap_or_else(|| std::mem::take(&mut pending.set));
+        *pending = Pending { job: Some(job.to_owned()), ..Pending::of_written(set) };
+        if !pending.set.is_empty() {
+            directory.mark(&name);
+        }
     }
 
     /// Moves what is set on a content that is being written.
@@ -354,20 +359,36 @@ impl Vfs {
     async fn file_attributes(&self, object: &ObjectName, is_directory: bool) -> Result<FileAttributes> {
         let (directory, name) = place(object, is_directory);
         self.load(&directory).await?;
-        self.settle_pending(&directory);
-        let being_made = if is_directory { None } else { self.being_made(object) };
-        let known = {
-            let directories = self.attributes.directories.lock();
-            directories.get(&directory).and_then(|directory| match &being_made {
-                Some(job) => directory.pending.get(&name).map(|pending| pending.shown(job.is_none()).clone()),
-                None => directory.files.get(&name).cloned(),
-            })
-        };
+        let (being_made, known) = self.known_attributes(object, &directory, &name, is_directory);
         match known {
-            known if being_made.is_some() => Ok(known.unwrap_or_default()),
+            known if being_made => Ok(known.unwrap_or_default()),
             Some(set) if is_directory => Ok(set),
             Some(set) if set.is_of(self.tag_of(object).await?.as_deref()) => Ok(set),
             _ => Ok(FileAttributes::default()),
+        }
+    }
+
+    /// Whether a content of a name is being made, and what is set on that, or else on what is there.
+    fn known_attributes(
+        &self,
+        object: &ObjectName,
+        directory: &DirectoryName,
+        name: &str,
+        is_directory: bool,
+    ) -> (bool, Option<FileAttributes>) {
+        let being_made = || if is_directory { None } else { self.being_made(object) };
+        loop {
+            let made = being_made();
+            self.settle_pending(directory);
+            let directories = self.attributes.directories.lock();
+            // A job that has ended meanwhile has left what was pending to be settled.
+            if made == being_made() {
+                let known = directories.get(directory).and_then(|directory| match &made {
+                    Some(job) => directory.pending.get(name).map(|pending| pending.shown(job.is_none())),
+                    None => directory.files.get(name),
+                });
+                return (made.is_some(), known.cloned());
+            }
         }
     }
 
@@ -424,10 +445,8 @@ impl Vfs {
 
     /// Puts what was set on a content that is being made over `attr`. What cannot be read is not put there.
     pub(super) async fn overridden(&self, object: &ObjectName, attr: Attr) -> Attr {
-        self.overlaid(object, false, attr, |directory, name| match self.being_made(object) {
-            Some(job) => directory.pending.get(name).map(|pending| pending.shown(job.is_none()).clone()),
-            // It has been published since.
-            None => directory.files.get(name).cloned(),
+        self.overlaid(object, false, attr, |directory, name| {
+            self.known_attributes(object, directory, name, false).1
         })
         .await
     }
@@ -439,7 +458,10 @@ impl Vfs {
         etag: Option<&str>,
         attr: Attr,
     ) -> Attr {
-        let of_object = |directory: &mut Directory, name: &str| {
+        let of_object = |directory: &DirectoryName, name: &str| {
+            self.settle_pending(directory);
+            let mut directories = self.attributes.directories.lock();
+            let directory = directories.get_mut(directory)?;
             let set = directory.files.get_mut(name).filter(|set| set.is_of(etag))?;
             let is_learnt = set.etag.is_none() && etag.is_some();
             set.etag = etag.map(str::to_owned);
@@ -454,7 +476,10 @@ impl Vfs {
 
     /// What was set on a directory.
     pub(super) async fn overridden_directory(&self, object: &ObjectName, attr: Attr) -> Attr {
-        self.overlaid(object, true, attr, |directory, name| directory.files.get(name).cloned()).await
+        self.overlaid(object, true, attr, |directory, name| {
+            self.known_attributes(object, directory, name, true).1
+        })
+        .await
     }
 
     async fn overlaid(
@@ -462,16 +487,14 @@ impl Vfs {
         object: &ObjectName,
         is_directory: bool,
         mut attr: Attr,
-        find: impl FnOnce(&mut Directory, &str) -> Option<FileAttributes>,
+        find: impl FnOnce(&DirectoryName, &str) -> Option<FileAttributes>,
     ) -> Attr {
         let (directory, name) = place(object, is_directory);
         if let Err(error) = self.load(&directory).await {
             warn!(key = %object.1, "attributes cannot be read: {}", error.report());
             return attr;
         }
-        self.settle_pending(&directory);
-        let mut directories = self.attributes.directories.lock();
-        if let Some(set) = directories.get_mut(&directory).and_then(|directory| find(directory, &name)) {
+        if let Some(set) = find(&directory, &name) {
             attr.mode = set.mode.unwrap_or(attr.mode);
             attr.uid = set.uid.unwrap_or(attr.uid);
             attr.gid = set.gid.unwrap_or(attr.gid);

@@ -394,15 +394,18 @@ impl Draft {
             Some(file) => file.file_size(),
             None => job.status().size.unwrap_or(0),
         };
-        publisher.attributes.published_by(&object, &job.id());
         let lane = match job.request().source.image() {
             Some(image) => Lane::Image(image.id.clone()),
             None => Lane::Staging,
         };
         let place = file.map(|file| Place::File(lane, file));
         let published = Published { file_size, etag: None, job: Some(Arc::clone(&job)), place };
-        state.content = Content::Published(published);
-        state.dirty = false;
+        let publish = || {
+            state.content = Content::Published(published);
+            state.dirty = false;
+            *self.view.lock() = state.view();
+        };
+        publisher.attributes.published_by(&object, &job.id(), publish);
         Ok(wait.then_some(job))
     }
 
