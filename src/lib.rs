@@ -31,7 +31,7 @@
 //! holds up the close of its file, and no getattr. Bounds: 16 threads for the readers of each image, for listings of the
 //! catalog, and for staged files, 512 for all images together, one for each request that a local bucket may have in flight;
 //! each write that waits holds its up to 1 MiB; a file that is removed while it is open and that only the bucket has is
-//! fetched up to 256 MiB; 32 files under rsync's temporary names,
+//! fetched up to 256 MiB and for 10 seconds; 32 files under rsync's temporary names,
 //! for an hour, wait for their own.
 //!
 //! # Read path

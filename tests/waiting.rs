@@ -188,6 +188,28 @@ fn what_is_set_on_a_file_while_its_content_before_is_put_in_place_is_that_of_the
     mount.unmount();
 }
 
+#[test]
+fn a_name_is_removed_although_the_bytes_do_not_come_that_somebody_has_open() {
+    let stopped = Stopped::default();
+    let store = stopped.clone();
+    let decide = move |request: &Request| store.fate(request, "GET", "/open");
+    let Some(setup) = Setup::new("removed-open", decide) else { return };
+    let mount = mount_again(&setup, "timeout=3600");
+    std::fs::write(mount.key("open"), Random(1).bytes(300_000)).unwrap();
+    mount.unmount();
+    let mount = mount_again(&setup, "timeout=3600");
+    let file = File::open(mount.key("open")).unwrap();
+    stopped.stop(true);
+    std::fs::remove_file(mount.key("open")).unwrap();
+    assert!(stopped.unanswered.load(Ordering::SeqCst) > 0 && !mount.key("open").exists());
+    stopped.stop(false);
+    setup.proxy.release();
+    let read = file.read_at(&mut [0; 10], 0);
+    assert_eq!(read.unwrap_err().raw_os_error(), Some(libc::ESTALE));
+    drop(file);
+    mount.unmount();
+}
+
 /// Whether the bucket `c` has this mode of some file.
 fn has_mode(setup: &Setup, mode: u32) -> bool {
     let documents = std::fs::read_dir(setup.world.bucket().join(".freightfs/attributes"));

@@ -5,8 +5,8 @@
 //!
 //! - All handles on one file, whenever they were opened, see the same bytes, those that any of them wrote last.
 //! - A file that was removed or replaced by a rename keeps its bytes for those who have it open, as far as they were
-//!   written here or are no more than [`KEPT`]; reads of a larger one that only the bucket had fail with ESTALE. Nothing
-//!   of it is published any more.
+//!   written here or are no more than [`KEPT`] and come within [`KEPT_LIMIT`]; reads of another one that only the bucket
+//!   had fail with ESTALE. Nothing of it is published any more.
 //! - A file that was renamed is published under its new name from then on, whatever was written before or after.
 //! - Another host's new version of the object is another file: handles keep the old one, and what they read of it later
 //!   fails with ESTALE.
@@ -26,9 +26,10 @@ mod table;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
+use tracing::warn;
 
 use self::content::{Content, Place, Published, State, View};
 pub(super) use self::publish::{PublishOptions, Publisher};
@@ -48,6 +49,9 @@ use crate::units::{FileOffset, MIB};
 
 /// Bytes of an object that are fetched to be kept for those who have it open when it is removed or replaced.
 const KEPT: u64 = 256 * MIB;
+
+/// How long that may take.
+const KEPT_LIMIT: Duration = Duration::from_secs(10);
 
 /// An open object. Shared by all handles on it.
 ///
@@ -185,10 +189,18 @@ impl Draft {
             _ => true,
         };
         if !is_kept && !self.is_closed() && state.file_size() <= KEPT {
-            match self.stage(publisher, &mut state, u64::MAX).await {
+            let staged = self.stage(publisher, &mut state, u64::MAX);
+            match tokio::time::timeout(KEPT_LIMIT, staged).await {
                 // It is gone already.
-                Err(error) if error.kind() == ErrorKind::SourceChanged => {}
-                staged => staged?,
+                Ok(Err(error)) if error.kind() == ErrorKind::SourceChanged => {}
+                // The name is not to wait for bytes that do not come, and neither is its directory, which the kernel locks.
+                Ok(Err(error)) if error.is_transient() => {
+                    warn!(key = %self.object().1, "who has it open reads no more of it: {}", error.report());
+                }
+                Err(_) => {
+                    warn!(key = %self.object().1, "who has it open reads no more of it: it came too slowly")
+                }
+                Ok(staged) => staged?,
             }
         }
         if let Content::Staged(staged) = &mut state.content {
