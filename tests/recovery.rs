@@ -773,3 +773,45 @@ fn a_status_is_ended_by_a_mount_without_sidecars_too() {
     assert!(world.get("notes.sha256").is_some() && world.get("notes.md5").is_some());
     world.stop(queue);
 }
+
+#[test]
+fn an_upload_that_another_host_goes_on_with_is_not_swept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    std::fs::create_dir(path("bucket")).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let opened = || Bucket::open("b", &format!("file://{}", path("bucket").display())).unwrap();
+    let state = StateDir::open(&path("state")).unwrap();
+    let identity = std::fs::read_to_string(path("state/id")).unwrap();
+    let (taken, lost, last) = runtime.block_on(async {
+        // Dead processes of this state directory; of the last one there is nothing but its lock, which goes last.
+        let (last, dead) = (opened(), opened());
+        last.sweep(&identity, Vec::new()).await.unwrap();
+        let last = names(&path("bucket/.freightfs/locks")).remove(0);
+        dead.sweep(&identity, Vec::new()).await.unwrap();
+        let start = async || dead.start_upload(&key("k.raw"), 5 << 20, &Tags::new()).await.unwrap();
+        (start().await, start().await, last)
+    });
+    let upload = serde_json::json!({"bucket": "b", "key": "k.raw", "id": taken, "part_size": 5 << 20});
+    let log = serde_json::json!({"upload": upload}).to_string() + "\n";
+    let beat = serde_json::json!({"number": 1, "ended": false, "upload": log});
+    let lease = "leases/0123456789abcdef0123456789abcdef/0000000001";
+    let other = opened();
+    runtime.block_on(async {
+        let put =
+            async |name: &str, text: String| other.put_control(name, text.into(), &Replaces::Nothing).await;
+        put(&format!("{lease}.beat"), beat.to_string()).await.unwrap();
+        put(lease, "{}".to_owned()).await.unwrap();
+    });
+    let settings = QueueSettings { lease: Some(Duration::from_secs(60)), ..QueueSettings::default() };
+    let buckets: BTreeMap<_, _> = [("b".to_owned(), opened())].into();
+    let (metrics, handle) = (Arc::new(Metrics::default()), runtime.handle().clone());
+    let jobs = JobQueue::new(buckets, state.journal(), metrics, settings, handle);
+    jobs.resume(|_| Err(Error::unsupported("no image"))).unwrap();
+    let has = |directory: &str, name: &str| {
+        names(&path("bucket/.freightfs").join(directory)).iter().any(|n| n == name)
+    };
+    until("the end of the sweep", || !has("locks", &last));
+    assert!(!has("uploads", &lost) && has("uploads", &taken), "what another host goes on with is gone");
+    runtime.block_on(jobs.stop());
+}

@@ -278,6 +278,11 @@ impl Bucket {
         self.store().abort_upload(key, upload).await.map_err(|e| self.named(e, key))
     }
 
+    /// Whether the store is one in which dead processes leave files that are [swept](Self::sweep).
+    pub fn has_leftovers(&self) -> bool {
+        !self.abilities().is_remote
+    }
+
     /// Removes what dead processes left of uploads, but for those `kept` and those that another state directory than
     /// `state` may continue. A remote store cannot tell whose an upload is: there only uploads that are known by their id
     /// are ever given up.

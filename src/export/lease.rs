@@ -26,6 +26,9 @@ const BEATS: u32 = 3;
 /// Looks of a follower in the time of a lease.
 const LOOKS: u32 = 5;
 
+/// The directory of all leases among our own files.
+const LEASES: &str = "leases";
+
 /// The last epoch that ten digits can say.
 const LAST_EPOCH: u64 = 9_999_999_999;
 
@@ -285,12 +288,24 @@ pub(super) async fn is_inherited_from(
 
 /// The logs of the uploads that hosts which share the bucket have under way for a key, as far as their newest heartbeats tell.
 pub(super) async fn uploads_of(bucket: &Bucket, key: &ObjectKey) -> Result<Vec<String>> {
-    let directory = directory_of(key);
-    let mut epochs = epochs(bucket, &directory).await?;
+    uploads_in(bucket, &directory_of(key)).await
+}
+
+/// The same for all keys of a bucket.
+pub(super) async fn all_uploads(bucket: &Bucket) -> Result<Vec<String>> {
+    let mut logs = Vec::new();
+    for name in bucket.list_control(LEASES).await? {
+        logs.extend(uploads_in(bucket, &format!("{LEASES}/{name}")).await?);
+    }
+    Ok(logs)
+}
+
+async fn uploads_in(bucket: &Bucket, directory: &str) -> Result<Vec<String>> {
+    let mut epochs = epochs(bucket, directory).await?;
     epochs.sort_unstable_by(|a, b| b.cmp(a));
     let mut logs = Vec::new();
     for epoch in epochs.into_iter().take(EPOCHS_KEPT) {
-        let beat: Option<Beat> = read(bucket, &beat_name(&directory, epoch)).await?;
+        let beat: Option<Beat> = read(bucket, &beat_name(directory, epoch)).await?;
         logs.extend(beat.and_then(|beat| beat.upload));
     }
     Ok(logs)
@@ -298,7 +313,7 @@ pub(super) async fn uploads_of(bucket: &Bucket, key: &ObjectKey) -> Result<Vec<S
 
 /// The name below our own files of a key's leases.
 fn directory_of(key: &ObjectKey) -> String {
-    format!("leases/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32])
+    format!("{LEASES}/{}", &hex::encode(Sha256::digest(key.as_str().as_bytes()))[..32])
 }
 
 /// The next epoch.

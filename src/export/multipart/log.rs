@@ -242,6 +242,14 @@ impl UploadLog {
         Some(text.split_inclusive('\n').filter(|line| !line.starts_with(CHUNKS)).collect())
     }
 
+    /// The id of the upload that a log is about, by its text.
+    pub(in crate::export) fn id_in(text: &str) -> Option<String> {
+        text.lines().find_map(|line| match opened(line.as_bytes()) {
+            Some(Line::Upload(name)) => Some(name.id),
+            _ => None,
+        })
+    }
+
     /// The log that another host wrote of an upload of this key, as one of this host's, where the bucket may have another
     /// name. `None` when it is not one.
     pub(in crate::export) fn adopt(

@@ -51,8 +51,9 @@ impl JobQueue {
         let state = self.context.journal.identity();
         for mounted in self.context.buckets.values() {
             let (bucket, state, kept) = (mounted.bucket.clone(), state.to_owned(), kept.clone());
+            let is_shared = self.context.settings.lease.is_some();
             self.context.runtime.spawn(async move {
-                if let Err(error) = bucket.sweep(&state, kept).await {
+                if let Err(error) = sweep(&bucket, &state, kept, is_shared).await {
                     warn!(bucket = bucket.name(), "what is left over stays: {}", error.report());
                 }
             });
@@ -142,6 +143,16 @@ impl JobQueue {
             }
         });
     }
+}
+
+/// Removes what this state directory's earlier processes left of uploads in a local bucket, but for those `kept` and those
+/// that other hosts go on with.
+async fn sweep(bucket: &Bucket, state: &str, mut kept: Vec<String>, is_shared: bool) -> Result<()> {
+    if bucket.has_leftovers() && is_shared {
+        let logs = lease::all_uploads(bucket).await?;
+        kept.extend(logs.iter().filter_map(|log| UploadLog::id_in(log)));
+    }
+    bucket.sweep(state, kept).await
 }
 
 /// Gives up an upload that no job of this host goes on with, unless another host does.
