@@ -237,6 +237,11 @@ impl Bucket {
         Ok(())
     }
 
+    /// Waits until the limit on the bytes that are sent in a second lets anything be sent.
+    pub async fn wait_for_rate(&self) {
+        self.throttle(0).await;
+    }
+
     /// Waits until so many bytes may be sent.
     async fn throttle(&self, length: usize) {
         if let Some(rate) = &self.inner.limits.rate {

@@ -77,24 +77,43 @@ async fn look(context: &Arc<Context>, recorded: &RecordedIntent) -> Result<Optio
     if let Some(early) = intent.early_by(pending.at) {
         return Ok(Some(early));
     }
-    let candidates: Vec<_> = pending.uploads.iter().filter(|upload| intent.may_be(upload)).collect();
-    if !candidates.is_empty() {
-        let uploads = context.uploads.clone();
-        let named: HashSet<String> = joined(tokio::task::spawn_blocking(move || uploads.named()).await)??;
-        let leased = lease::uploads_of(bucket, key).await?;
-        for upload in candidates {
-            let is_known = named.contains(&upload.id)
-                || leased.iter().any(|log| log.contains(&upload.id))
-                || has_part(bucket, key, &upload.id).await?;
-            if !is_known {
+    let ids = pending.uploads.into_iter().filter(|upload| intent.may_be(upload)).map(|upload| upload.id);
+    let candidates = unknown(context, bucket, key, ids.collect()).await?;
+    match recorded.lost(candidates) {
+        Err(early) => return Ok(Some(early)),
+        Ok(lost) => {
+            for upload in lost {
                 failpoint::pass(Step::UploadAbort)?;
-                bucket.abort_upload(key, &upload.id).await?;
+                bucket.abort_upload(key, &upload).await?;
                 info!(%key, "an upload that had begun unheard was given up");
             }
         }
     }
     recorded.remove();
     Ok(None)
+}
+
+/// Those of a key's uploads that no log and no heartbeat names, and that have no part.
+async fn unknown(
+    context: &Arc<Context>,
+    bucket: &Bucket,
+    key: &ObjectKey,
+    uploads: Vec<String>,
+) -> Result<Vec<String>> {
+    if uploads.is_empty() {
+        return Ok(uploads);
+    }
+    let logs = context.uploads.clone();
+    let named: HashSet<String> = joined(tokio::task::spawn_blocking(move || logs.named()).await)??;
+    let leased = lease::uploads_of(bucket, key).await?;
+    let mut unknown = Vec::new();
+    for id in uploads {
+        let is_named = named.contains(&id) || leased.iter().any(|log| log.contains(&id));
+        if !is_named && !has_part(bucket, key, &id).await? {
+            unknown.push(id);
+        }
+    }
+    Ok(unknown)
 }
 
 /// Whether an upload has a part, or is gone.

@@ -9,9 +9,10 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::bucket::{ObjectKey, PendingUpload, PendingUploads, START_LIMIT, random};
@@ -63,6 +64,8 @@ pub(in crate::export) struct Intent {
 pub(in crate::export) struct RecordedIntent {
     pub(in crate::export) intent: Intent,
     path: PathBuf,
+    /// The uploads that were found at the first look, and when that was, by the clock that nobody sets.
+    found: Mutex<Option<(Instant, Vec<String>)>>,
 }
 
 impl Intent {
@@ -112,7 +115,7 @@ impl Intent {
             file.sync_all()?;
             File::open(directory)?.sync_all()
         });
-        let recorded = RecordedIntent { intent: self, path };
+        let recorded = RecordedIntent { intent: self, path, found: Mutex::default() };
         if let Err(error) = written {
             recorded.remove();
             return Err(failed(error));
@@ -133,7 +136,25 @@ impl RecordedIntent {
         let text = whole_file::read(&path, MAX_SIZE);
         let text = text.map_err(|e| if whole_file::is_unfit(&e) { damaged().because(e) } else { e })?;
         let intent = unsealed(&text).ok_or_else(damaged)?;
-        Ok(Self { intent, path })
+        Ok(Self { intent, path, found: Mutex::default() })
+    }
+
+    /// How long it is too early to take these uploads for lost ones, or those of them that are. Where the store names who has
+    /// started an upload, one look is enough. Elsewhere they may be another program's, which waits before it sends its first
+    /// part: they have to be without one at two looks.
+    pub(in crate::export) fn lost(
+        &self,
+        candidates: Vec<String>,
+    ) -> std::result::Result<Vec<String>, Duration> {
+        if self.intent.initiator.is_some() || candidates.is_empty() {
+            return Ok(candidates);
+        }
+        let mut found = self.found.lock();
+        let (at, before) = found.get_or_insert_with(|| (Instant::now(), candidates.clone()));
+        match settle_time().saturating_sub(at.elapsed()) {
+            Duration::ZERO => Ok(candidates.into_iter().filter(|id| before.contains(id)).collect()),
+            early => Err(early),
+        }
     }
 
     /// There is nothing to be looked for any more. One that stays is looked for once more, by the next mount.
@@ -202,6 +223,23 @@ mod tests {
         assert_eq!((early("12:15:00"), early("23:00:00")), (None, None));
         // A clock that was set back.
         assert_eq!(early("11:00:00"), Some(Duration::from_secs(4500)));
+    }
+
+    #[test]
+    fn where_nobody_says_who_started_an_upload_it_is_looked_at_twice() {
+        let directory = tempfile::tempdir().unwrap();
+        let ids = |ids: &[&str]| ids.iter().map(|&id| id.to_owned()).collect::<Vec<_>>();
+        let known = intent(Some("me")).record(directory.path(), "x").unwrap();
+        assert_eq!(known.lost(ids(&["1", "2"])), Ok(ids(&["1", "2"])));
+        let unknown = intent(None).record(directory.path(), "x").unwrap();
+        assert_eq!(unknown.lost(Vec::new()), Ok(Vec::new()));
+        for _ in 0..2 {
+            let early = unknown.lost(ids(&["1", "2"])).unwrap_err();
+            assert!(!early.is_zero() && early <= SETTLE);
+        }
+        // Later one has a part, and another one has begun.
+        unknown.found.lock().as_mut().unwrap().0 -= SETTLE;
+        assert_eq!(unknown.lost(ids(&["2", "3"])), Ok(ids(&["2"])));
     }
 
     #[test]

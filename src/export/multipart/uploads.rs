@@ -128,6 +128,8 @@ impl Uploads {
         part_size: u64,
         log_id: &str,
     ) -> Result<Arc<UploadLog>> {
+        // An upload is not to be without a part for as long as its first one waits for the rate's limit.
+        bucket.wait_for_rate().await;
         let gate = self.gate(bucket.name(), key);
         let _guard = gate.lock().await;
         let begin = Instant::now();
