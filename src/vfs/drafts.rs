@@ -1,13 +1,12 @@
 //! Opening and closing objects, and taking them away from under those who have them open.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::draft::{Draft, Unlinked};
 use super::inode::{Ino, Node};
 use super::{Attr, AttrChange, ObjectName, Vfs};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::JobSource;
 
 /// How long a rename waits for the job that publishes what a program wrote.
 const PREVIOUS_LIMIT: Duration = Duration::from_secs(10);
@@ -132,18 +131,19 @@ impl Vfs {
 
     /// Refuses to touch what a job is making; one that publishes what a program wrote is waited for.
     pub(super) async fn check_settled(&self, object: &ObjectName) -> Result<()> {
-        self.publisher.wait_for_previous(object, PREVIOUS_LIMIT).await;
-        match self.jobs.active(&object.0, &object.1) {
-            None => Ok(()),
-            Some(job)
-                if matches!(job.request().source, JobSource::Image(_))
-                    && self.publisher.is_repeat(object, &job) =>
-            {
-                Ok(())
+        let end = Instant::now() + PREVIOUS_LIMIT;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            self.publisher.wait_for_previous(object, left).await;
+            let Some(job) = self.jobs.active(&object.0, &object.1) else { return Ok(()) };
+            let is_image = job.request().source.image().is_some();
+            if is_image && self.publisher.is_repeat(object, &job) {
+                return Ok(());
             }
-            Some(_) => {
+            // A last close may have begun to publish in this moment.
+            if is_image || left.is_zero() {
                 let busy = Error::new(ErrorKind::Busy, "a job is making this object");
-                Err(busy.in_file(object.1.as_str()))
+                return Err(busy.in_file(object.1.as_str()));
             }
         }
     }
