@@ -13,9 +13,9 @@ use crate::units::{GIB, KIB, MIB};
 pub(in crate::export) type Digest = [u8; 32];
 
 /// Largest file whose chunks have the smallest average: 2^18 of them.
-const SMALL_FILE: u64 = 64 * GIB;
+const SMALL_FILE: u64 = 16 * GIB;
 /// Average length of the chunks of such a file.
-const SMALLEST_AVERAGE: u32 = 256 * KIB as u32;
+const SMALLEST_AVERAGE: u32 = 64 * KIB as u32;
 /// Longest average: a chunk is held in memory whole.
 pub(super) const LONGEST_AVERAGE: u32 = 16 * MIB as u32;
 
@@ -37,8 +37,9 @@ impl ChunkSizes {
         Self { min: average / 2, average, max: average * 4 }
     }
 
-    /// Those for a file of at most so many bytes: 128 KiB, 256 KiB and 1 MiB up to 64 GiB, four times as much for each
-    /// four times of that, and not more than 64 MiB.
+    /// Those for a file of at most so many bytes: 32 KiB, 64 KiB and 256 KiB up to 16 GiB, four times as much for each
+    /// four times of that, and not more than 64 MiB. Files of packages are about as long as chunks of 64 KiB: with four times
+    /// as long ones, a night's upgrades cost half as many bytes again.
     pub(in crate::export) fn for_file(size_bound: u64) -> Self {
         let (mut average, mut file) = (SMALLEST_AVERAGE, SMALL_FILE);
         while file < size_bound && average < LONGEST_AVERAGE {
@@ -326,9 +327,9 @@ mod tests {
     #[test]
     fn the_number_of_chunks_of_large_files_is_bounded_and_so_are_chunks() {
         let sizes = |size| ChunkSizes::for_file(size);
-        assert_eq!(sizes(0), ChunkSizes { min: 128 << 10, average: 256 << 10, max: 1 << 20 });
-        assert_eq!(sizes(64 * GIB), sizes(0));
-        assert_eq!(sizes(64 * GIB + 1).average, 1 << 20);
+        assert_eq!(sizes(0), ChunkSizes { min: 32 << 10, average: 64 << 10, max: 256 << 10 });
+        assert_eq!(sizes(16 * GIB), sizes(0));
+        assert_eq!(sizes(16 * GIB + 1).average, 256 << 10);
         for shift in 30..42 {
             let size = 1u64 << shift;
             assert!(size / u64::from(sizes(size).average) <= 1 << 18, "{size}");
