@@ -3,6 +3,7 @@
 //!
 //! One run of each operation finds which steps it passes, and how often. By default each step of an operation is hit at
 //! its first and at its last pass; `FREIGHTFS_CRASH=all cargo test --test crash` hits every pass, in half an hour.
+//! `FREIGHTFS_CRASH_OPERATION=Export` tries that one only.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
@@ -16,8 +17,9 @@ use std::path::{Path, PathBuf};
 
 use freightfs::export::sidecars::Sidecar;
 use freightfs::failpoint::Step;
+use futures::TryStreamExt;
 use object_store::aws::AmazonS3;
-use object_store::{ObjectStoreExt, PutPayload};
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use support::images::Random;
 use support::mount::{Mount, World};
 use support::proxied::until;
@@ -75,17 +77,19 @@ enum Operation {
     Renewed,
     /// A file of a few bytes, in a mount that finds more ended jobs than it remembers.
     Pruned,
+    /// A copy of an image's file over the object of an earlier export of it, of which the store has most.
+    Changed,
 }
 
-use Operation::{Cut, Export, Large, Pruned, Rename, Renewed, Shared, Small, Unlink, Unmount};
+use Operation::{Changed, Cut, Export, Large, Pruned, Rename, Renewed, Shared, Small, Unlink, Unmount};
 
-const OPERATIONS: [Operation; 10] =
-    [Export, Shared, Small, Large, Cut, Rename, Unlink, Unmount, Renewed, Pruned];
+const OPERATIONS: [Operation; 11] =
+    [Export, Shared, Small, Large, Cut, Rename, Unlink, Unmount, Renewed, Pruned, Changed];
 
 impl Operation {
     /// Whether a job makes the object of an image after close.
     fn is_export(self) -> bool {
-        matches!(self, Export | Shared | Unmount | Renewed)
+        matches!(self, Export | Shared | Unmount | Renewed | Changed)
     }
 
     /// Whether a step is hit in this operation: that of others hits it otherwise.
@@ -93,6 +97,7 @@ impl Operation {
         match self {
             Renewed => step == Step::StatusRenew,
             Pruned => step == Step::RecordPrune,
+            Changed => [Step::PartCopy, Step::SpliceRemove, Step::IndexPut].contains(&step),
             _ => true,
         }
     }
@@ -149,6 +154,8 @@ struct Bench {
     part: usize,
     image: Vec<u8>,
     large: Vec<u8>,
+    /// An image as it was exported once, and as it is.
+    changed: [Vec<u8>; 2],
     /// The objects of an export with the key `from.raw`.
     export: BTreeMap<String, Vec<u8>>,
     /// The record of that export's job.
@@ -184,10 +191,13 @@ impl Bench {
             image: Random(1).bytes(part + 512),
             // Larger ones are sent to a store while they are written, from 16 MiB on.
             large: Random(2).bytes(if is_remote { 17 << 20 } else { part } + 999),
+            changed: [Random(3).bytes(2 * part + part / 2), Vec::new()],
             export: BTreeMap::new(),
             record: String::new(),
             next: Default::default(),
         };
+        bench.changed[1] = bench.changed[0].clone();
+        bench.changed[1][part + part / 4..][..4096].fill(1);
         (bench.export, bench.record) = bench.template();
         bench
     }
@@ -240,13 +250,17 @@ impl Bench {
     fn key(&self, operation: Operation) -> &'static str {
         match operation {
             Unlink => "from.raw",
-            Export | Shared | Unmount | Renewed | Rename => "k.raw",
+            Export | Shared | Unmount | Renewed | Changed | Rename => "k.raw",
             Small | Pruned | Large | Cut => "k",
         }
     }
 
     fn old(&self, operation: Operation) -> &[u8] {
-        if operation == Unlink { &self.image } else { OLD }
+        match operation {
+            Unlink => &self.image,
+            Changed => &self.changed[0],
+            _ => OLD,
+        }
     }
 
     fn new_object(&self, operation: Operation) -> Option<&[u8]> {
@@ -254,11 +268,15 @@ impl Bench {
             Export | Shared | Unmount | Renewed | Rename => Some(&self.image),
             Large => Some(&self.large),
             Small | Pruned | Cut => Some(NEW),
+            Changed => Some(&self.changed[1]),
             Unlink => None,
         }
     }
 
     fn prepare(&self, setup: &Setup, operation: Operation) {
+        if operation == Changed {
+            return self.export_before(setup);
+        }
         setup.store.put(self.key(operation), self.old(operation));
         if matches!(operation, Rename | Unlink) {
             for (name, bytes) in &self.export {
@@ -270,10 +288,22 @@ impl Bench {
         }
     }
 
+    /// Exports an image, which changes then.
+    fn export_before(&self, setup: &Setup) {
+        let image = setup.world.catalog().join("image.raw");
+        std::fs::write(&image, &self.changed[0]).unwrap();
+        let mount = setup.mount(Changed, None).unwrap();
+        copy(&mount.path("images/image/image.raw"), &mount.key("k.raw")).unwrap();
+        mount.wait("k.raw");
+        end(&mount);
+        std::fs::remove_file(setup.steps()).unwrap();
+        std::fs::write(&image, &self.changed[1]).unwrap();
+    }
+
     fn perform(&self, setup: &Setup, mount: &Mount, operation: Operation) -> std::io::Result<()> {
         let key = mount.key(self.key(operation));
         match operation {
-            Export | Shared | Renewed => copy(&mount.path("images/image/image.raw"), &key),
+            Export | Shared | Renewed | Changed => copy(&mount.path("images/image/image.raw"), &key),
             Unmount => {
                 copy(&mount.path("images/image/image.raw"), &key)?;
                 std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640))
@@ -497,8 +527,9 @@ impl Setup<'_> {
                 let own =
                     command("find").arg(directory.join(".freightfs")).args(["-type", "f"]).output().unwrap();
                 let own = String::from_utf8_lossy(&own.stdout).into_owned();
-                let is_kept =
-                    |line: &&str| ["/attributes/", "/lease", "/lock"].iter().any(|kept| line.contains(kept));
+                let is_kept = |line: &&str| {
+                    ["/attributes/", "/chunks/", "/lease", "/lock"].iter().any(|kept| line.contains(kept))
+                };
                 left.extend(
                     own.lines().filter(|line| !is_kept(line)).map(|line| format!("left over: {line}")),
                 );
@@ -589,7 +620,11 @@ fn all_passes(bench: &Bench, place: &str) -> Vec<(Operation, BTreeMap<&'static s
 /// Enumerates all operations. One case after the other: a program that another thread starts would have our files open
 /// for a moment, and its start would close them.
 fn enumerate(bench: &Bench, place: &str) {
-    let all = all_passes(bench, place);
+    let only = std::env::var("FREIGHTFS_CRASH_OPERATION").ok();
+    let all = all_passes(bench, place).into_iter();
+    let all: Vec<_> = all
+        .filter(|(operation, _)| only.as_ref().is_none_or(|only| *only == format!("{operation:?}")))
+        .collect();
     let cases: Vec<_> = all
         .iter()
         .flat_map(|(operation, passes)| cases(*operation, passes, bench.remote.is_some()))
@@ -644,6 +679,9 @@ fn no_crash_at_any_step_leaves_an_s3_bucket_worse_or_anything_behind() {
     let remote = bench.remote.as_ref().unwrap();
     let left = s3::uploads(&remote.endpoint, &remote.bucket);
     assert_eq!(left.trim(), "None", "uploads are left over");
+    let objects: Vec<_> = remote.runtime.block_on(remote.client.list(None).try_collect()).unwrap();
+    let spliced = objects.iter().filter(|object| object.location.as_ref().contains("/splices/"));
+    assert_eq!(spliced.count(), 0, "objects of splices are left over");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod line;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -44,6 +45,8 @@ pub(super) fn given_up() -> String {
 pub(in crate::export) struct UploadLog {
     name: UploadName,
     inner: Mutex<Inner>,
+    /// Objects of splices that may be in the bucket.
+    splices: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -76,7 +79,8 @@ impl UploadLog {
         let failed = |e| Error::from_io("cannot record the upload", e).in_file(&place);
         File::options().append(true).create_new(true).open(&path).map_err(failed)?;
         let directory = path.parent().unwrap_or(Path::new(".")).to_owned();
-        let log = Self { inner: Mutex::new(Inner::new(path, 0)), name: name.clone() };
+        let inner = Mutex::new(Inner::new(path, 0));
+        let log = Self { inner, name: name.clone(), splices: AtomicUsize::new(0) };
         log.inner.lock().append(&Line::Upload(name), true)?;
         File::open(directory).and_then(|d| d.sync_all()).map_err(failed)?;
         Ok(log)
@@ -111,7 +115,10 @@ impl UploadLog {
                 }
             }
         }
-        name.map(|name| Self { name, inner: Mutex::new(inner) })
+        let log = Self { name: name?, inner: Mutex::new(inner), splices: AtomicUsize::new(0) };
+        let splices = log.plans().iter().filter(|plan| matches!(plan.making, Making::Splice(_))).count();
+        log.splices.store(splices, Ordering::SeqCst);
+        Some(log)
     }
 
     pub(in crate::export) fn name(&self) -> &UploadName {
@@ -147,6 +154,11 @@ impl UploadLog {
     /// A part is about to be made.
     pub(in crate::export) fn plan(&self, index: usize, plan: PartPlan) {
         self.note(Line::Plan { index, plan });
+    }
+
+    /// Objects of splices that may be in the bucket.
+    pub(super) fn splices(&self) -> &AtomicUsize {
+        &self.splices
     }
 
     /// The chunks from `at` on, where those before end.

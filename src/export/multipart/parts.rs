@@ -139,6 +139,7 @@ impl Destination {
     /// short as it is, and then a copy of that.
     async fn splice(&self, index: usize, plan: &PartPlan, kept: &Copied, sent: Bytes) -> Result<String> {
         let key = splices::key(&self.log, index);
+        splices::begin(&self.log);
         let crc64 = Crc64::new(kept.crc64, kept.length).then(Crc64::of(&sent)).value();
         let (part_size, log_id) = (self.log.name().part_size, splices::log_id(&self.log, index));
         let log = self.uploads.begin(&self.bucket, &key, &Tags::new(), part_size, &log_id).await?;
@@ -167,7 +168,7 @@ impl Destination {
         let (to, upload) = (&self.log.name().key, &self.log.name().id);
         let copied = self.bucket.copy_part(to, upload, index, plan.offset, &whole, crc64).await;
         let id = self.copied(copied)?;
-        splices::remove(&self.bucket, &key).await;
+        splices::end(&self.bucket, &self.log, key).await;
         Ok(id)
     }
 

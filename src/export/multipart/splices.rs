@@ -1,11 +1,17 @@
 //! The objects of splices: parts of which the store has the beginning, while they are put together. Their names follow from
 //! the upload, so that whoever ends it can remove them.
 
+use std::sync::atomic::Ordering;
+
+use futures::{StreamExt, stream};
 use tracing::debug;
 
 use super::log::{Making, UploadLog};
 use crate::bucket::{Bucket, ObjectKey};
 use crate::failpoint::{self, Step};
+
+/// Objects that are removed at once.
+const REMOVED_AT_ONCE: usize = 4;
 
 /// The object of a part, which nobody else has: the ids of uploads are the store's.
 pub(super) fn key(log: &UploadLog, index: usize) -> ObjectKey {
@@ -24,21 +30,40 @@ fn name(log: &UploadLog, index: usize) -> String {
 
 /// Removes what an earlier process may have left, or one that gives the upload up.
 pub(super) async fn remove_all(bucket: &Bucket, log: &UploadLog) {
-    for (index, plan) in log.plans().iter().enumerate() {
-        if matches!(plan.making, Making::Splice(_)) {
-            remove(bucket, &key(log, index)).await;
-        }
+    if log.splices().load(Ordering::SeqCst) == 0 {
+        return;
+    }
+    let plans = log.plans();
+    let spliced = plans.iter().enumerate().filter(|(_, plan)| matches!(plan.making, Making::Splice(_)));
+    let removing: Vec<_> = spliced.map(|(index, _)| remove(bucket.clone(), key(log, index))).collect();
+    let removed: Vec<bool> = stream::iter(removing).buffer_unordered(REMOVED_AT_ONCE).collect().await;
+    if removed.into_iter().all(|removed| removed) {
+        log.splices().store(0, Ordering::SeqCst);
+    }
+}
+
+/// An object is about to be made.
+pub(super) fn begin(log: &UploadLog) {
+    log.splices().fetch_add(1, Ordering::SeqCst);
+}
+
+/// Removes an object that is not needed any more.
+pub(super) async fn end(bucket: &Bucket, log: &UploadLog, key: ObjectKey) {
+    if remove(bucket.clone(), key).await {
+        log.splices().fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// Removes one. Where that fails it is tried again when the upload is resumed or given up; the next try of the same part
 /// replaces it.
-pub(super) async fn remove(bucket: &Bucket, key: &ObjectKey) {
+async fn remove(bucket: Bucket, key: ObjectKey) -> bool {
     let removed = async {
         failpoint::pass(Step::SpliceRemove)?;
-        bucket.delete(key).await
+        bucket.delete(&key).await
     };
     if let Err(error) = removed.await {
         debug!("the object of a splice could not be removed: {}", error.report());
+        return false;
     }
+    true
 }
