@@ -327,7 +327,8 @@ fn large_objects_are_renamed_by_copies_of_their_parts_and_read_only_when_those_a
             let upload = bucket.start_upload(&key("from"), 8 << 20, &Tags::new()).await.unwrap();
             let content = Bytes::from(setup.content.clone());
             bucket.put_by_upload(&key("from"), &upload, content.clone(), &Replaces::Anything).await.unwrap();
-            (reads.store(0, Ordering::SeqCst), *fate.lock().unwrap() = answer);
+            reads.store(0, Ordering::SeqCst);
+            *fate.lock().unwrap() = answer;
             queue.rename(&bucket, &key("from"), &key("to"), false).await.unwrap();
             assert_eq!(reads.load(Ordering::SeqCst), expected, "{answer:?}");
             assert_eq!(bucket.copies_parts(), expected == 0);

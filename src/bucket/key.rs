@@ -165,4 +165,18 @@ mod tests {
         ObjectKey::parse(&"x".repeat(255)).unwrap();
         ObjectKey::parse("x/.freightfs").unwrap();
     }
+
+    #[test]
+    fn logs_may_name_our_own_files_and_no_other_path() {
+        #[derive(Deserialize)]
+        struct Line(#[serde(deserialize_with = "ObjectKey::deserialize_any")] ObjectKey);
+        let read = |key: &str| serde_json::from_value::<Line>(key.into()).map(|line| line.0.to_string()).ok();
+        for good in ["a/b", ".freightfs/zeros", ".freightfs/splices/1-2"] {
+            assert_eq!(read(good).as_deref(), Some(good));
+            assert_eq!(serde_json::from_value::<ObjectKey>(good.into()).is_ok(), good == "a/b");
+        }
+        for bad in ["", ".freightfs", ".freightfs/", ".freightfs/../x", ".freightfs//x", "../x"] {
+            assert_eq!(read(bad), None, "{bad:?}");
+        }
+    }
 }
