@@ -56,6 +56,7 @@ pub enum Fate {
 pub struct Proxy {
     address: String,
     log: Arc<Mutex<Vec<(Request, u16)>>>,
+    received: Arc<AtomicUsize>,
     hangs: Arc<Hangs>,
 }
 
@@ -77,18 +78,20 @@ impl Proxy {
         let log = Arc::new(Mutex::new(Vec::new()));
         let decide: Arc<Mutex<Box<Decide>>> = Arc::new(Mutex::new(Box::new(decide)));
         let (shared, hangs) = (Arc::clone(&log), Arc::<Hangs>::default());
+        let received = Arc::<AtomicUsize>::default();
+        let counted = Arc::clone(&received);
         let shared_hangs = Arc::clone(&hangs);
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let (upstream, decide, log) = (upstream.clone(), Arc::clone(&decide), Arc::clone(&shared));
-                let hangs = Arc::clone(&shared_hangs);
+                let (hangs, received) = (Arc::clone(&shared_hangs), Arc::clone(&counted));
                 std::thread::spawn(move || {
                     // A client that goes away is no failure of the proxy.
-                    let _ = serve(client, &upstream, &decide, &log, &hangs);
+                    let _ = serve(client, &upstream, &decide, &log, &hangs, &received);
                 });
             }
         });
-        Self { address, log, hangs }
+        Self { address, log, received, hangs }
     }
 
     /// How many requests hang.
@@ -105,6 +108,11 @@ impl Proxy {
         self.address.clone()
     }
 
+    /// The bytes of the bodies that were forwarded to the server so far.
+    pub fn received(&self) -> usize {
+        self.received.load(Ordering::SeqCst)
+    }
+
     /// The requests that were answered so far, with the status of the answer.
     pub fn answered(&self) -> Vec<(Request, u16)> {
         self.log.lock().unwrap().clone()
@@ -117,6 +125,7 @@ fn serve(
     decide: &Mutex<Box<Decide>>,
     log: &Mutex<Vec<(Request, u16)>>,
     hangs: &Hangs,
+    received: &AtomicUsize,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(client.try_clone()?);
     let mut head = Vec::new();
@@ -194,6 +203,7 @@ fn serve(
     let mut server = TcpStream::connect(upstream)?;
     server.write_all(&head)?;
     server.write_all(&body)?;
+    received.fetch_add(body.len(), Ordering::SeqCst);
     if matches!(fate, Fate::DamageAnswer | Fate::HalveAnswer) {
         return damage_answer(client, server, request, log, fate == Fate::HalveAnswer);
     }
