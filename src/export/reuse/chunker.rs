@@ -182,14 +182,14 @@ impl Chunker {
 /// How many zeros `bytes` begin with.
 fn leading_zeros(bytes: &[u8]) -> usize {
     let (blocks, _) = bytes.as_chunks::<64>();
-    let whole = 64 * blocks.iter().take_while(|block| is_zero(*block)).count();
+    let whole = 64 * blocks.iter().take_while(|block| is_zero(block)).count();
     whole + bytes[whole..].iter().take_while(|byte| **byte == 0).count()
 }
 
 /// How many zeros `bytes` end with.
 fn trailing_zeros(bytes: &[u8]) -> usize {
     let (_, blocks) = bytes.as_rchunks::<64>();
-    let whole = 64 * blocks.iter().rev().take_while(|block| is_zero(*block)).count();
+    let whole = 64 * blocks.iter().rev().take_while(|block| is_zero(block)).count();
     whole + bytes[..bytes.len() - whole].iter().rev().take_while(|byte| **byte == 0).count()
 }
 
