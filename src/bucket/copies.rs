@@ -16,7 +16,7 @@ impl Bucket {
     /// [`Conflict`](ErrorKind::Conflict) when the source is not what it was, or is shorter than that;
     /// [`Damaged`](ErrorKind::Damaged) when something else was copied than what has that checksum;
     /// [`Unsupported`](ErrorKind::Unsupported) when the store cannot do this, or does not say the checksum of what it has
-    /// copied, which is remembered; [`NotFound`](ErrorKind::NotFound) when there is no such upload.
+    /// copied; [`NotFound`](ErrorKind::NotFound) when there is no such upload.
     pub async fn copy_part(
         &self,
         key: &ObjectKey,
@@ -58,13 +58,17 @@ impl Bucket {
         }
         let part = CopyPart { index, offset, source: source.clone(), is_whole: false };
         let copied = self.store().copy_part(key, upload, part).await;
+        // An upload that an earlier version began asks for no checksums, which says nothing of others.
+        let is_silent = matches!(&copied, Ok(CopiedPart { crc64: None, .. }));
         let copied = copied.and_then(|CopiedPart { id, crc64 }| match crc64 {
             Some(crc64) => Ok((id, Crc64::new(crc64, length))),
             None => Err(Error::unsupported("the store does not say what it has copied")),
         });
         copied.map_err(|error| {
             match error.kind() {
-                ErrorKind::Unsupported => self.forget_copies("the store copies no ranges of objects"),
+                ErrorKind::Unsupported if !is_silent => {
+                    self.forget_copies("the store copies no ranges of objects");
+                }
                 ErrorKind::Conflict => self.forget_zeros(source),
                 _ => {}
             }

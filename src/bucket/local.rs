@@ -29,6 +29,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use self::directory::{Directory, failed, is_directory, is_file, modified};
 use self::names::{NamesLock, Naming};
+pub(super) use self::owner::boot;
 use self::owner::{Owner, remove_upload, upload_path, uploads};
 use super::checksum::Checksum;
 use super::client::Tries;

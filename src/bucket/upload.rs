@@ -97,6 +97,11 @@ impl Bucket {
         self.store().has_part(key, upload).await.map_err(|e| self.named(e, key))
     }
 
+    /// When this machine was started, where a part that was written may be in its memory only.
+    pub fn boot(&self) -> Option<String> {
+        (!self.abilities().is_remote).then(super::local::boot)
+    }
+
     /// Who the store says has started our uploads, where it says that.
     pub fn initiator(&self) -> Option<String> {
         self.abilities().initiator

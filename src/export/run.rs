@@ -178,7 +178,6 @@ impl Run {
                 None => self.make_when_allowed(mounted).await?,
             };
             if !self.follows() {
-                self.put_index(&mounted.bucket, &placed).await;
                 self.put_checksums(&mounted.bucket, &placed).await;
             }
             Ok(placed)
@@ -333,6 +332,7 @@ impl Run {
         mut reused: Reused,
     ) -> Result<Placed> {
         let (mut failures, mut is_restarted) = (0, false);
+        let key = &self.job.request().key;
         loop {
             let copy_failed = Arc::<AtomicBool>::default();
             let attempt = self.attempt(mounted, &file, replaces, (&reused, Arc::clone(&copy_failed)));
@@ -344,8 +344,13 @@ impl Run {
                 return Err(error);
             }
             if copy_failed.load(Ordering::SeqCst) {
-                warn!(job = self.job.id(), "everything is sent: {}", error.report());
-                reused = Reused::default();
+                // Not what another host goes on with, and not for nothing.
+                self.fence().await?;
+                if matches!(replaces, Replaces::Tag(_)) && found(&mounted.bucket, key).await? != *replaces {
+                    return Err(error);
+                }
+                warn!(job = self.job.id(), "sent again from the start: {}", error.report());
+                reused.give_up();
                 self.restart().await?;
                 self.job.start(Arc::clone(&file));
                 continue;

@@ -179,7 +179,7 @@ fn locks() -> String {
 }
 
 /// What this kernel calls itself since it was booted, the same in all containers (random(4)); empty where it does not say.
-fn boot() -> String {
+pub(in crate::bucket) fn boot() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
 }

@@ -46,7 +46,6 @@ impl LocalStore {
         };
         check()?;
         let to = self.open_upload(upload, OFlag::O_RDWR)?;
-        clear(&to, part.offset, source.range.end - source.range.start)?;
         copy(&from, source.range.clone(), &to, part.offset)?;
         check()?;
         let crc64 = crc64(&to, part.offset, source.range.end - source.range.start)?;
@@ -56,7 +55,6 @@ impl LocalStore {
 
 /// Writes a part at its place. Blocks of zeros are holes, also where an earlier version of the part had data.
 pub(super) fn write(file: &File, start: u64, part: &[u8]) -> Result<()> {
-    clear(file, start, part.len() as u64)?;
     let mut run = 0;
     let mut at = 0;
     let write = |from: usize, to: usize| {
@@ -67,6 +65,7 @@ pub(super) fn write(file: &File, start: u64, part: &[u8]) -> Result<()> {
     for block in part.chunks(ZERO_BLOCK) {
         if block.len() == ZERO_BLOCK && block.iter().all(|&b| b == 0) {
             write(run, at)?;
+            clear(file, start + at as u64, block.len() as u64)?;
             run = at + block.len();
         }
         at += block.len();
@@ -74,17 +73,22 @@ pub(super) fn write(file: &File, start: u64, part: &[u8]) -> Result<()> {
     write(run, at)
 }
 
-/// Copies the data of a range; where it has holes, there are zeros already.
+/// Copies the data of a range, and makes holes where it has them. Nothing is zeros meanwhile that is data in the end: a host
+/// that was overtaken may do this in an object that is in place.
 fn copy(from: &File, range: Range<u64>, to: &File, offset: u64) -> Result<()> {
     let mut at = range.start;
-    while let Some(data) = next_data(from, at..range.end)? {
+    loop {
+        let data = next_data(from, at..range.end)?.unwrap_or(range.end..range.end);
+        clear(to, at - range.start + offset, data.start - at)?;
+        if data.is_empty() {
+            return Ok(());
+        }
         at = data.end;
         let place = data.start - range.start + offset;
         for piece in shareable(data, place) {
             copy_piece(from, piece.clone(), to, piece.start - range.start + offset)?;
         }
     }
-    Ok(())
 }
 
 /// The next run of data in a range. Where the filesystem does not tell, all of it is data.

@@ -203,6 +203,9 @@ struct ChunkLane {
 
 impl ChunkLane {
     fn start(log: &Arc<UploadLog>, sizes: ChunkSizes) -> Self {
+        if log.chunk_average() != Some(sizes.average) {
+            log.cut_chunks(0);
+        }
         let given = log.chunks_end();
         let (parts, mut received) = mpsc::channel::<Option<Bytes>>(QUEUED);
         let (found, cuts) = mpsc::unbounded_channel();
@@ -216,7 +219,7 @@ impl ChunkLane {
                     None => chunker.finish(&mut cuts),
                 }
                 if !cuts.is_empty() {
-                    recorded.chunked(at, &cuts);
+                    recorded.chunked(sizes.average, at, &cuts);
                 }
                 at += cuts.iter().map(|cut| u64::from(cut.length)).sum::<u64>();
                 let _ = found.send(cuts);
@@ -247,7 +250,7 @@ impl ChunkLane {
     async fn start_again(&mut self, limit: u64) -> Result<u64> {
         let before = self.log.chunks_end();
         let place = self.log.cut_chunks(limit);
-        if (before, place) == (self.given, self.given) {
+        if self.awaited == 0 && (before, place) == (self.given, self.given) {
             return Ok(place);
         }
         // What the thread may still record has to come before it is void.
@@ -295,6 +298,7 @@ mod tests {
             key: ObjectKey::parse("k").unwrap(),
             id: "u".into(),
             part_size: 1 << 20,
+            boot: None,
         };
         let content: Vec<u8> = (0..1000u32).map(|n| n as u8).collect();
         let crc64nvme = format!("{:016x}", crate::bucket::Crc64::of(&content).value());

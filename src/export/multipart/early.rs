@@ -268,7 +268,7 @@ impl Sender {
                 return None;
             }
         };
-        match self.send(&log, reused.sizes_of_any()).await {
+        match self.send(&log, reused.sizes(0, None)).await {
             Ok(Ending::HandOver) => Some(log),
             Ok(Ending::GiveUp) => {
                 abort(&self.bucket, &log).await;

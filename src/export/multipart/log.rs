@@ -162,8 +162,8 @@ impl UploadLog {
     }
 
     /// The chunks from `at` on, where those before end.
-    pub(in crate::export) fn chunked(&self, at: u64, cuts: &[Cut]) {
-        self.note(Line::Chunks { at, chunks: BASE64_STANDARD.encode(ChunkList::entries_of(cuts)) });
+    pub(in crate::export) fn chunked(&self, average: u32, at: u64, cuts: &[Cut]) {
+        self.note(Line::Chunks { average, at, chunks: BASE64_STANDARD.encode(ChunkList::entries_of(cuts)) });
     }
 
     /// The chunks of the object, as far as they are known from its start on.
@@ -174,6 +174,22 @@ impl UploadLog {
     /// Up to where the chunks are known, of those that end at `limit` or before; later ones are void.
     pub(in crate::export) fn cut_chunks(&self, limit: u64) -> u64 {
         self.inner.lock().chunks.truncate(limit)
+    }
+
+    /// The usual length of the chunks that are known.
+    pub(in crate::export) fn chunk_average(&self) -> Option<u32> {
+        self.inner.lock().chunks.average()
+    }
+
+    /// Whether an earlier version has made parts of it: it did not say where they stand, and asked for no checksums.
+    pub(in crate::export) fn is_old(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.parts.iter().any(|slot| slot.part.as_ref().is_some_and(|part| part.offset.is_none()))
+    }
+
+    /// No part is trusted any more.
+    pub(in crate::export) fn forget(&self) {
+        self.inner.lock().forget_parts();
     }
 
     /// Up to where the chunks are known.
@@ -401,8 +417,8 @@ impl Inner {
             Line::Digest { name: DigestName::Sha256, state } => self.sha256 = state,
             Line::Digest { name: DigestName::Md5, state } => self.md5 = state,
             Line::Digest { name: DigestName::Crc64nvme, state } => self.crc64 = state,
-            Line::Chunks { at, chunks } => {
-                self.chunks.extend(at, &BASE64_STANDARD.decode(chunks).unwrap_or_default());
+            Line::Chunks { average, at, chunks } => {
+                self.chunks.extend(average, at, &BASE64_STANDARD.decode(chunks).unwrap_or_default());
             }
             // Every tag begins with nothing.
             Line::Completing { mark } if mark.is_empty() => {}
@@ -437,7 +453,7 @@ mod tests {
 
     fn name() -> UploadName {
         let key = ObjectKey::parse("k").unwrap();
-        UploadName { bucket: "b".into(), key, id: "u".into(), part_size: MIB }
+        UploadName { bucket: "b".into(), key, id: "u".into(), part_size: MIB, boot: None }
     }
 
     #[test]

@@ -56,26 +56,34 @@ impl PartMemory {
         at: u64,
         length: u64,
     ) -> JoinHandle<Result<Bytes>> {
-        self.read_when(file, at, length, true)
+        let (memory, file) = (self.clone(), Arc::clone(file));
+        tokio::spawn(async move {
+            let length = within(&*file, at, length);
+            let units = memory.units(length).await?;
+            read_holding(file, at, length, Some(units)).await
+        })
     }
 
-    /// The same; without `may_wait` beyond the bound when that does not allow it, for one whose bytes are not released before
-    /// it has more of them.
-    pub(super) fn read_when(
+    /// The same, if the bound allows it now.
+    pub(super) fn read_now(
         &self,
         file: &Arc<dyn VirtualFile>,
         at: u64,
         length: u64,
-        may_wait: bool,
+    ) -> Option<JoinHandle<Result<Bytes>>> {
+        let length = within(&**file, at, length);
+        let units = Arc::clone(&self.units).try_acquire_many_owned(self.wanted(length)).ok()?;
+        Some(tokio::spawn(read_holding(Arc::clone(file), at, length, Some(units))))
+    }
+
+    /// The same beyond the bound, for one who holds bytes that it cannot release before it has more.
+    pub(super) fn read_beyond(
+        &self,
+        file: &Arc<dyn VirtualFile>,
+        at: u64,
+        length: u64,
     ) -> JoinHandle<Result<Bytes>> {
-        let (memory, file) = (self.clone(), Arc::clone(file));
-        tokio::spawn(async move {
-            let length = file.known_size().map_or(length, |size| length.min(size.saturating_sub(at)));
-            let reading =
-                async { joined(tokio::task::spawn_blocking(move || read_full(&*file, at, length)).await)? };
-            let units = memory.units(length, may_wait).await?;
-            Ok(Bytes::from_owner(Held { bytes: reading.await?, _units: units }))
-        })
+        tokio::spawn(read_holding(Arc::clone(file), at, within(&**file, at, length), None))
     }
 
     /// Reads what comes otherwise, at most `length` bytes, when the bound allows it.
@@ -84,20 +92,34 @@ impl PartMemory {
         length: u64,
         reading: impl Future<Output = Result<B>>,
     ) -> Result<Bytes> {
-        let units = self.units(length, true).await?;
+        let units = Some(self.units(length).await?);
         Ok(Bytes::from_owner(Held { bytes: reading.await?, _units: units }))
     }
 
-    /// The right to hold so many bytes; `None` when there is none now and it may not wait.
-    async fn units(&self, length: u64, may_wait: bool) -> Result<Option<OwnedSemaphorePermit>> {
-        let wanted = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.total);
-        let units = Arc::clone(&self.units);
-        if !may_wait {
-            return Ok(units.try_acquire_many_owned(wanted).ok());
-        }
-        let units = units.acquire_many_owned(wanted).await;
-        units.map(Some).map_err(|e| Error::new(ErrorKind::Internal, "the mount ends").because(e))
+    /// The right to hold so many bytes.
+    async fn units(&self, length: u64) -> Result<OwnedSemaphorePermit> {
+        let units = Arc::clone(&self.units).acquire_many_owned(self.wanted(length)).await;
+        units.map_err(|e| Error::new(ErrorKind::Internal, "the mount ends").because(e))
     }
+
+    fn wanted(&self, length: u64) -> u32 {
+        u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.total)
+    }
+}
+
+/// So many bytes at `at`, or those that the file has.
+fn within(file: &dyn VirtualFile, at: u64, length: u64) -> u64 {
+    file.known_size().map_or(length, |size| length.min(size.saturating_sub(at)))
+}
+
+async fn read_holding(
+    file: Arc<dyn VirtualFile>,
+    at: u64,
+    length: u64,
+    units: Option<OwnedSemaphorePermit>,
+) -> Result<Bytes> {
+    let read = joined(tokio::task::spawn_blocking(move || read_full(&*file, at, length)).await)?;
+    Ok(Bytes::from_owner(Held { bytes: read?, _units: units }))
 }
 
 fn read_full(file: &dyn VirtualFile, at: u64, length: u64) -> Result<Vec<u8>> {

@@ -108,11 +108,11 @@ impl<'a> Parts<'a> {
         Ok(())
     }
 
-    async fn finish_one(&mut self) -> Result<()> {
-        if let Some(finished) = self.in_flight.join_next().await {
-            self.observer.stored(joined(finished)??, true);
-        }
-        Ok(())
+    /// Waits for one part, if there is one.
+    pub(super) async fn finish_one(&mut self) -> Result<bool> {
+        let Some(finished) = self.in_flight.join_next().await else { return Ok(false) };
+        self.observer.stored(joined(finished)??, true);
+        Ok(true)
     }
 }
 
@@ -175,14 +175,18 @@ impl Destination {
     /// Takes note of a copy that is not worth another try.
     fn copied(&self, copied: Result<String>) -> Result<String> {
         copied.inspect_err(|error| {
-            if !error.is_transient() {
-                self.copy_failed.store(true, Ordering::SeqCst);
-            }
-            if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported) {
+            self.copy_failed.fetch_or(is_refusal(error), Ordering::SeqCst);
+            if error.kind() == ErrorKind::Damaged {
                 self.bucket.forget_copies(error.what());
             }
         })
     }
+}
+
+/// Whether a store will not copy this, however often it is asked.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported | ErrorKind::Conflict)
+        && !error.is_transient()
 }
 
 fn source(copied: &Copied) -> CopySource {

@@ -1,6 +1,7 @@
 //! What the store has already of an object that is about to be made: chunks of the one that it replaces, and zeros.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::debug;
 
@@ -8,9 +9,8 @@ use super::log::{Copied, Making, PartPlan, UploadLog};
 use super::uploads::{Uploads, abort, blocking};
 use crate::bucket::{Bucket, CopySource, MAX_PARTS, ObjectKey, Replaces, Tags, Zeros, random};
 use crate::error::{Error, Result};
-use crate::export::reuse::{self, ChunkIndex, ChunkSizes, Origin, PlanLimits, PlannedPart, Planner};
+use crate::export::reuse::{self, ChunkIndex, ChunkSizes, Origin, PlanLimits, PlannedPart};
 use crate::units::MIB;
-use crate::vfile::VirtualFile;
 
 /// Smallest file whose zeros are copied: the object of zeros has to be made first, where there is none. Builds with debug
 /// assertions, which make a smaller one, take a smaller file.
@@ -25,6 +25,9 @@ pub(in crate::export) struct Reused {
     /// Whether the store copies parts.
     copies: bool,
     old: Option<Old>,
+    without_zeros: bool,
+    /// Whether it was the object of zeros that could not be used.
+    zeros_failed: AtomicBool,
 }
 
 /// The object that is replaced.
@@ -53,7 +56,7 @@ impl Reused {
             }),
             _ => None,
         };
-        Self { copies: true, old }
+        Self { copies: true, old, ..Self::default() }
     }
 
     /// The same of whatever object is there.
@@ -69,30 +72,41 @@ impl Reused {
         self.old.is_some()
     }
 
-    /// How long the chunks are of a file whose size is not known at all.
-    pub(super) fn sizes_of_any(&self) -> Option<ChunkSizes> {
-        self.copies.then(|| ChunkSizes::for_file(0))
+    /// A copy was refused: from now on nothing is copied from where that was. Chunks are made all the same, for the next
+    /// export.
+    pub(in crate::export) fn give_up(&mut self) {
+        if !*self.zeros_failed.get_mut() {
+            self.old = None;
+        }
+        self.without_zeros = true;
     }
 
-    /// How long the chunks of a file are, where it is of use to have them.
-    pub(super) fn sizes(&self, file: &dyn VirtualFile) -> Option<ChunkSizes> {
-        self.copies.then(|| ChunkSizes::for_file(file.file_size()))
+    /// How long the chunks of a file of at most `size` bytes are, where it is of use to have them: as long as those that
+    /// were `recorded`, or that the old object has, if these are about right.
+    pub(super) fn sizes(&self, size: u64, recorded: Option<u32>) -> Option<ChunkSizes> {
+        let wanted = ChunkSizes::for_file(size);
+        let is_right = |average: &u32| *average / 4 <= wanted.average && wanted.average / 4 <= *average;
+        let old = self.old.as_ref().map(|old| old.index.average());
+        let average = recorded.filter(is_right).or(old.filter(is_right)).unwrap_or(wanted.average);
+        self.copies.then(|| ChunkSizes::with_average(average))
     }
 
-    /// Plans the parts of a file of at most `size` bytes, from a part and a place on.
-    pub(super) fn planner(&self, bucket: &Bucket, part_size: u64, size: u64, start: (usize, u64)) -> Planner {
+    /// What parts of a file of at most `size` bytes may be.
+    pub(super) fn limits(&self, bucket: &Bucket, part_size: u64, size: u64) -> PlanLimits {
         let least = bucket.least_part();
-        let limits = PlanLimits {
+        PlanLimits {
             least,
             part_size,
             longest_copy: LONGEST_COPY.max(2 * least).max(2 * part_size),
             max_parts: MAX_PARTS,
             splices: bucket.splices(),
-            zeros: (size >= ZEROS_FROM).then_some(Bucket::ZEROS),
-        };
-        let sizes = ChunkSizes::for_file(size);
-        let index = self.old.as_ref().map(|old| &old.index).filter(|index| index.average() == sizes.average);
-        Planner::new(limits, size, start, index.cloned())
+            zeros: (size >= ZEROS_FROM && !self.without_zeros).then_some(Bucket::ZEROS),
+        }
+    }
+
+    /// The chunks of the old object, for an upload that can have copies of them.
+    pub(super) fn old_index(&self, log: &UploadLog) -> Option<Arc<ChunkIndex>> {
+        self.old.as_ref().filter(|_| !log.is_old()).map(|old| Arc::clone(&old.index))
     }
 
     /// A part with the objects that it is copied from.
@@ -119,7 +133,8 @@ impl Reused {
         let (key, etag, at, is_zero) = match (origin, &self.old) {
             (Origin::Old { at }, Some(old)) => (old.key.clone(), old.etag.clone(), *at, false),
             _ => {
-                let zeros = zeros(bucket, uploads, length).await?;
+                let zeros = zeros(bucket, uploads, length).await;
+                let zeros = zeros.inspect_err(|_| self.zeros_failed.store(true, Ordering::SeqCst))?;
                 (zeros.key, zeros.etag, 0, true)
             }
         };
@@ -186,9 +201,18 @@ pub(in crate::export) async fn put_index(
     let etag = etag.to_owned();
     let encode = move |log: &UploadLog| {
         let chunks = log.chunks();
-        (chunks.end() == object_size).then(|| chunks.encode(ChunkSizes::for_file(object_size), &etag))
+        (chunks.end() == object_size).then(|| chunks.encode(&etag))
     };
     let Some(index) = blocking(log, encode).await?.flatten() else { return Ok(()) };
     bucket.put_control(&index_name(&log.name().key), index, &Replaces::Anything).await?;
     Ok(())
+}
+
+/// Removes the index of an object that is not there any more.
+pub(in crate::export) async fn remove_index(bucket: &Bucket, key: &ObjectKey) {
+    if bucket.copies_parts()
+        && let Err(error) = bucket.delete_control(&index_name(key)).await
+    {
+        debug!(%key, "the index of its chunks could not be removed: {}", error.report());
+    }
 }

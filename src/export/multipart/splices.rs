@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 use tracing::debug;
 
 use super::log::{Making, UploadLog};
-use crate::bucket::{Bucket, ObjectKey};
+use crate::bucket::{Bucket, ObjectKey, random};
 use crate::failpoint::{self, Step};
 
 /// Objects that are removed at once.
@@ -20,7 +20,8 @@ pub(super) fn key(log: &UploadLog, index: usize) -> ObjectKey {
 
 /// The log of its upload, which no later process goes on with.
 pub(super) fn log_id(log: &UploadLog, index: usize) -> String {
-    format!("splice-{}", name(log, index))
+    // One that was left, because its upload could not be given up, stays for the next mount.
+    format!("splice-{}-{:016x}", name(log, index), random())
 }
 
 fn name(log: &UploadLog, index: usize) -> String {

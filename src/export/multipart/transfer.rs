@@ -16,14 +16,14 @@ use super::digests::{Digests, Wanted, joined};
 use super::held::Held;
 use super::log::{Making, Part, PartPlan, UploadLog};
 use super::memory::PartMemory;
-use super::parts::{Destination, Observer, Parts, unknown};
+use super::parts::{self, Destination, Observer, Parts, unknown};
 use super::place::{Body, Sent};
 use super::reused::Reused;
 use super::splices;
 use super::uploads::Uploads;
-use crate::bucket::Bucket;
+use crate::bucket::{Bucket, Crc64};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::reuse::Cut;
+use crate::export::reuse::{Cut, Planner};
 use crate::vfile::VirtualFile;
 
 /// One attempt to bring `file` to the store.
@@ -69,6 +69,9 @@ impl Transfer<'_> {
             Some(log) => {
                 // An earlier process may have been killed before it did so.
                 splices::remove_all(self.bucket, &log).await;
+                if log.name().boot != self.bucket.boot() {
+                    log.forget();
+                }
                 log
             }
             None => {
@@ -82,7 +85,8 @@ impl Transfer<'_> {
                 begin(part_size).await?
             }
         };
-        let wanted = Wanted { crc64: self.bucket.checks_objects(), chunks: self.reused.sizes(&*self.file) };
+        let chunks = self.reused.sizes(self.file.file_size(), log.chunk_average());
+        let wanted = Wanted { crc64: self.bucket.checks_objects(), chunks };
         let destination = Destination {
             bucket: self.bucket.clone(),
             uploads: self.uploads.clone(),
@@ -152,36 +156,56 @@ impl InParts<'_> {
     }
 
     /// Whether a part that was planned is what stands at `at`. Of a file whose size is not known, the last one may be a part
-    /// that was cut off.
+    /// that was cut off. A log may be another host's: what no plan of ours would be is not followed.
     fn fits(&self, plan: &PartPlan, index: usize, at: u64) -> bool {
-        let is_within = match self.transfer.file.known_size() {
+        let size = self.transfer.file.known_size();
+        let is_within = match size {
             Some(size) => plan.end() <= size,
             None => self.log.planned(index + 1).is_some(),
         };
-        plan.offset == at && plan.length > 0 && is_within
+        let (least, part_size) = (self.transfer.bucket.least_part(), self.log.name().part_size);
+        let is_possible = match &plan.making {
+            Making::Send => true,
+            Making::Copy(copied) => copied.length == plan.length,
+            Making::Splice(copied) => copied.length < plan.length,
+        };
+        let is_long_enough = plan.length >= least.min(part_size) || Some(plan.end()) == size;
+        let most = part_size.saturating_add(least).saturating_mul(2);
+        let is_bounded = plan.length - plan.copied() <= most;
+        plan.offset == at && plan.length > 0 && is_within && is_possible && is_long_enough && is_bounded
     }
 
     /// Reads a part again that was planned before, to hash it, and to make it unless the store has it.
+    ///
+    /// # Errors
+    /// When it is not what was to be copied, and everything has to be sent.
     async fn send_again(&mut self, index: usize, plan: PartPlan, part: Option<Part>) -> Result<()> {
         let (end, mut at) = (plan.end(), plan.offset);
-        let sent_from = match &plan.making {
-            Making::Send => at,
-            Making::Copy(_) => end,
-            Making::Splice(kept) => at.saturating_add(kept.length).min(end),
-        };
-        let mut held = Held::at(sent_from);
+        let sent_from = plan.offset + plan.copied();
+        let (mut held, mut crc64) = (Held::at(sent_from), Crc64::default());
         let is_missing = part.is_none();
         while at < end {
-            let piece = self.read(at, end - at, true).await?;
+            let piece = self.read(at, end - at, held.is_empty()).await?;
             if piece.is_empty() {
                 return Err(Error::new(ErrorKind::SourceChanged, "the source became shorter").at(at));
             }
             self.digests.add(at, &piece).await?;
+            self.digests.cuts().await?;
+            let copied = sent_from.saturating_sub(at).min(piece.len() as u64) as usize;
+            crc64.add(&piece[..copied]);
             if is_missing {
                 held.push(at, &piece);
             }
             at += piece.len() as u64;
             self.transfer.observer.read(at);
+        }
+        if let Making::Copy(copied) | Making::Splice(copied) = &plan.making
+            && copied.crc64 != crc64.value()
+        {
+            self.transfer.copy_failed.store(true, Ordering::SeqCst);
+            return Err(
+                Error::new(ErrorKind::Damaged, "a part is not what it was planned as").at(plan.offset)
+            );
         }
         if !is_missing {
             self.parts.known(&plan);
@@ -216,7 +240,9 @@ impl InParts<'_> {
         let mut chunk = at;
         let part_size = self.log.name().part_size;
         let size = self.transfer.file.file_size();
-        let mut planner = self.transfer.reused.planner(self.transfer.bucket, part_size, size, (index, start));
+        let limits = self.transfer.reused.limits(self.transfer.bucket, part_size, size);
+        let old = self.transfer.reused.old_index(&self.log);
+        let mut planner = Planner::new(limits, size, (index, start), old);
         let (mut held, mut count, mut end) = (Held::at(start), index, start);
         loop {
             let piece = self.read(at, part_size, held.is_empty()).await?;
@@ -243,13 +269,9 @@ impl InParts<'_> {
             for part in planned {
                 let store = (self.transfer.bucket, self.transfer.uploads);
                 let plan = self.transfer.reused.plan(store, &part).await.inspect_err(|error| {
-                    self.transfer.copy_failed.fetch_or(!error.is_transient(), Ordering::SeqCst);
+                    self.transfer.copy_failed.fetch_or(parts::is_refusal(error), Ordering::SeqCst);
                 })?;
-                let sent_from = match &plan.making {
-                    Making::Send => plan.offset,
-                    Making::Copy(_) => plan.end(),
-                    Making::Splice(kept) => plan.offset + kept.length,
-                };
+                let sent_from = plan.offset + plan.copied();
                 let sent = held.range(sent_from, plan.end() - sent_from).ok_or_else(unknown)?;
                 (count, end) = (part.index + 1, plan.end());
                 self.log.plan(part.index, plan.clone());
@@ -265,18 +287,33 @@ impl InParts<'_> {
     /// Up to so many bytes at a place, and none at the end; the next ones are read meanwhile. Who holds bytes whose part
     /// waits for more of them must not wait for others who do the same.
     async fn read(&mut self, at: u64, length: u64, may_wait: bool) -> Result<Bytes> {
+        let (memory, file) = (self.transfer.memory, &self.transfer.file);
         let part_size = self.log.name().part_size;
-        let read = |at, length| self.transfer.memory.read_when(&self.transfer.file, at, length, may_wait);
         let piece = match self.ahead.take().filter(|(place, _)| *place == at) {
             Some((_, reading)) => joined(reading.await)??,
-            None => joined(read(at, length.min(part_size)).await)??,
+            None if may_wait => joined(memory.read(file, at, length.min(part_size)).await)??,
+            None => self.read_holding(at, length.min(part_size)).await?,
         };
         let piece = piece.slice(..piece.len().min(usize::try_from(length).unwrap_or(usize::MAX)));
         let end = at + piece.len() as u64;
         if !piece.is_empty() && !self.digests.cover(end + part_size) {
-            self.ahead = Some((end, read(end, part_size)));
+            self.ahead = memory.read_now(file, end, part_size).map(|reading| (end, reading));
         }
         Ok(piece)
+    }
+
+    /// Reads while bytes are held. What is in flight ends by itself, and then there may be room; only when there is none after
+    /// that, it is read beyond the bound.
+    async fn read_holding(&mut self, at: u64, length: u64) -> Result<Bytes> {
+        let (memory, file) = (self.transfer.memory, &self.transfer.file);
+        loop {
+            if let Some(reading) = memory.read_now(file, at, length) {
+                return joined(reading.await)?;
+            }
+            if !self.parts.finish_one().await? {
+                return joined(memory.read_beyond(file, at, length).await)?;
+            }
+        }
     }
 }
 

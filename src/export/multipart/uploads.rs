@@ -142,7 +142,13 @@ impl Uploads {
         };
         let begun = match started {
             Ok(id) => {
-                let name = UploadName { bucket: bucket.name().to_owned(), key: key.clone(), id, part_size };
+                let name = UploadName {
+                    bucket: bucket.name().to_owned(),
+                    key: key.clone(),
+                    id,
+                    part_size,
+                    boot: bucket.boot(),
+                };
                 let logged = self.log(log_id, name.clone()).await;
                 is_doubtful |= logged.is_err() && bucket.abort_upload(key, &name.id).await.is_err();
                 logged
@@ -178,7 +184,7 @@ impl Uploads {
         let path = self.path(log_id);
         let created = tokio::task::spawn_blocking(move || {
             let log = UploadLog::create(path.clone(), name);
-            if log.is_err() {
+            if log.as_ref().is_err_and(|error| error.kind() != ErrorKind::AlreadyExists) {
                 let _ = std::fs::remove_file(&path);
             }
             log

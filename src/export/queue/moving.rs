@@ -7,6 +7,7 @@ use super::JobQueue;
 use crate::bucket::{Bucket, ObjectKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::moves::{Move, Renamed};
+use crate::export::multipart::reused::remove_index;
 
 impl JobQueue {
     /// Gives an object another name, in place of what has that; `exclusive` says that nothing may have it. What stands
@@ -23,6 +24,9 @@ impl JobQueue {
     ) -> Result<Renamed> {
         let (renamed, left) = self.context.moves.rename(bucket, from, to, exclusive).await;
         self.settle_later(bucket, left);
+        if renamed.is_ok() {
+            remove_index(bucket, from).await;
+        }
         renamed
     }
 
@@ -33,6 +37,9 @@ impl JobQueue {
     pub async fn remove(&self, bucket: &Bucket, key: &ObjectKey) -> Result<bool> {
         let (removed, left) = self.context.moves.remove(bucket, key).await;
         self.settle_later(bucket, left);
+        if matches!(removed, Ok(true)) {
+            remove_index(bucket, key).await;
+        }
         removed
     }
 

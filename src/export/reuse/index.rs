@@ -159,6 +159,8 @@ impl<'a> Reader<'a> {
 /// The chunks of an object, in order from its first byte on, of which its index is made.
 #[derive(Clone, Debug, Default)]
 pub(in crate::export) struct ChunkList {
+    /// Their usual length.
+    average: u32,
     size: u64,
     /// As the index has them.
     entries: Vec<u8>,
@@ -172,8 +174,12 @@ impl ChunkList {
         cuts.iter().flat_map(|cut| cut.length.to_le_bytes().into_iter().chain(cut.digest)).collect()
     }
 
-    /// Adds chunks as the index has them, which begin at `at`: what is there of chunks that end after that is void.
-    pub(in crate::export) fn extend(&mut self, at: u64, entries: &[u8]) {
+    /// Adds chunks as the index has them, which begin at `at` and are usually `average` long: what is there of chunks that end
+    /// after that is void, and so are others than those.
+    pub(in crate::export) fn extend(&mut self, average: u32, at: u64, entries: &[u8]) {
+        if self.average != average {
+            *self = Self { average, ..Self::default() };
+        }
         if self.truncate(at) != at {
             // Some are missing before these.
             return;
@@ -194,7 +200,7 @@ impl ChunkList {
     pub(in crate::export) fn truncate(&mut self, limit: u64) -> u64 {
         while self.size > limit {
             let Some(kept) = self.entries.len().checked_sub(ENTRY) else {
-                *self = Self::default();
+                *self = Self { average: self.average, ..Self::default() };
                 break;
             };
             let entry = self.entries.split_off(kept);
@@ -208,15 +214,20 @@ impl ChunkList {
         self.size
     }
 
-    /// The index of the object that has this entity tag and was cut into `sizes`. `None` when it would be too large.
-    pub(in crate::export) fn encode(&self, sizes: ChunkSizes, etag: &str) -> Option<Bytes> {
+    /// Their usual length; `None` of none.
+    pub(in crate::export) fn average(&self) -> Option<u32> {
+        (self.size > 0).then_some(self.average)
+    }
+
+    /// The index of the object that has this entity tag. `None` when it would be too large.
+    pub(in crate::export) fn encode(&self, etag: &str) -> Option<Bytes> {
         if self.is_full || etag.len() > MAX_ETAG {
             return None;
         }
         let mut bytes = Vec::with_capacity(HEAD + etag.len() + self.entries.len() + DIGEST);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&sizes.average.to_le_bytes());
+        bytes.extend_from_slice(&self.average.to_le_bytes());
         bytes.extend_from_slice(&self.size.to_le_bytes());
         bytes.extend_from_slice(&((self.entries.len() / ENTRY) as u32).to_le_bytes());
         bytes.extend_from_slice(&(etag.len() as u16).to_le_bytes());
@@ -245,16 +256,15 @@ mod tests {
         Cut { length, digest: [number; 32], crc64: 0, is_zero: false }
     }
 
-    const SIZES: ChunkSizes = ChunkSizes { min: AVERAGE / 4, average: AVERAGE, max: AVERAGE * 4 };
-
     fn add(list: &mut ChunkList, cut: Cut) {
-        list.extend(list.end(), &ChunkList::entries_of(&[cut]));
+        list.extend(AVERAGE, list.end(), &ChunkList::entries_of(&[cut]));
     }
 
     fn built(chunks: &[(u8, u32)]) -> (Bytes, u64) {
         let mut list = ChunkList::default();
+        list.extend(AVERAGE, 0, &[]);
         chunks.iter().for_each(|chunk| add(&mut list, cut(*chunk)));
-        (list.encode(SIZES, "\"tag\"").unwrap(), list.end())
+        (list.encode("\"tag\"").unwrap(), list.end())
     }
 
     /// The same bytes with a checksum of what they are now.
@@ -357,30 +367,30 @@ mod tests {
     fn too_many_chunks_have_no_index() {
         let mut list = ChunkList::default();
         let most = MAX_INDEX / ENTRY - 40;
-        list.extend(0, &ChunkList::entries_of(&vec![cut((1, 1)); most]));
+        list.extend(AVERAGE, 0, &ChunkList::entries_of(&vec![cut((1, 1)); most]));
         let etag = "e".repeat(MAX_ETAG);
-        let bytes = list.encode(SIZES, &etag).unwrap();
+        let bytes = list.encode(&etag).unwrap();
         assert!(bytes.len() <= MAX_INDEX);
-        assert_eq!(list.encode(SIZES, &(etag + "e")), None);
+        assert_eq!(list.encode(&(etag + "e")), None);
         (0..40).for_each(|_| add(&mut list, cut((1, 1))));
-        assert_eq!(list.encode(SIZES, "e"), None);
+        assert_eq!(list.encode("e"), None);
     }
 
     #[test]
     fn chunks_that_are_made_again_take_the_place_of_those_before() {
         let cuts: Vec<_> = [(1, 10), (2, 20), (3, 30)].into_iter().map(cut).collect();
         let mut list = ChunkList::default();
-        list.extend(0, &ChunkList::entries_of(&cuts));
-        let whole = list.encode(SIZES, "e");
+        list.extend(AVERAGE, 0, &ChunkList::entries_of(&cuts));
+        let whole = list.encode("e");
         for (at, kept) in [(60, 60), (59, 30), (30, 30), (29, 10), (9, 0)] {
             let mut cut = list.clone();
             assert_eq!((cut.truncate(at), cut.end()), (kept, kept), "cut off at {at}");
         }
-        list.extend(10, &ChunkList::entries_of(&cuts[1..]));
-        assert_eq!(list.encode(SIZES, "e"), whole);
+        list.extend(AVERAGE, 10, &ChunkList::entries_of(&cuts[1..]));
+        assert_eq!(list.encode("e"), whole);
         // Chunks before these are missing.
-        list.extend(61, &ChunkList::entries_of(&cuts[..1]));
-        list.extend(45, &ChunkList::entries_of(&cuts[..1]));
+        list.extend(AVERAGE, 61, &ChunkList::entries_of(&cuts[..1]));
+        list.extend(AVERAGE, 45, &ChunkList::entries_of(&cuts[..1]));
         assert_eq!(list.end(), 30);
     }
 }

@@ -455,8 +455,8 @@ mod tests {
 
     fn index_of(cuts: &[Cut], sizes: ChunkSizes) -> Arc<ChunkIndex> {
         let mut list = ChunkList::default();
-        list.extend(0, &ChunkList::entries_of(cuts));
-        Arc::new(ChunkIndex::decode(&list.encode(sizes, "e").unwrap(), list.end(), "e").unwrap())
+        list.extend(sizes.average, 0, &ChunkList::entries_of(cuts));
+        Arc::new(ChunkIndex::decode(&list.encode("e").unwrap(), list.end(), "e").unwrap())
     }
 
     fn limits() -> PlanLimits {

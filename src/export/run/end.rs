@@ -298,6 +298,7 @@ impl Run {
             info!(job = self.job.id(), "another object is there by now; what stands beside it stays");
             return;
         }
+        self.put_index(bucket, placed).await;
         if !self.has_status {
             self.remove_old_sidecars(bucket).await;
             return;
@@ -319,7 +320,7 @@ impl Run {
     }
 
     /// What the next export of the key finds of this one.
-    pub(super) async fn put_index(&self, bucket: &Bucket, placed: &Placed) {
+    async fn put_index(&self, bucket: &Bucket, placed: &Placed) {
         let (Some(log), Some(etag)) = (self.upload(), &placed.etag) else { return };
         if !self.context.settings.incremental {
             return;

@@ -20,6 +20,9 @@ pub(in crate::export) struct UploadName {
     pub(in crate::export) id: String,
     /// Bytes of each part but the last, where nothing else is planned.
     pub(in crate::export) part_size: u64,
+    /// When the machine was started whose memory may have had parts that its disk had not, where that can be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(in crate::export) boot: Option<String>,
 }
 
 impl UploadName {
@@ -73,6 +76,15 @@ impl PartPlan {
     /// A part that is sent.
     pub(in crate::export) fn sent(offset: u64, length: u64) -> Self {
         Self { offset, length, making: Making::Send }
+    }
+
+    /// How many of its bytes, the first ones, are copied.
+    pub(in crate::export) fn copied(&self) -> u64 {
+        match &self.making {
+            Making::Send => 0,
+            Making::Copy(_) => self.length,
+            Making::Splice(copied) => copied.length.min(self.length),
+        }
     }
 
     /// Where what follows it stands.
@@ -151,6 +163,8 @@ pub(super) enum Line {
     },
     /// Chunks from a place on, as the index has them; base64. What was known of chunks from there on is void.
     Chunks {
+        /// Their usual length.
+        average: u32,
         at: u64,
         chunks: String,
     },
