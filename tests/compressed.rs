@@ -70,8 +70,8 @@ fn every_program_reads_the_exact_bytes_at_first_touch() {
         for format in compressed() {
             let (from, to) = (file(&mount, name, format), world.out("copy"));
             // Neither letter of the line is looked for in a path.
-            let (from, to_text) = (from.display().to_string(), to.display().to_string());
-            let line = line.replace('A', "\0").replace('B', &to_text).replace('\0', &from);
+            let (a, b) = (from.display().to_string(), to.display().to_string());
+            let line = line.replace('A', "\0").replace('B', &b).replace('\0', &a);
             println!("{line}");
             sh(&line);
             let right = expected(&world, raw, format);
