@@ -25,6 +25,7 @@ use super::job_id::JobId;
 use super::multipart::copy;
 use super::multipart::digests::joined;
 use super::multipart::memory::PartMemory;
+use super::multipart::reused::remove_index;
 use super::multipart::uploads::Uploads;
 use super::retry::Retries;
 use super::sidecars::{self, Beside, Sidecar, has_sidecars};
@@ -243,9 +244,9 @@ impl Moves {
                 true => None,
                 false => Some(self.begin(bucket, found, None).await?),
             };
-            Ok(Some((begun, replaces)))
+            Ok(Some((begun, replaces, meta.object_size)))
         };
-        let (begun, replaces) = match begun.await {
+        let (begun, replaces, object_size) = match begun.await {
             Ok(Some(begun)) => begun,
             Ok(None) => return (Ok(false), None),
             Err(error) => return (Err(error), None),
@@ -254,7 +255,11 @@ impl Moves {
             failpoint::pass(Step::ObjectRemove)?;
             bucket.delete_if(key, &replaces).await
         };
-        match (removed.await, begun) {
+        let removed = removed.await;
+        if removed.is_ok() {
+            remove_index(bucket, key, object_size).await;
+        }
+        match (removed, begun) {
             (removed, None) => (removed.map(|()| true), None),
             (Err(error), Some(begun)) => {
                 let (progress, left) = self.recover(bucket, begun, error).await;

@@ -317,7 +317,7 @@ impl Run {
         }
         let replaces = self.replaces(&mounted.bucket).await?;
         let reused = match self.context.settings.incremental {
-            true => Reused::look(&mounted.bucket, &self.job.request().key, &replaces).await,
+            true => Reused::look(&mounted.bucket, &self.job.request().key, &replaces, file.file_size()).await,
             false => Reused::default(),
         };
         self.attempts(mounted, file, &replaces, reused).await

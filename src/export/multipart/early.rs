@@ -251,7 +251,7 @@ struct Sent<'a> {
 impl Sender {
     async fn run(self) -> Option<Arc<UploadLog>> {
         let reused = match self.incremental {
-            true => Reused::look_at(&self.bucket, &self.key).await,
+            true => Reused::look_at(&self.bucket, &self.key, self.file.file_size()).await,
             false => Reused::default(),
         };
         if reused.has_old() {

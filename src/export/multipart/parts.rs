@@ -184,7 +184,7 @@ impl Destination {
 }
 
 /// Whether a store will not copy this, however often it is asked.
-pub(super) fn is_refusal(error: &Error) -> bool {
+fn is_refusal(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported | ErrorKind::Conflict)
         && !error.is_transient()
 }

@@ -44,9 +44,14 @@ fn index_name(key: &ObjectKey) -> String {
 }
 
 impl Reused {
-    /// What the store has of `key`, whose object with that tag is about to be replaced.
-    pub(in crate::export) async fn look(bucket: &Bucket, key: &ObjectKey, replaces: &Replaces) -> Self {
-        if !bucket.copies_parts() {
+    /// What the store has of `key`, whose object with that tag is about to be replaced by one of at most `size` bytes.
+    pub(in crate::export) async fn look(
+        bucket: &Bucket,
+        key: &ObjectKey,
+        replaces: &Replaces,
+        size: u64,
+    ) -> Self {
+        if !bucket.copies_parts() || !is_in_parts(bucket, size) {
             return Self::default();
         }
         let old = match replaces {
@@ -60,11 +65,10 @@ impl Reused {
     }
 
     /// The same of whatever object is there.
-    pub(super) async fn look_at(bucket: &Bucket, key: &ObjectKey) -> Self {
-        match bucket.head(key).await {
-            Ok(Some(meta)) => Self::look(bucket, key, &Replaces::found(Some(meta.etag.as_deref()))).await,
-            _ => Self::look(bucket, key, &Replaces::Nothing).await,
-        }
+    pub(super) async fn look_at(bucket: &Bucket, key: &ObjectKey, size: u64) -> Self {
+        let there = bucket.head(key).await.ok().flatten();
+        let replaces = Replaces::found(there.as_ref().map(|meta| meta.etag.as_deref()));
+        Self::look(bucket, key, &replaces, size).await
     }
 
     /// Whether the object that is replaced has an index.
@@ -75,7 +79,8 @@ impl Reused {
     /// A copy was refused: from now on nothing is copied from where that was. Chunks are made all the same, for the next
     /// export.
     pub(in crate::export) fn give_up(&mut self) {
-        if !*self.zeros_failed.get_mut() {
+        // Only once: what fails after that is the old object's.
+        if !std::mem::take(self.zeros_failed.get_mut()) {
             self.old = None;
         }
         self.without_zeros = true;
@@ -208,11 +213,38 @@ pub(in crate::export) async fn put_index(
     Ok(())
 }
 
-/// Removes the index of an object that is not there any more.
-pub(in crate::export) async fn remove_index(bucket: &Bucket, key: &ObjectKey) {
+/// Whether an object of so many bytes is made of parts: others have no index.
+fn is_in_parts(bucket: &Bucket, object_size: u64) -> bool {
+    bucket.part_size_for(object_size).is_ok_and(|part_size| object_size >= part_size)
+}
+
+/// Removes the index of an object of so many bytes that is not there any more.
+pub(in crate::export) async fn remove_index(bucket: &Bucket, key: &ObjectKey, object_size: u64) {
     if bucket.copies_parts()
+        && is_in_parts(bucket, object_size)
         && let Err(error) = bucket.delete_control(&index_name(key)).await
     {
         debug!(%key, "the index of its chunks could not be removed: {}", error.report());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::reuse::ChunkList;
+
+    #[test]
+    fn what_is_refused_is_given_up_one_after_the_other_and_never_tried_for_ever() {
+        let mut list = ChunkList::default();
+        list.extend(64, 0, &[]);
+        let index = ChunkIndex::decode(&list.encode("e").unwrap(), 0, "e").unwrap();
+        let key = ObjectKey::parse("k").unwrap();
+        let old = Some(Old { key, etag: "e".into(), index: Arc::new(index) });
+        let mut reused = Reused { copies: true, old, ..Reused::default() };
+        *reused.zeros_failed.get_mut() = true;
+        reused.give_up();
+        assert!(reused.has_old() && reused.without_zeros);
+        reused.give_up();
+        assert!(!reused.has_old() && reused.sizes(0, None).is_some());
     }
 }

@@ -16,7 +16,7 @@ use super::digests::{Digests, Wanted, joined};
 use super::held::Held;
 use super::log::{Making, Part, PartPlan, UploadLog};
 use super::memory::PartMemory;
-use super::parts::{self, Destination, Observer, Parts, unknown};
+use super::parts::{Destination, Observer, Parts, unknown};
 use super::place::{Body, Sent};
 use super::reused::Reused;
 use super::splices;
@@ -268,8 +268,9 @@ impl InParts<'_> {
             }
             for part in planned {
                 let store = (self.transfer.bucket, self.transfer.uploads);
+                // Whatever stands in the way of the zeros, the file can be sent.
                 let plan = self.transfer.reused.plan(store, &part).await.inspect_err(|error| {
-                    self.transfer.copy_failed.fetch_or(parts::is_refusal(error), Ordering::SeqCst);
+                    self.transfer.copy_failed.fetch_or(!error.is_transient(), Ordering::SeqCst);
                 })?;
                 let sent_from = plan.offset + plan.copied();
                 let sent = held.range(sent_from, plan.end() - sent_from).ok_or_else(unknown)?;

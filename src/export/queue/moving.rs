@@ -24,8 +24,8 @@ impl JobQueue {
     ) -> Result<Renamed> {
         let (renamed, left) = self.context.moves.rename(bucket, from, to, exclusive).await;
         self.settle_later(bucket, left);
-        if renamed.is_ok() {
-            remove_index(bucket, from).await;
+        if let Ok(Renamed { from: object, .. }) = &renamed {
+            remove_index(bucket, from, object.object_size).await;
         }
         renamed
     }
@@ -37,9 +37,6 @@ impl JobQueue {
     pub async fn remove(&self, bucket: &Bucket, key: &ObjectKey) -> Result<bool> {
         let (removed, left) = self.context.moves.remove(bucket, key).await;
         self.settle_later(bucket, left);
-        if matches!(removed, Ok(true)) {
-            remove_index(bucket, key).await;
-        }
         removed
     }
 
